@@ -1,0 +1,116 @@
+// score_kernels._cpu: the kernels of the best instruction set this processor has, on raw pointers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  decltype(&sk::portable::fill) fill;
+  decltype(&sk::portable::affine_step) affine_step;
+};
+
+#define SK_ISA_ROW(isa, supported) {#isa, supported, &sk::isa::fill, &sk::isa::affine_step}
+
+// Best first.
+constexpr Isa kIsas[] = {
+#ifdef SK_X86
+    SK_ISA_ROW(avx512,
+               [] {
+                 return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+               }),
+    SK_ISA_ROW(avx2,
+               [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
+#endif
+    SK_ISA_ROW(portable, [] { return true; }),
+};
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas)
+    if (isa.supported()) names.push_back(isa.name);
+  return names;
+}
+
+const Isa* best_isa() {
+  for (const Isa& isa : kIsas)
+    if (isa.supported()) return &isa;
+  return nullptr;
+}
+
+std::atomic<const Isa*> current{best_isa()};
+
+void set_isa(const std::string& name) {
+  std::string known;
+  for (const Isa& isa : kIsas) {
+    if (!isa.supported()) continue;
+    if (name == isa.name) {
+      current = &isa;
+      return;
+    }
+    known += known.empty() ? isa.name : std::string(", ") + isa.name;
+  }
+  throw py::value_error("isa: got '" + name + "', expected one of: " + known);
+}
+
+// Other Python threads run during a long kernel; for a short one the hand-over costs more.
+constexpr uint64_t kHoldGil = 4096;
+
+template <class Run>
+void run(uint64_t rows, uint64_t elements, const Run& body) {
+  if (rows == 0 || elements == 0) return;
+  std::optional<py::gil_scoped_release> release;
+  if (elements > kHoldGil || rows * elements > kHoldGil) release.emplace();
+  body();
+}
+
+void fill(uintptr_t out, uint64_t rows, uint64_t elements, int kind, uint64_t seed,
+          uint32_t purpose, uint32_t draw, uint64_t first_sample) {
+  run(rows, elements, [&] {
+    current.load()->fill({reinterpret_cast<void*>(out), rows, elements, sk::Kind(kind),
+                          {seed, first_sample, draw, purpose}});
+  });
+}
+
+void affine_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, uint64_t rows,
+                 uint64_t elements, float a, float b, float c, uint64_t seed, uint32_t purpose,
+                 uint32_t draw, uint64_t first_sample) {
+  run(rows, elements, [&] {
+    current.load()->affine_step({reinterpret_cast<float*>(out), reinterpret_cast<const float*>(x),
+                                 reinterpret_cast<const void*>(score), sk::Dtype(score_dtype),
+                                 rows, elements, a, b, c, {seed, first_sample, draw, purpose}});
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "score_kernels' native CPU kernels. Private: score_kernels.ops is the checked door.";
+  m.def("isas", &supported_isas, "Instruction sets built and supported here, best first.");
+  m.def("isa", [] { return current.load()->name; }, "The instruction set in use.");
+  m.def("set_isa", &set_isa, "Use another instruction set (for tests and bug reports).");
+  m.def("openmp_threads", [] {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 0;
+#endif
+  }, "Threads a kernel may use; 0 when built without OpenMP.");
+  m.def("fill", &fill);
+  m.def("affine_step", &affine_step);
+}

@@ -1,0 +1,154 @@
+// The noise contract: every random number is a pure function of
+// (seed, purpose, sample, draw, element). Host and device, scalar and vector, one text.
+//
+//   word[0..3] = Philox4x32-10(key     = (seed_lo, seed_hi),
+//                              counter = (block, draw, sample_lo, purpose << 24 | sample_hi24))
+//
+//   seed     64 bits
+//   sample   56 bits, the global index of a sample (first_sample + row of the batch)
+//   draw     32 bits, the step of a chain or of training
+//   block    element / 4 inside the flattened sample; element % 4 takes word (or normal) % 4
+//   purpose  8 bits, one named constant per use, so that one seed never feeds two uses
+//
+// Normals come in pairs, (w0, w1) -> (z0, z1) and (w2, w3) -> (z2, z3), by Box and Muller (1958):
+//
+//   u  = fma(float(w0), 2^-32, 2^-33)                in (0, 1], rounded to fp32 once
+//   r  = sqrt(-2 ln u) * (-1)^(top bit of w1)
+//   g  = float(int32(w1 << 1)) * 2^-31               in [-1, 1], the low 31 bits of w1
+//   z0 = r cos(pi/2 g)    z1 = r sin(pi/2 g)
+//
+// g covers the half circle with cos >= 0 and the sign of r the other half, so that the angle is
+// uniform with no octant swap. ln, cos and sin are the polynomials below, evaluated by Horner's
+// rule with one IEEE fma a term; every other operation is one correctly rounded IEEE operation,
+// the square root included. No libm, no contraction (-ffp-contract=off, --fmad=false): the
+// normals are the same bits wherever IEEE fp32 arithmetic exists. The coefficients
+// (tools/fit_normals.py) are such that a machine without fma gets these bits too: evaluating each
+// fma in fp64 and rounding the result to fp32 agrees for every one of the 2^32 words, which
+// tests/host/exhaustive.cpp shows. Within 2e-6 of the exact function of u and the angle.
+//
+// Philox: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define SK_INLINE __host__ __device__ __forceinline__
+#else
+#define SK_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace sk {
+
+// Which draw of which stream: everything of the counter but the block and the row.
+struct NoiseKey {
+  uint64_t seed;
+  uint64_t first_sample;
+  uint32_t draw;
+  uint32_t purpose;
+};
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+
+struct Words {
+  uint32_t w[4];
+};
+
+SK_INLINE Words philox4x32_10(Words c, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t{kPhiloxM0} * c.w[0], p1 = uint64_t{kPhiloxM1} * c.w[2];
+    c = {{uint32_t(p1 >> 32) ^ c.w[1] ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w[3] ^ k1,
+          uint32_t(p0)}};
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  return c;
+}
+
+// The counter's last two words, for the sample in a given row of the batch.
+SK_INLINE uint32_t sample_low(const NoiseKey& key, uint64_t row) {
+  return uint32_t(key.first_sample + row);
+}
+SK_INLINE uint32_t sample_high(const NoiseKey& key, uint64_t row) {
+  return key.purpose << 24 | (uint32_t((key.first_sample + row) >> 32) & 0xFFFFFFu);
+}
+
+SK_INLINE Words words_of(const NoiseKey& key, uint64_t row, uint32_t block) {
+  return philox4x32_10({{block, key.draw, sample_low(key, row), sample_high(key, row)}},
+                       uint32_t(key.seed), uint32_t(key.seed >> 32));
+}
+
+// The primitives that the maths below is written in. A vector type brings its own overloads.
+SK_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+SK_INLINE float square_root(float x) { return ::sqrtf(x); }
+SK_INLINE float from_unsigned(uint32_t w) { return float(w); }
+SK_INLINE float from_signed(uint32_t w) { return float(int32_t(w)); }
+SK_INLINE float from_bits(uint32_t w) {
+  float x;
+  memcpy(&x, &w, sizeof x);
+  return x;
+}
+SK_INLINE uint32_t to_bits(float x) {
+  uint32_t w;
+  memcpy(&w, &x, sizeof w);
+  return w;
+}
+
+// Lowest order first; F is float or a vector of floats.
+template <class F>
+SK_INLINE F horner(F x, const F c) {
+  (void)x;
+  return c;
+}
+template <class F, class... Rest>
+SK_INLINE F horner(F x, const F c, Rest... rest) {
+  return fma(x, horner(x, rest...), c);
+}
+
+// Uniform in (0, 1].
+template <class F, class U>
+SK_INLINE F uniform(U w) {
+  return fma(from_unsigned(w), F(0x1p-32f), F(0x1p-33f));
+}
+
+// -1 or +1: the top bit of the word is the sign.
+template <class F, class U>
+SK_INLINE F rademacher(U w) {
+  return from_bits((w & U(0x80000000u)) | U(0x3F800000u));
+}
+
+// sqrt(-2 ln u): u = m 2^k with m in [sqrt 1/2, sqrt 2), -2 ln u = f P(f) - 2 ln 2 k, f = m - 1.
+// 2^-44 keeps the radicand of u = 1 above zero, so that a root made from a reciprocal root works.
+template <class F, class U>
+SK_INLINE F radius(U w) {
+  const U bits = to_bits(uniform<F>(w));
+  const U exponent = (bits - U(0x3F3504F3u)) & U(0xFF800000u);
+  const F f = from_bits(bits - exponent) - F(1.0f);
+  const F scaled = fma(from_signed(exponent), F(-0x1.62e43p-23f), F(0x1p-44f));
+  const F p = horner(f, F(-0x1p+1f), F(0x1.0002e2p+0f), F(-0x1.5528f8p-1f), F(0x1.fd80f6p-2f),
+                     F(-0x1.a3114ep-2f), F(0x1.82eb24p-2f), F(-0x1.f4fap-3f));
+  return square_root(fma(f, p, scaled));
+}
+
+// cos and sin of pi/2 g, g the low 31 bits of w as a signed fraction of one.
+template <class F, class U>
+SK_INLINE void half_circle(U w, F& cosine, F& sine) {
+  const F g = from_signed(w + w) * F(0x1p-31f);
+  const F q = g * g;
+  cosine = horner(q, F(0x1p+0f), F(-0x1.3bd3bp+0f), F(0x1.03bd9ap-2f), F(-0x1.55020cp-6f),
+                  F(0x1.c2939ap-11f));
+  sine = g * horner(q, F(0x1.921fb4p+0f), F(-0x1.4abba2p-1f), F(0x1.466504p-4f),
+                    F(-0x1.31fbf4p-8f), F(0x1.3912a8p-13f));
+}
+
+template <class F, class U>
+SK_INLINE void box_muller(U w0, U w1, F& z0, F& z1) {
+  const F r = from_bits(to_bits(radius<F>(w0)) ^ (w1 & U(0x80000000u)));
+  half_circle(w1, z0, z1);
+  z0 = r * z0;
+  z1 = r * z1;
+}
+
+}  // namespace sk

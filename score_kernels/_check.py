@@ -1,0 +1,142 @@
+"""Argument checks. Every message names the argument, what came and what is expected."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unsigned(name: str, value: Any, bits: int) -> int:
+    """An integer in [0, 2**bits)."""
+    if type(value) is not int:
+        # bool is an int to Python, but a seed of True is a mistake.
+        if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {_kind(value)}, expected an integer")
+        value = operator.index(value)
+    if not 0 <= value < 1 << bits:
+        raise ValueError(f"{name}: got {value}, expected 0 <= {name} < 2**{bits}")
+    return value
+
+
+def count(name: str, value: Any, *, least: int) -> int:
+    """An integer of at least `least`."""
+    value = unsigned(name, value, 63)
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """A finite Python (or NumPy) number."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        hint = "; call .item() where you can afford to wait" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name}: got {_kind(value)}, expected a number{hint}")
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return value
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number above zero."""
+    value = number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name}: got {value}, expected a number above 0")
+    return value
+
+
+def not_negative(name: str, value: Any) -> float:
+    """A finite number of at least zero."""
+    value = number(name, value)
+    if value < 0:
+        raise ValueError(f"{name}: got {value}, expected a number of at least 0")
+    return value
+
+
+def noise_levels(sigmas: Any, name: str = "sigmas") -> list[float]:
+    """Strictly decreasing positive noise levels, as Python floats."""
+    if isinstance(sigmas, Tensor):
+        if sigmas.dim() != 1 or not sigmas.dtype.is_floating_point:
+            raise ValueError(f"{name}: got {_kind(sigmas)}, expected one dimension of floats")
+        sigmas = sigmas.detach().double().tolist()
+    elif isinstance(sigmas, str) or not hasattr(sigmas, "__iter__"):
+        raise TypeError(f"{name}: got {_kind(sigmas)}, expected a tensor or a sequence of numbers")
+    levels = [positive(f"{name}[{i}]", s) for i, s in enumerate(sigmas)]
+    if not levels:
+        raise ValueError(f"{name}: got none, expected at least one noise level")
+    for i, (larger, smaller) in enumerate(itertools.pairwise(levels)):
+        if not larger > smaller:
+            raise ValueError(f"{name}: got {name}[{i}] = {larger} and {name}[{i + 1}] = {smaller}, "
+                             "expected strictly decreasing noise levels")
+    return levels
+
+
+def noise_shape(shape: Any) -> tuple[int, ...]:
+    """A shape [B, ...] whose samples fit the noise contract's 32-bit block."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"shape: got {_kind(shape)}, expected a sequence of integers [B, ...]")
+    sizes = tuple(count("shape", n, least=0) for n in shape)
+    if not sizes:
+        raise ValueError("shape: got (), expected at least the batch dimension [B, ...]")
+    if math.prod(sizes[1:]) > 2**34:
+        raise ValueError(f"shape: got samples of {math.prod(sizes[1:])} elements, "
+                         "expected at most 2**34")
+    return sizes
+
+
+def sample_range(first_sample: int, batch: int) -> None:
+    """The global indices of a batch fit into 56 bits."""
+    if first_sample + batch > 1 << 56:
+        raise ValueError(f"first_sample: got {first_sample} for a batch of {batch}, "
+                         "expected first_sample + batch <= 2**56")
+
+
+def instance(name: str, value: Any, kind: type, expected: str) -> None:
+    """A value of the expected type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: got {_kind(value)}, expected {expected}")
+
+
+def state(name: str, value: Any) -> None:
+    """A state [B, ...]: fp32 or, on the reference, fp64."""
+    instance(name, value, Tensor, "a tensor")
+    if value.dtype not in (torch.float32, torch.float64):
+        hint = ("; a half-precision state loses small steps, keep it in float32 and give the "
+                "network a copy" if value.dtype.is_floating_point else "")
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected torch.float32 "
+                        f"(or torch.float64 on the reference backend){hint}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
+    if value.dim() == 0:
+        raise ValueError(f"{name}: got a tensor without dimensions, expected [B, ...]")
+
+
+def score_like(x: Tensor, score: Any, name: str = "score") -> None:
+    """A score that fits the state x: shape, device, dtype."""
+    instance(name, score, Tensor, "a tensor")
+    if score.shape != x.shape:
+        raise ValueError(f"{name}: got shape {tuple(score.shape)}, "
+                         f"expected that of x, {tuple(x.shape)}")
+    if score.device != x.device:
+        raise ValueError(f"{name}: got device {score.device}, expected that of x, {x.device}")
+    allowed = [torch.float32, torch.bfloat16, torch.float16]
+    if x.dtype == torch.float64:
+        allowed.append(torch.float64)
+    if score.dtype not in allowed:
+        names = ", ".join(map(str, allowed))
+        raise TypeError(f"{name}: got dtype {score.dtype}, "
+                        f"expected one of {names} with x of {x.dtype}")
+    if score.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {score.layout}, expected a dense tensor")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"{type(value).__name__} {value!r}"

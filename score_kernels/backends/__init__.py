@@ -1,0 +1,5 @@
+"""The backends: native (C++ on CPU) and reference (plain torch), and the choice between them."""
+
+from score_kernels.backends.registry import Backend, backends, choose, use_backend
+
+__all__ = ["Backend", "backends", "choose", "use_backend"]

@@ -1,0 +1,108 @@
+"""The C++ kernels of ``score_kernels._cpu`` on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from score_kernels.noise import NoiseKey
+
+# torch is imported above, so that the kernels share the OpenMP pool torch brought along.
+try:
+    from score_kernels import _cpu
+except ImportError as error:
+    _cpu = None
+    _why: str | None = f"score_kernels._cpu does not import ({error}): it was not built"
+else:
+    _why = None
+
+# The numbers of sk::Kind and sk::Dtype in csrc/cpu/kernels.h.
+_KINDS = {"words": 0, "normal": 1, "uniform": 2, "rademacher": 3}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+if _cpu is not None and "SCORE_KERNELS_ISA" in os.environ:
+    try:
+        _cpu.set_isa(os.environ["SCORE_KERNELS_ISA"])
+    except ValueError as error:
+        raise ValueError(f"SCORE_KERNELS_ISA: {error}") from None
+
+
+def unavailable() -> str | None:
+    return _why
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if _why is not None:
+        return _why
+    if device.type != "cpu":
+        return f"serves CPU tensors, not {device}"
+    if dtype != torch.float32:
+        return f"serves states of torch.float32, not {dtype}"
+    return None
+
+
+def describe() -> str:
+    threads = _cpu.openmp_threads()
+    pool = f"{threads} OpenMP threads" if threads else "1 thread, built without OpenMP"
+    others = ", ".join(isa for isa in _cpu.isas() if isa != _cpu.isa())
+    return f"C++ on CPU, {_cpu.isa()} (also here: {others or 'none'}), {pool}"
+
+
+def fill(kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.device) -> Tensor:
+    out = torch.empty(shape, dtype=torch.int64 if kind == "words" else torch.float32)
+    rows = shape[0]
+    elements = out.numel() // rows if rows else 0
+    _cpu.fill(out.data_ptr(), rows, elements, _KINDS[kind], noise.seed, noise.purpose, noise.draw,
+              noise.first_sample)
+    return out
+
+
+def affine_step(out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float,
+                seed: int, purpose: int, draw: int, first_sample: int) -> None:
+    rows = x.shape[0]
+    _cpu.affine_step(out.data_ptr(), x.data_ptr(), score.data_ptr(), _DTYPES[score.dtype], rows,
+                     x.numel() // rows if rows else 0, a, b, c, seed, purpose, draw, first_sample)
+
+
+_FLOAT32, _STRIDED = torch.float32, torch.strided
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_transforms_active = torch._C._are_functorch_transforms_active
+_modes_active = torch._C._len_torch_dispatch_stack
+
+
+def quick_step(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey,
+               in_place: bool) -> Tensor | None:
+    """The affine step past torch's dispatcher, checked in as few attribute reads as possible.
+
+    None, with nothing done, for everything but plain contiguous fp32 CPU tensors: the caller then
+    checks in full and dispatches. So do calls that are traced, differentiated or transformed, and
+    tensors whose memory does not hold their values (a lazy negation).
+    """
+    if not (type(x) is type(score) is Tensor and type(noise) is NoiseKey
+            and x.dtype is score.dtype is _FLOAT32 and x.is_cpu and score.is_cpu
+            and x.layout is score.layout is _STRIDED
+            and not (_is_compiling() or _transforms_active() or _modes_active())
+            and not ((x.requires_grad or score.requires_grad) and _is_grad_enabled())
+            and x.is_contiguous() and score.is_contiguous()
+            and not (x.is_neg() or score.is_neg())):
+        return None
+    shape, count = x.shape, x.numel()
+    if not count or shape != score.shape or not shape:
+        return None
+    rows = shape[0]
+    if noise.first_sample + rows > 1 << 56:
+        return None
+    source = x.data_ptr()
+    distance = score.data_ptr() - source
+    out, target = x, source
+    if not in_place:
+        out = torch.empty_like(x)
+        target = out.data_ptr()
+    elif distance and -4 * count < distance < 4 * count:
+        return None
+    _cpu.affine_step(target, source, source + distance, 0, rows, count // rows, a, b, c,
+                     noise.seed, noise.purpose, noise.draw, noise.first_sample)
+    return out

@@ -1,0 +1,161 @@
+"""Every op in plain torch: the truth the kernels are tested against, and the fallback everywhere.
+
+It gives the contract's bits without an fma: noise is computed in fp64 with every step rounded to
+fp32, which csrc/noise.h's coefficients make exact, and the fp32 update emulates fma exactly. An
+fp64 state is updated in plain fp64. Slow: some hundred torch operations a call, in pieces that
+keep the temporaries small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from score_kernels.noise import NoiseKey
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+# csrc/noise.h's polynomials, lowest order first.
+_LOG = ("-0x1p+1", "0x1.0002e2p+0", "-0x1.5528f8p-1", "0x1.fd80f6p-2", "-0x1.a3114ep-2",
+        "0x1.82eb24p-2", "-0x1.f4fap-3")
+_COS = ("0x1p+0", "-0x1.3bd3bp+0", "0x1.03bd9ap-2", "-0x1.55020cp-6", "0x1.c2939ap-11")
+_SIN = ("0x1.921fb4p+0", "-0x1.4abba2p-1", "0x1.466504p-4", "-0x1.31fbf4p-8", "0x1.3912a8p-13")
+_TWO_LN2 = float.fromhex("-0x1.62e43p-23")
+
+# Blocks of four elements a piece: some megabytes of temporaries.
+_PIECE = 1 << 15
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def describe() -> str:
+    return "plain torch on any device, float32 and float64"
+
+
+def fill(kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.device) -> Tensor:
+    # MPS has no fp64; the noise is then made on the CPU and moved.
+    home = torch.device("cpu") if device.type == "mps" else device
+    rows, elements = shape[0], math.prod(shape[1:])
+    blocks = -(-elements // 4)
+    dtype = torch.int64 if kind == "words" else torch.float32
+    out = torch.empty((rows, blocks * 4), dtype=dtype, device=home)
+    flat = out.view(-1, 4)
+    for piece in _pieces(rows * blocks, _PIECE):
+        index = torch.arange(piece.start, piece.stop, dtype=torch.int64, device=home)
+        words = _philox(index % blocks, noise.first_sample + index // blocks, noise)
+        flat[piece] = _MAPS[kind](words)
+    return out[:, :elements].reshape(shape).contiguous().to(device)
+
+
+def affine_step(out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float,
+                seed: int, purpose: int, draw: int, first_sample: int) -> None:
+    if x.numel() == 0:
+        return
+    z = None
+    if c != 0:
+        noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
+        z = fill("normal", tuple(x.shape), noise, x.device)
+    if x.dtype == torch.float64:
+        result = a * x + b * score.double()
+        out.copy_(result if z is None else result + c * z.double())
+        return
+    home = "cpu" if x.device.type == "mps" else x.device
+    # Coefficients enter an fp32 kernel rounded to fp32, once.
+    a, b, c = torch.tensor([a, b, c], dtype=torch.float32).double().tolist()
+    source, scores, target = x.view(-1), score.reshape(-1), out.view(-1)
+    for piece in _pieces(x.numel(), 4 * _PIECE):
+        step = _fma(b, scores[piece].to(home).double(), _round(a * source[piece].to(home).double()))
+        if z is not None:
+            step = _fma(c, z.view(-1)[piece].to(home).double(), step)
+        target[piece] = step.float().to(x.device)
+
+
+def _pieces(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _philox(block: Tensor, sample: Tensor, noise: NoiseKey) -> Tensor:
+    """Words [n, 4] of Philox4x32-10, int64. Products wrap at 64 bits, which keeps their bits."""
+    c0, c1 = block, torch.full_like(block, noise.draw)
+    c2, c3 = sample & _MASK, sample >> 32 | noise.purpose << 24
+    k0, k1 = noise.seed & _MASK, noise.seed >> 32
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK
+        c2, c3 = (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def _round(x: Tensor) -> Tensor:
+    """To the nearest fp32, kept in fp64."""
+    return x.float().double()
+
+
+def _signed(words: Tensor) -> Tensor:
+    """Words as int32 values, rounded to fp32."""
+    return words.to(torch.int32).float().double()
+
+
+def _horner(x: Tensor, coefficients: tuple[str, ...]) -> Tensor:
+    value = torch.full_like(x, float.fromhex(coefficients[-1]))
+    for c in coefficients[-2::-1]:
+        # The fp64 product is exact, so that fused or not this is one fp64 rounding.
+        value = _round(x * value + float.fromhex(c))
+    return value
+
+
+def _uniform(words: Tensor) -> Tensor:
+    return _round(_round(words.double()) * 2**-32 + 2**-33)
+
+
+def _rademacher(words: Tensor) -> Tensor:
+    return 1.0 - 2.0 * (words >> 31).double()
+
+
+def _normal(words: Tensor) -> Tensor:
+    w0, w1 = words[:, 0::2], words[:, 1::2]
+    bits = _uniform(w0).float().view(torch.int32)
+    exponent = bits - 0x3F3504F3 & -0x800000
+    f = (bits - exponent).view(torch.float32).double() - 1.0
+    scaled = _round(exponent.double() * _TWO_LN2 + 2**-44)
+    radius = _round(torch.sqrt(_round(f * _horner(f, _LOG) + scaled)))
+    radius = radius * _rademacher(w1)
+    g = _signed(w1 << 1 & _MASK) * 2**-31
+    q = _round(g * g)
+    z0 = radius * _horner(q, _COS)
+    z1 = radius * _round(g * _horner(q, _SIN))
+    return torch.stack((z0, z1), dim=-1).flatten(1).float()
+
+
+_MAPS = {"words": lambda w: w, "normal": _normal, "uniform": _uniform, "rademacher": _rademacher}
+
+
+def _fma(a: float, b: Tensor, c: Tensor) -> Tensor:
+    """a b + c of fp32 values held in fp64, rounded once to fp32 and kept in fp64.
+
+    The fp64 product is exact; their sum is rounded to odd (Boldo and Melquiond, 2008), after which
+    rounding to fp32 is as if it had been the only rounding.
+    """
+    product = a * b
+    total = product + c
+    # Knuth's two-sum: the exact error of the addition.
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    bits = total.view(torch.int64)
+    even = (bits & 1) == 0
+    towards = torch.where((error > 0) == (total > 0), 1, -1)
+    odd = torch.where((error != 0) & even, bits + towards, bits)
+    return _round(odd.view(torch.float64))

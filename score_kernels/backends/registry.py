@@ -1,0 +1,134 @@
+"""The choice between the backends.
+
+A backend is a module with the functions of :class:`Backend`. The first one in the order of
+preference that serves a tensor's device and dtype is used; ``use_backend`` forces one.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from score_kernels.backends import native, reference
+from score_kernels.noise import NoiseKey
+
+__all__ = ["Backend", "backends", "choose", "native_first", "use_backend"]
+
+
+class Backend(Protocol):
+    """What a backend module provides. Arguments have been checked by ``score_kernels.ops``."""
+
+    def unavailable(self) -> str | None:
+        """Why the backend cannot be used on this machine, or None."""
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the backend cannot serve a state of this device and dtype, or None."""
+
+    def describe(self) -> str:
+        """One line for ``score-kernels info``."""
+
+    def fill(self, kind: str, shape: tuple[int, ...], noise: NoiseKey,
+             device: torch.device) -> Tensor:
+        """Noise of a kind: int64 for "words", fp32 for "normal", "uniform", "rademacher"."""
+
+    def affine_step(self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float,
+                    seed: int, purpose: int, draw: int, first_sample: int) -> None:
+        """out = a x + b score + c z, all contiguous; out may be x; c = 0 draws no noise."""
+
+
+# In the order of preference.
+_BACKENDS: dict[str, Backend] = {
+    "native": cast(Backend, native),
+    "reference": cast(Backend, reference),
+}
+_forced: str | None = None
+_native_first = False
+_choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
+
+
+def backends() -> dict[str, str]:
+    """Every backend by name, with what it is, or why it is not available here."""
+    return {name: f"unavailable: {why}" if (why := backend.unavailable()) else backend.describe()
+            for name, backend in _BACKENDS.items()}
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for a state of this device and dtype: the forced one, else the best.
+
+    Raises:
+        ValueError: a forced backend cannot serve it.
+    """
+    found = _choices.get((device, dtype))
+    if found is None:
+        found = _choices[device, dtype] = _search(device, dtype)
+    return found
+
+
+def native_first() -> bool:
+    """Whether native serves float32 states on the CPU, now: asked on every small step."""
+    return _native_first
+
+
+def _choose_anew() -> None:
+    global _native_first
+    _choices.clear()
+    _native_first = _forced in (None, "native") and not native.unavailable()
+
+
+def _search(device: torch.device, dtype: torch.dtype) -> Backend:
+    if _forced is not None:
+        backend = _BACKENDS[_forced]
+        if why := backend.refuses(device, dtype):
+            raise ValueError(f"backend: {_forced!r} is forced but {why}; "
+                             "use_backend(None) chooses by device and dtype")
+        return backend
+    return next(b for b in _BACKENDS.values()
+                if not b.unavailable() and not b.refuses(device, dtype))
+
+
+class use_backend:
+    """Force a backend by name, for the whole process, or choose by device again with ``None``.
+
+    As a call it stays in force; as a context manager it ends with the block::
+
+        score_kernels.use_backend("reference")
+        with score_kernels.use_backend("native"):
+            ...
+
+    Raises:
+        TypeError: name is not a string or None.
+        ValueError: there is no such backend, or it is not available here; the message lists all.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name: got {type(name).__name__} {name!r}, expected a backend's name "
+                            f"({', '.join(_BACKENDS)}) or None")
+        if name is not None:
+            there = "; ".join(f"{k}: {v}" for k, v in backends().items())
+            if name not in _BACKENDS:
+                raise ValueError(f"name: got {name!r}, expected one of the backends ({there})")
+            if why := _BACKENDS[name].unavailable():
+                raise ValueError(f"name: got {name!r}, which is not available: {why} ({there})")
+        self._before = _forced
+        _forced = name
+        _choose_anew()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        global _forced
+        _forced = self._before
+        _choose_anew()
+
+
+_choose_anew()
+if "SCORE_KERNELS_BACKEND" in os.environ:
+    use_backend(os.environ["SCORE_KERNELS_BACKEND"])

@@ -1,0 +1,79 @@
+"""The noise contract in Python: which random number is which.
+
+Every random number of the library is a pure function of (seed, purpose, sample, draw, element)::
+
+    word[0..3] = Philox4x32-10(key     = (seed_lo, seed_hi),
+                               counter = (block, draw, sample_lo, purpose << 24 | sample_hi24))
+
+with ``block = element // 4`` inside the flattened sample and word ``element % 4`` of the block.
+``csrc/noise.h`` says how words become normals. The device, the backend, the batch split, the
+thread count and the ranks do not enter, so they cannot change a bit.
+
+Philox is Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from score_kernels import _check
+
+__all__ = ["NoiseKey", "Purpose", "fresh_seed"]
+
+
+class Purpose(enum.IntEnum):
+    """One constant per use of noise, so that one seed never feeds two uses. Part of the contract."""
+
+    USER = 0
+    PRIOR = 1
+    LANGEVIN = 2
+    DSM_LEVEL = 3
+    DSM_NOISE = 4
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Names a batch of noise: row ``n`` of the batch is global sample ``first_sample + n``.
+
+    Args:
+        seed: 64 bits, ``0 <= seed < 2**64``.
+        purpose: 8 bits, a :class:`Purpose`; 0 is free for users.
+        draw: 32 bits, the step of a chain or of training.
+        first_sample: 56 bits, the global index of the batch's first sample.
+
+    Raises:
+        TypeError: a field is not an integer.
+        ValueError: a field is out of its range.
+
+    Batches that share ``seed``, ``purpose`` and ``draw`` and whose samples overlap get the same
+    noise for the samples they share; otherwise the noise is independent.
+    """
+
+    seed: int
+    purpose: int = field(default=0, kw_only=True)
+    draw: int = field(default=0, kw_only=True)
+    first_sample: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, bits in (("seed", 64), ("purpose", 8), ("draw", 32), ("first_sample", 56)):
+            object.__setattr__(self, name, _check.unsigned(name, getattr(self, name), bits))
+
+    def at(self, draw: int) -> NoiseKey:
+        """The same stream at another draw (step)."""
+        return replace(self, draw=draw)
+
+    def for_samples(self, first: int) -> NoiseKey:
+        """The same stream for a batch whose first row is global sample ``first``."""
+        return replace(self, first_sample=first)
+
+    def for_purpose(self, purpose: int) -> NoiseKey:
+        """The stream of another use of the same seed."""
+        return replace(self, purpose=purpose)
+
+
+def fresh_seed() -> int:
+    """A 64-bit seed from torch's default CPU generator, which ``torch.manual_seed`` rules."""
+    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None)) & (2**64 - 1)
