@@ -2,7 +2,11 @@
 
 from score_kernels import ops
 from score_kernels.backends import backends, use_backend
+from score_kernels.losses import dsm_loss
 from score_kernels.noise import NoiseKey
+from score_kernels.sampling import annealed_langevin, langevin
+from score_kernels.schedules import geometric_sigmas
 
 __version__ = "0.1.0"
-__all__ = ["NoiseKey", "backends", "ops", "use_backend"]
+__all__ = ["NoiseKey", "annealed_langevin", "backends", "dsm_loss", "geometric_sigmas", "langevin",
+           "ops", "use_backend"]
