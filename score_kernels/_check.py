@@ -139,4 +139,5 @@ def score_like(x: Tensor, score: Any, name: str = "score") -> None:
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    return f"{type(value).__name__} {value!r}"
+    words = " ".join(repr(value).split())
+    return f"{type(value).__name__} {words if len(words) <= 60 else words[:57] + '...'}"

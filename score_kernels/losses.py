@@ -60,7 +60,7 @@ def dsm_loss(net: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Any, *,
     z = ops.normal(x.shape, noise.for_purpose(Purpose.DSM_NOISE), dtype=x.dtype, device=x.device)
     score = net(x + spread * z, sigma)
     _check.score_like(x, score, "net")
-    return 0.5 * (spread * score + z).square().flatten(1).sum(1).mean()
+    return 0.5 * (spread * score + z).square().sum() / batch
 
 
 def _key(noise: NoiseKey | None, seed: int | None) -> NoiseKey:

@@ -2,7 +2,9 @@
 
 Every op is a torch custom op (``torch.ops.score_kernels.*``) with a fake implementation, so that
 ``torch.compile``, ``torch.export`` and fake tensors see it. Called eagerly on plain tensors, the
-functions here go to the backend directly, which is where small batches are fast.
+functions here go to the backend directly, which is where small batches are fast. Under
+``torch.compile`` a new key compiles nothing anew; a new step size does, because torch makes a
+Python float that only an op sees a constant.
 
 Noise is named by a :class:`score_kernels.NoiseKey` and made inside the kernel. Samples are rows:
 ``x`` is ``[B, ...]`` with any number of further dimensions, and element ``i`` of a sample is the
@@ -31,7 +33,7 @@ _FILLS = ("words", "normal", "uniform", "rademacher")
 
 _library = torch.library.Library("score_kernels", "DEF")
 for _kind in _FILLS:
-    _library.define(f"{_kind}(SymInt[] shape, {_KEY}, Device device) -> Tensor")
+    _library.define(f"{_kind}(SymInt[] shape, {_KEY}, Device? device) -> Tensor")
 _library.define(f"affine_step(Tensor x, Tensor score, float a, float b, float c, {_KEY}) -> Tensor")
 _library.define(
     f"affine_step_(Tensor(a!) x, Tensor score, float a, float b, float c, {_KEY}) -> ()")
@@ -206,7 +208,7 @@ def _fill(kind: str, shape: Sequence[int], noise: NoiseKey, dtype: torch.dtype,
     _check.sample_range(noise.first_sample, sizes[0])
     if kind != "words" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
-    home = torch.get_default_device() if device is None else torch.device(device)
+    home = None if device is None else torch.device(device)
     op = getattr(torch.ops.score_kernels, kind)
     return op(list(sizes), *_key(noise), home).to(dtype)
 
@@ -248,13 +250,14 @@ def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, seed: 
 def _register() -> None:
     def fill_of(kind: str) -> Any:
         def fill(shape: list[int], seed: int, purpose: int, draw: int, first_sample: int,
-                 device: torch.device) -> Tensor:
+                 device: torch.device | None) -> Tensor:
+            device = torch.get_default_device() if device is None else device
             noise = NoiseKey(seed & (2**64 - 1), purpose=purpose, draw=draw,
                              first_sample=first_sample)
             return choose(device, torch.float32).fill(kind, tuple(shape), noise, device)
 
         def fake(shape: list[int], seed: int, purpose: int, draw: int, first_sample: int,
-                 device: torch.device) -> Tensor:
+                 device: torch.device | None) -> Tensor:
             dtype = torch.int64 if kind == "words" else torch.float32
             return torch.empty(shape, dtype=dtype, device=device)
 

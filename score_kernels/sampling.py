@@ -142,6 +142,8 @@ def _chain(score: Score, shape_or_init: Sequence[int] | Tensor, plan: list[_Leve
            scale: float, seed: int | None, first_sample: int, init: str, first_step: int,
            callback: Callable[[Progress], object] | None, record_every: int | None,
            progress: bool, device: torch.device | str | None, denoise: bool) -> Tensor:
+    if not callable(score):
+        raise TypeError(f"score: got {type(score).__name__} {score!r}, expected a function")
     seed = fresh_seed() if seed is None else seed
     noise = NoiseKey(seed, purpose=Purpose.LANGEVIN, first_sample=first_sample)
     total = sum(level.steps for level in plan)

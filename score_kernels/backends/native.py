@@ -9,20 +9,18 @@ from torch import Tensor
 
 from score_kernels.noise import NoiseKey
 
+_why: str | None = None
 # torch is imported above, so that the kernels share the OpenMP pool torch brought along.
 try:
     from score_kernels import _cpu
 except ImportError as error:
-    _cpu = None
-    _why: str | None = f"score_kernels._cpu does not import ({error}): it was not built"
-else:
-    _why = None
+    _why = f"score_kernels._cpu was not built or does not load ({error})"
 
 # The numbers of sk::Kind and sk::Dtype in csrc/cpu/kernels.h.
 _KINDS = {"words": 0, "normal": 1, "uniform": 2, "rademacher": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-if _cpu is not None and "SCORE_KERNELS_ISA" in os.environ:
+if _why is None and "SCORE_KERNELS_ISA" in os.environ:
     try:
         _cpu.set_isa(os.environ["SCORE_KERNELS_ISA"])
     except ValueError as error:

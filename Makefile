@@ -1,0 +1,35 @@
+# make demo    train on real digits, sample new ones, write a report to demo-output/
+# make test    lint, types, tests
+# make bench   kernels against eager and compiled PyTorch
+# Each makes .venv by itself when it is missing. PYTHON names the interpreter it is made with.
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := demo,test
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/ready
+	$(BIN)/score-kernels demo --out demo-output
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks.langevin
+
+# Made anew when what is installed may have changed; the kernels are compiled here.
+.venv/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.h csrc/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info score_kernels/*.so

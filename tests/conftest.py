@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import score_kernels
+from score_kernels.backends import native
+
+# "native-avx512", "native-avx2", ... for every instruction set of this machine, and the reference.
+NATIVE = [] if native.unavailable() else [f"native-{isa}" for isa in native._cpu.isas()]
+BACKENDS = ["reference", *NATIVE]
+
+
+class _Backend:
+    """Switches backend and instruction set by one name, and back."""
+
+    def __init__(self, name: str) -> None:
+        self.name, _, self.isa = name.partition("-")
+
+    def __enter__(self) -> None:
+        if self.isa:
+            self.before = native._cpu.isa()
+            native._cpu.set_isa(self.isa)
+        self.forced = score_kernels.use_backend(self.name)
+
+    def __exit__(self, *_: object) -> None:
+        self.forced.__exit__(None, None, None)
+        if self.isa:
+            native._cpu.set_isa(self.before)
+
+
+on_backend = _Backend
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty is filled with NaN, so that an element a kernel forgets to write is seen."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,105 @@
+"""What a stranger meets first: the build without a compiler, the command, the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from score_kernels.backends import native
+from score_kernels.cli import VARIABLES, main
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          cwd=ROOT, env={**os.environ, **environment})
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy of what a build needs, so that nothing of the checkout is touched."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "score_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
+    return tmp_path
+
+
+def build(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=sources,
+                          capture_output=True, text=True, check=False,
+                          env={**os.environ, **environment})
+
+
+def test_without_a_compiler_the_build_says_so_and_goes_on(sources: Path) -> None:
+    done = build(sources, CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    line = "score_kernels: no C++ compiler found; the pure-torch reference will serve"
+    assert line in done.stderr.splitlines()
+    assert not list(sources.glob("score_kernels/*.so"))
+    # An editable install's finder would still find the checkout's kernels.
+    code = ("import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)];"
+            "import torch, score_kernels as sk; print(sk.backends());"
+            "print(sk.ops.normal((1, 2), sk.NoiseKey(0)).tolist())")
+    used = subprocess.run([sys.executable, "-c", code], cwd=sources, capture_output=True, text=True,
+                          check=True, env={**os.environ, "PYTHONPATH": str(sources)})
+    assert "'native': 'unavailable: score_kernels._cpu was not built" in used.stdout
+    assert used.stderr == ""
+
+
+def test_the_native_build_can_be_left_out_or_demanded(sources: Path) -> None:
+    done = build(sources, SCORE_KERNELS_NATIVE="0")
+    assert done.returncode == 0 and "SCORE_KERNELS_NATIVE=0" in done.stderr
+    done = build(sources, SCORE_KERNELS_NATIVE="1", CXX="no-such-compiler")
+    assert done.returncode != 0 and "install g++" in done.stderr
+    done = build(sources, SCORE_KERNELS_NATIVE="yes")
+    assert done.returncode != 0 and "expected auto, 0 or 1" in done.stderr
+
+
+def test_info_names_every_backend_and_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in ("native", "reference", torch.__version__, *VARIABLES):
+        assert word in text
+    assert native._cpu.isa() in text
+
+
+def test_the_readme_s_table_lists_every_variable() -> None:
+    readme = (ROOT / "README.md").read_text()
+    sources = [*ROOT.glob("score_kernels/**/*.py"), ROOT / "setup.py"]
+    used = {name for path in sources for name in re.findall(r"SCORE_KERNELS_[A-Z]+",
+                                                            path.read_text())}
+    assert used == set(VARIABLES)
+    assert all(f"`{name}`" in readme for name in VARIABLES)
+
+
+def test_the_environment_forces_backend_and_instruction_set() -> None:
+    code = ("import torch, score_kernels; from score_kernels.backends import choose, native;"
+            "print(choose(torch.device('cpu'), torch.float32).__name__, native._cpu.isa())")
+    assert "reference" in run_python(code, SCORE_KERNELS_BACKEND="reference").stdout
+    for isa in native._cpu.isas():
+        assert isa in run_python(code, SCORE_KERNELS_ISA=isa).stdout
+    done = run_python(code, SCORE_KERNELS_ISA="sse9")
+    assert "SCORE_KERNELS_ISA: isa: got 'sse9', expected one of" in done.stderr
+    done = run_python(code, SCORE_KERNELS_BACKEND="tpu")
+    assert "ValueError" in done.stderr and "got 'tpu', expected one of the backends" in done.stderr
+
+
+@pytest.mark.skipif(not native._cpu.openmp_threads() or not Path("/proc/self/maps").exists(),
+                    reason="needs OpenMP and /proc")
+def test_the_kernels_share_torch_s_thread_pool() -> None:
+    """Two OpenMP runtimes in one process fight for the cores: milliseconds a call."""
+    pools = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()
+             if any(name in line for name in ("libgomp", "libiomp", "libomp"))}
+    assert len(pools) == 1, pools
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert native._cpu.openmp_threads() == threads

@@ -1,0 +1,142 @@
+"""Denoising score matching: closed forms, gradients, reproducibility, and every wrong input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from score_kernels import NoiseKey, dsm_loss, geometric_sigmas, ops
+from score_kernels.noise import Purpose
+
+SIGMAS = geometric_sigmas(2.0, 0.1, 5)
+
+
+def zero(x: Tensor, sigma: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def per_sample(net: Any, x: Tensor, sigmas: Any, key: NoiseKey) -> Tensor:
+    """The loss of each sample on its own: what the noise contract makes possible."""
+    return torch.stack([dsm_loss(net, x[i:i + 1], sigmas, noise=key.for_samples(i))
+                        for i in range(len(x))])
+
+
+@pytest.mark.parametrize("shape", [(4000, 12), (500, 3, 8, 8), (2000,)])
+def test_the_zero_network_s_loss_is_half_the_dimension(shape: tuple[int, ...]) -> None:
+    """|z|^2 / 2 summed over D: chi-square with B D degrees of freedom."""
+    x = torch.rand(shape)
+    loss = float(dsm_loss(zero, x, SIGMAS, seed=1))
+    cdf = stats.chi2.cdf(2 * loss * shape[0], math.prod(shape))
+    assert tolerances.ALPHA / 2 < cdf < 1 - tolerances.ALPHA / 2, loss
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 3.0])
+def test_the_perfect_score_of_a_gaussian_reaches_the_floor(sigma: float) -> None:
+    """Data N(0, I): (D/2) / (1 + sigma^2), here tested as a mean with its standard error."""
+    dimension, batch = 10, 40_000
+    x = torch.randn(batch, dimension, generator=torch.Generator().manual_seed(6))
+    key = NoiseKey(2)
+
+    def perfect(x: Tensor, sigma: Tensor) -> Tensor:
+        return -x / (1 + sigma**2)[:, None]
+
+    z = ops.normal(x.shape, key.for_purpose(Purpose.DSM_NOISE))
+    level = torch.full((batch,), sigma)
+    each = 0.5 * (sigma * perfect(x + sigma * z, level) + z).double().square().sum(1)
+    loss = float(dsm_loss(perfect, x, [sigma], noise=key))
+    np.testing.assert_allclose(loss, float(each.mean()), rtol=10 * tolerances.FP32_RELATIVE)
+    floor = dimension / 2 / (1 + sigma**2)
+    score = (loss - floor) / float(each.std() / math.sqrt(batch))
+    assert 2 * stats.norm.sf(abs(score)) > tolerances.ALPHA / 3
+
+
+def test_the_loss_is_the_formula(backend: str) -> None:
+    """In fp64, with sigma per sample and the contract's own noise and levels."""
+    key, batch = NoiseKey(77, draw=3), 50
+    x = torch.randn(batch, 2, 3, 4, dtype=torch.float64)
+    words = ops.words((batch, 1), key.for_purpose(Purpose.DSM_LEVEL))[:, 0]
+    labels = torch.tensor([int(w) * 5 >> 32 for w in words])
+    assert set(labels.tolist()) == set(range(5))
+    z = ops.normal(x.shape, key.for_purpose(Purpose.DSM_NOISE)).double()
+    sigma = SIGMAS[labels].double().view(-1, 1, 1, 1)
+    noisy = x + sigma * z
+    want = 0.5 * (sigma * -noisy / (1 + sigma**2) + z).square().sum((1, 2, 3)).mean()
+
+    def net(x: Tensor, sigma: Tensor) -> Tensor:
+        return -x / (1 + sigma.double()**2).view(-1, 1, 1, 1)
+
+    for options in ({}, {"labels": labels}):
+        torch.testing.assert_close(dsm_loss(net, x, SIGMAS, noise=key, **options), want)
+
+
+def test_the_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
+    net = nn.Linear(6, 6)
+    x, key = torch.randn(9, 6), NoiseKey(3)
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        return net(x) / sigma[:, None]
+
+    torch.testing.assert_close(per_sample(score, x, SIGMAS, key).mean(),
+                               dsm_loss(score, x, SIGMAS, noise=key))
+
+
+def test_gradients_reach_the_network_and_the_data() -> None:
+    weight = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        return dsm_loss(lambda y, s: torch.tanh(y @ weight), x, SIGMAS, seed=5)
+
+    assert torch.autograd.gradcheck(loss, (weight, x))
+
+
+def test_levels_are_drawn_evenly() -> None:
+    words = ops.words((100_000, 1), NoiseKey(8, purpose=Purpose.DSM_LEVEL))[:, 0]
+    counts = torch.bincount(words * 10 >> 32, minlength=10).numpy()
+    assert len(counts) == 10 and stats.chisquare(counts).pvalue > tolerances.ALPHA
+
+
+def test_seeds() -> None:
+    x = torch.randn(5, 3)
+    assert dsm_loss(zero, x, SIGMAS, seed=4) == dsm_loss(zero, x, SIGMAS, noise=NoiseKey(4))
+    assert dsm_loss(zero, x, SIGMAS, seed=4) != dsm_loss(zero, x, SIGMAS, seed=5)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(float(dsm_loss(zero, x, SIGMAS)))
+    assert losses[0] == losses[1] != losses[2]
+
+
+GOOD = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize("options, error, match", [
+    ({"x": GOOD.int()}, TypeError, "x: got dtype torch.int32"),
+    ({"x": GOOD[:0]}, ValueError, "x: got a batch of 0"),
+    ({"x": [1.0]}, TypeError, "x: got list"),
+    ({"sigmas": [1.0, 2.0]}, ValueError, "sigmas: .*decreasing"),
+    ({"sigmas": [math.inf]}, ValueError, r"sigmas\[0\]: got inf"),
+    ({"noise": NoiseKey(1), "seed": 1}, ValueError, "seed: got 1 beside noise"),
+    ({"noise": 5}, TypeError, "noise: got int 5"),
+    ({"seed": -1}, ValueError, "seed: got -1"),
+    ({"labels": torch.tensor([0, 1, 2, 5])}, ValueError, "labels: got values from 0 to 5"),
+    ({"labels": torch.tensor([0, 1, 2, -1])}, ValueError, "labels: got values from -1"),
+    ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels: got shape \(3,\)"),
+    ({"labels": torch.zeros(4)}, TypeError, "labels: got dtype torch.float32"),
+    ({"labels": [0, 1, 2, 3]}, TypeError, "labels: got list"),
+    ({"net": lambda x, s: x[:, :1]}, ValueError, r"net: got shape \(4, 1\)"),
+    ({"net": lambda x, s: x.double()}, TypeError, "net: got dtype torch.float64"),
+])
+def test_wrong_inputs_are_named(options: dict[str, Any], error: type[Exception],
+                                match: str) -> None:
+    arguments = {"net": zero, "x": GOOD, "sigmas": SIGMAS, **options}
+    net, x, sigmas = (arguments.pop(k) for k in ("net", "x", "sigmas"))
+    with pytest.raises(error, match=match):
+        dsm_loss(net, x, sigmas, **arguments)

@@ -1,0 +1,184 @@
+"""Words to the bit against the oracle, normals against it and to the bit against each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import tolerances
+import torch
+from conftest import BACKENDS, NATIVE, on_backend
+
+import score_kernels
+from score_kernels import NoiseKey, ops
+from score_kernels.backends import reference
+from score_kernels.noise import Purpose, fresh_seed
+
+# Odd sizes, one block and less, several tiles, samples that carry into the high word inside a
+# vector, and the ends of every range.
+KEYS = [
+    {"seed": 0, "purpose": 0, "draw": 0, "first_sample": 0},
+    {"seed": 2**64 - 1, "purpose": 255, "draw": 2**32 - 1, "first_sample": 2**56 - 90},
+    {"seed": 0x0123456789ABCDEF, "purpose": 7, "draw": 99, "first_sample": 2**32 - 3},
+]
+SIZES = [(1, 1), (7, 1), (90, 1), (5, 2), (64, 2), (33, 3), (6, 4), (9, 5), (3, 7), (5, 63),
+         (4, 64), (3, 130), (2, 253), (2, 257), (2, 1023), (2, 1025), (1, 4103)]
+
+
+def bits(x: torch.Tensor) -> np.ndarray:
+    return x.contiguous().numpy().view(np.uint32)
+
+
+def test_oracle_gives_the_published_answers() -> None:
+    assert len(oracle.KNOWN_ANSWERS) == 3
+    for row in oracle.KNOWN_ANSWERS:
+        got = oracle.philox([np.array([c]) for c in row[:4]], (row[4], row[5]))
+        assert [int(w[0]) for w in got] == row[6:]
+
+
+def test_reference_gives_the_published_answers() -> None:
+    for c0, c1, c2, c3, k0, k1, *answer in oracle.KNOWN_ANSWERS:
+        key = NoiseKey(k1 << 32 | k0, purpose=c3 >> 24, draw=c1)
+        sample = torch.tensor([(c3 & 0xFFFFFF) << 32 | c2])
+        assert reference._philox(torch.tensor([c0]), sample, key)[0].tolist() == answer
+
+
+@pytest.mark.parametrize("key", KEYS, ids=["zero", "ends", "carry"])
+def test_words_equal_the_oracle(backend: str, key: dict[str, int]) -> None:
+    for rows, elements in SIZES:
+        got = ops.words((rows, elements), NoiseKey(**key))
+        assert got.dtype == torch.int64
+        np.testing.assert_array_equal(got.numpy(), oracle.words(rows, elements, **key))
+
+
+@pytest.mark.parametrize("key", KEYS, ids=["zero", "ends", "carry"])
+def test_normals_meet_the_exact_function(backend: str, key: dict[str, int]) -> None:
+    for rows, elements in SIZES:
+        got = ops.normal((rows, elements), NoiseKey(**key)).double().numpy()
+        np.testing.assert_allclose(got, oracle.normals(rows, elements, **key), rtol=0,
+                                   atol=tolerances.NORMAL)
+
+
+def test_uniforms_and_signs_equal_the_oracle(backend: str) -> None:
+    for key in KEYS:
+        for rows, elements in SIZES:
+            word = oracle.words(rows, elements, **key)
+            u = ops.uniform((rows, elements), NoiseKey(**key)).numpy()
+            np.testing.assert_array_equal(u, oracle.uniforms_of(word))
+            assert u.min() > 0 and u.max() <= 1
+            sign = ops.rademacher((rows, elements), NoiseKey(**key)).numpy()
+            np.testing.assert_array_equal(sign, 1 - 2 * (word >> 31))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_every_instruction_set_gives_the_reference_s_bits(name: str) -> None:
+    """A million normals: 0 may differ."""
+    key = NoiseKey(20_26, purpose=3, draw=5, first_sample=2**32 - 100)
+    for shape in ((1000, 1000), (500_000, 2), (333_333, 3), (16, 65_536)):
+        want = {}
+        for backend in ("reference", name):
+            with on_backend(backend):
+                want[backend] = bits(ops.normal(shape, key))
+        assert np.count_nonzero(want["reference"] != want[name]) == 0
+
+
+def test_golden_words_and_normals(backend: str) -> None:
+    """The contract does not change from release to release."""
+    golden = json.loads((Path(__file__).parent / "data/golden.json").read_text())
+    assert len(golden) == 6
+    for case in golden:
+        key, shape = NoiseKey(**case["key"]), case["shape"]
+        assert ops.words(shape, key).flatten().tolist() == case["words"]
+        want = [float.fromhex(z) for z in case["normals"]]
+        assert ops.normal(shape, key).flatten().tolist() == want
+
+
+@pytest.mark.parametrize("elements", [1, 2, 3, 5, 64, 257, 3072])
+def test_a_batch_is_the_same_in_any_pieces(backend: str, elements: int) -> None:
+    key = NoiseKey(11, first_sample=2**32 - 4)
+    whole = ops.normal((8, elements), key)
+    for cuts in ((3, 5), (1,) * 8):
+        pieces, first = [], 2**32 - 4
+        for rows in cuts:
+            pieces.append(ops.normal((rows, elements), key.for_samples(first)))
+            first += rows
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 32, 32), (50_000, 2), (9_001, 3), (700, 130)])
+def test_threads_change_no_bit(backend: str, shape: tuple[int, ...]) -> None:
+    key, got = NoiseKey(12), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        got.append(ops.normal(shape, key))
+    assert torch.equal(*got)
+
+
+def test_rank_and_shape_do_not_enter() -> None:
+    key = NoiseKey(13)
+    flat = ops.normal((4, 60), key)
+    for shape in ((4, 3, 4, 5), (4, 60, 1), (4, 1, 2, 30, 1)):
+        assert torch.equal(ops.normal(shape, key).flatten(1), flat)
+    assert torch.equal(ops.normal((4,), key), ops.normal((4, 1), key)[:, 0])
+
+
+def test_other_dtypes_hold_the_same_values(backend: str) -> None:
+    key = NoiseKey(14)
+    z = ops.normal((3, 37), key)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert torch.equal(ops.normal((3, 37), key, dtype=dtype), z.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (3, 0, 7), (0, 0)])
+def test_empty_batches(backend: str, shape: tuple[int, ...]) -> None:
+    for fill in (ops.words, ops.normal, ops.uniform, ops.rademacher):
+        assert fill(shape, NoiseKey(1)).shape == shape
+
+
+def test_purposes_are_distinct_and_fixed() -> None:
+    assert {p.name: p.value for p in Purpose} == {
+        "USER": 0, "PRIOR": 1, "LANGEVIN": 2, "DSM_LEVEL": 3, "DSM_NOISE": 4}
+
+
+def test_key_methods() -> None:
+    key = NoiseKey(5, purpose=1, draw=2, first_sample=3)
+    assert key.at(9) == NoiseKey(5, purpose=1, draw=9, first_sample=3)
+    assert key.for_samples(8) == NoiseKey(5, purpose=1, draw=2, first_sample=8)
+    assert key.for_purpose(7) == NoiseKey(5, purpose=7, draw=2, first_sample=3)
+    assert NoiseKey(np.int64(4)) == NoiseKey(4) and hash(key) == hash(key.at(2))
+    with pytest.raises(AttributeError):
+        key.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("field, value, error", [
+    ("seed", -1, ValueError), ("seed", 2**64, ValueError), ("seed", 1.5, TypeError),
+    ("seed", True, TypeError), ("seed", None, TypeError), ("seed", "1", TypeError),
+    ("purpose", 256, ValueError), ("purpose", -1, ValueError), ("draw", 2**32, ValueError),
+    ("draw", -1, ValueError), ("draw", torch.tensor(3), TypeError),
+    ("first_sample", 2**56, ValueError), ("first_sample", -1, ValueError),
+])
+def test_key_refuses(field: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=field):
+        NoiseKey(**{"seed": 0, **{field: value}})  # type: ignore[arg-type]
+    if field == "draw":
+        with pytest.raises(error, match="draw"):
+            NoiseKey(0).at(value)  # type: ignore[arg-type]
+
+
+def test_torch_s_seed_rules_the_default_seed() -> None:
+    torch.manual_seed(3)
+    first = [fresh_seed() for _ in range(100)]
+    torch.manual_seed(3)
+    assert [fresh_seed() for _ in range(100)] == first
+    assert len(set(first)) == 100 and all(0 <= s < 2**64 for s in first)
+    # All 64 bits take both values.
+    assert np.bitwise_or.reduce(np.array(first, np.uint64)) == 2**64 - 1
+    assert np.bitwise_and.reduce(np.array(first, np.uint64)) == 0
+
+
+def test_the_reference_stands_for_a_missing_native_backend() -> None:
+    assert set(score_kernels.backends()) == {"native", "reference"}
+    assert BACKENDS[0] == "reference"

@@ -1,0 +1,326 @@
+"""The update ops: values, derivatives, dispatch, and every wrong input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+import torch._dynamo.testing
+from conftest import NATIVE, on_backend
+from torch import Tensor
+
+import score_kernels
+from score_kernels import NoiseKey, ops
+
+KEY = NoiseKey(2**63 + 11, purpose=2, draw=17, first_sample=2**32 - 2)
+SHAPES = [(1, 1), (3, 1), (7, 2), (5, 3), (4, 4), (6, 5), (2, 64), (3, 130), (2, 257), (2, 1023),
+          (3, 2050), (4, 3, 8, 8), (2, 3, 5, 7, 2), (9,), (3, 0), (0, 3), (0,)]
+SCORES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(shape: tuple[int, ...], score: torch.dtype = torch.float32,
+           state: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(shape, dtype=state), (10 * torch.randn(shape)).to(score)
+
+
+def exact(x: Tensor, score: Tensor, a: float, b: float, c: float) -> Tensor:
+    z = ops.normal(x.shape, KEY).double()
+    return a * x.double() + b * score.double() + c * z
+
+
+@pytest.mark.parametrize("dtype", SCORES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_affine_step_against_fp64(backend: str, shape: tuple[int, ...],
+                                  dtype: torch.dtype) -> None:
+    x, score = inputs(shape, dtype)
+    want = exact(x, score, 0.9, -0.3, 0.7)
+    got = ops.affine_step_(x, score, 0.9, -0.3, 0.7, KEY)
+    assert got is x
+    np.testing.assert_allclose(x.double(), want, rtol=tolerances.FP32_RELATIVE,
+                               atol=4 * tolerances.FP32_RELATIVE)
+
+
+@pytest.mark.parametrize("dtype", SCORES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_gives_the_reference_s_bits(name: str, shape: tuple[int, ...],
+                                           dtype: torch.dtype) -> None:
+    x, score = inputs(shape, dtype)
+    results = []
+    for backend in ("reference", name):
+        with on_backend(backend):
+            results.append((ops.langevin_step(x, score, 0.37, KEY),
+                            ops.langevin_step_(x.clone(), score, 0.37, KEY),
+                            ops.affine_step_(x.clone(), score, 1.1, 0.3, 0.0, KEY)))
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(want, got)
+    assert torch.equal(results[1][0], results[1][1])
+
+
+@pytest.mark.parametrize("dtype", SCORES)
+@pytest.mark.parametrize("name", NATIVE)
+def test_half_scores_of_every_value(name: str, dtype: torch.dtype) -> None:
+    """All 65,536 bit patterns, subnormals and infinities included."""
+    if dtype == torch.float32:
+        score = torch.tensor([0.0, -0.0, 1e-45, -1e-40, math.inf, -math.inf, math.nan, 3e38])
+    else:
+        score = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    score = score[None]
+    x = torch.zeros(score.shape)
+    with on_backend(name):
+        got = ops.affine_step_(x, score, 1.0, 1.0, 0.0, KEY)
+    np.testing.assert_array_equal(got.numpy(), score.float().numpy())
+
+
+def test_langevin_is_form_a(backend: str) -> None:
+    """alpha/2 before the score and sqrt(alpha) before the noise."""
+    x, score = inputs((4, 33))
+    alpha = 0.02
+    want = exact(x, score, 1.0, alpha / 2, math.sqrt(alpha))
+    np.testing.assert_allclose(ops.langevin_step(x, score, alpha, KEY).double(), want,
+                               rtol=tolerances.FP32_RELATIVE, atol=tolerances.FP32_RELATIVE)
+
+
+def test_fp64_state_is_updated_in_fp64() -> None:
+    x, score = inputs((3, 7), state=torch.float64)
+    for s in (score, score.double(), score.bfloat16()):
+        want = exact(x, s, 1.0, 0.05, math.sqrt(0.1))
+        torch.testing.assert_close(ops.langevin_step(x, s, 0.1, KEY), want, rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(64, 3, 32, 32), (40_000, 2), (20_000, 3), (300, 1030)])
+def test_threads_and_batch_pieces_change_no_bit(backend: str, shape: tuple[int, ...],
+                                                threads: int) -> None:
+    x, score = inputs(shape)
+    torch.set_num_threads(2)
+    whole = ops.langevin_step(x, score, 0.1, KEY)
+    torch.set_num_threads(threads)
+    cut = shape[0] // 3
+    pieces = [ops.langevin_step(x[:cut], score[:cut], 0.1, KEY),
+              ops.langevin_step(x[cut:], score[cut:], 0.1,
+                                KEY.for_samples(KEY.first_sample + cut))]
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_memory_layout_does_not_enter(backend: str) -> None:
+    """Strides, storage offsets that break alignment, channels-last, lazy negation."""
+    x, score = inputs((4, 3, 6, 5))
+    want = ops.langevin_step(x, score, 0.1, KEY)
+    odd = torch.randn(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    layouts = {
+        "transposed": x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        "channels last": x.to(memory_format=torch.channels_last),
+        "unaligned": odd,
+        "every second": torch.stack((x, x), -1)[..., 0],
+        "negated": torch._neg_view(-x),
+    }
+    for name, view in layouts.items():
+        assert torch.equal(ops.langevin_step(view, score, 0.1, KEY), want), name
+        base = view.clone(memory_format=torch.preserve_format) if name != "unaligned" else view
+        got = ops.langevin_step_(base, score.to(memory_format=torch.channels_last), 0.1, KEY)
+        assert got is base and torch.equal(base, want), name
+    negated = torch._neg_view(-score)
+    assert torch.equal(ops.langevin_step(x, negated, 0.1, KEY), want)
+    half = score.bfloat16()
+    shifted = torch.cat((half.flatten()[:1], half.flatten()))[1:].view(x.shape)
+    assert torch.equal(ops.langevin_step(x, shifted, 0.1, KEY), ops.langevin_step(x, half, 0.1, KEY))
+
+
+def test_aliased_inputs(backend: str) -> None:
+    """The score may be the state itself, or overlap it."""
+    x = torch.randn(3, 40)
+    want = ops.langevin_step(x, x.clone(), 0.1, KEY)
+    same = x.clone()
+    assert torch.equal(ops.langevin_step_(same, same, 0.1, KEY), want)
+    memory = torch.randn(3 * 40 + 8)
+    first, second = memory[:120].view(3, 40), memory[8:].view(3, 40)
+    want = ops.langevin_step(first.clone(), second.clone(), 0.1, KEY)
+    assert torch.equal(ops.langevin_step_(first, second, 0.1, KEY), want)
+
+
+def test_gradients(backend: str) -> None:
+    x, score = inputs((3, 10))
+    for s in (score, score.bfloat16()):
+        leaf_x, leaf_s = x.clone().requires_grad_(), s.clone().requires_grad_()
+        weight = torch.randn(3, 10)
+        (ops.langevin_step(leaf_x, leaf_s, 0.3, KEY) * weight).sum().backward()
+        torch.testing.assert_close(leaf_x.grad, weight)
+        torch.testing.assert_close(leaf_s.grad, (0.15 * weight).to(s.dtype))
+        assert leaf_s.grad is not None and leaf_s.grad.dtype == s.dtype
+
+
+def test_in_place_gradients(backend: str) -> None:
+    x, score = inputs((3, 10))
+    leaf_x, leaf_s = x.clone().requires_grad_(), score.clone().requires_grad_()
+    state = leaf_x * 2
+    out = ops.affine_step_(state, leaf_s, 0.5, 0.25, 1.0, KEY)
+    assert out is state
+    assert torch.equal(state, ops.affine_step_(2 * x, score, 0.5, 0.25, 1.0, KEY))
+    state.sum().backward()
+    torch.testing.assert_close(leaf_x.grad, torch.ones_like(x))
+    torch.testing.assert_close(leaf_s.grad, torch.full_like(x, 0.25))
+    with pytest.raises(RuntimeError, match="leaf"):
+        ops.affine_step_(leaf_x, score, 0.5, 0.25, 1.0, KEY)
+
+
+def test_gradcheck() -> None:
+    x, score = (torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def step(x: Tensor, score: Tensor) -> Tensor:
+        # Squares, so that the second derivative is not zero.
+        return ops.langevin_step(x.square(), score.square(), 0.3, KEY)
+
+    def step_in_place(x: Tensor, score: Tensor) -> Tensor:
+        return ops.affine_step_(x.square(), score.square(), 0.7, 0.2, 0.5, KEY)
+
+    for function in (step, step_in_place):
+        assert torch.autograd.gradcheck(function, (x, score))
+        assert torch.autograd.gradgradcheck(function, (x, score))
+
+
+def test_functional_transforms() -> None:
+    x, score = inputs((3, 4))
+    grad = torch.func.grad(lambda s: ops.langevin_step(x, s, 0.3, KEY).sum())(score)
+    torch.testing.assert_close(grad, torch.full_like(score, 0.15))
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda a, b: ops.langevin_step(a, b, 0.3, KEY))(x[None], score[None])
+
+
+CUSTOM_OPS = [
+    *(pytest.param(name, lambda: ([3, 5], 7, 1, 2, 3, torch.device("cpu")), id=name)
+      for name in ("words", "normal", "uniform", "rademacher")),
+    *(pytest.param(name, lambda dtype=dtype: (torch.randn(3, 5), torch.randn(3, 5).to(dtype), 1.0,
+                                              0.1, 0.2, -7, 1, 2, 3), id=f"{name} {dtype}")
+      for name in ("affine_step", "affine_step_") for dtype in SCORES),
+]
+
+
+@pytest.mark.parametrize("name, arguments", CUSTOM_OPS)
+def test_opcheck(backend: str, name: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
+    # opcheck compares two runs; poisoned memory would be reported as its own mutation.
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(getattr(torch.ops.score_kernels, name).default, arguments())
+
+
+def test_compiled_whole(backend: str) -> None:
+    """fullgraph, with the key changing from call to call and no compilation for it."""
+    def chain(x: Tensor, score: Tensor, noise: NoiseKey) -> Tensor:
+        y = ops.langevin_step(x.sin(), score.cos(), 0.1, noise)
+        return ops.affine_step_(y, score, 0.5, 0.1, 0.2, noise) + ops.normal((3, 8), noise)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(chain, fullgraph=True, backend=counter)
+    x, score = inputs((3, 8))
+    for step in range(6):
+        noise = NoiseKey(2**64 - 5, first_sample=9).at(step)
+        assert torch.equal(compiled(x, score, noise), chain(x, score, noise))
+    # Once as constants, once with them dynamic, and then never again.
+    assert counter.frame_count == 2
+
+
+def test_compiled_by_inductor_with_gradients() -> None:
+    def loss(x: Tensor, score: Tensor) -> Tensor:
+        return ops.langevin_step(x, score * 2, 0.5, KEY).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    for function in (loss, compiled):
+        x, score = torch.arange(12.0).view(3, 4), torch.ones(3, 4, requires_grad=True)
+        function(x, score).backward()
+        want = 2 * ops.langevin_step(x, score.detach() * 2, 0.5, KEY) * 0.25 * 2
+        torch.testing.assert_close(score.grad, want)
+
+
+def test_fake_tensors_see_shapes() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(4, 3)
+        assert ops.langevin_step(x, torch.empty(4, 3), 0.1, KEY).shape == (4, 3)
+        assert ops.normal((5, 2), KEY, device="cpu").shape == (5, 2)
+
+
+GOOD = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize("x, score, alpha, noise, error, match", [
+    (GOOD, torch.zeros(3, 2), 0.1, KEY, ValueError, r"score: got shape \(3, 2\).*\(2, 3\)"),
+    (GOOD, torch.zeros(2, 3, device="meta"), 0.1, KEY, ValueError, "score: got device meta.*cpu"),
+    (GOOD, torch.zeros(2, 3, dtype=torch.float64), 0.1, KEY, TypeError, "score: got dtype.*64"),
+    (GOOD, torch.zeros(2, 3, dtype=torch.int32), 0.1, KEY, TypeError, "score: got dtype.*int32"),
+    (GOOD, GOOD.to_sparse(), 0.1, KEY, TypeError, "score: got layout.*sparse"),
+    (GOOD, None, 0.1, KEY, TypeError, "score: got NoneType"),
+    (GOOD.int(), GOOD, 0.1, KEY, TypeError, "x: got dtype torch.int32.*float32"),
+    (GOOD.bfloat16(), GOOD, 0.1, KEY, TypeError, "x: got dtype.*keep it in float32"),
+    (GOOD.to(torch.complex64), GOOD, 0.1, KEY, TypeError, "x: got dtype"),
+    (GOOD.to_sparse(), GOOD, 0.1, KEY, TypeError, "x: got layout"),
+    (GOOD.numpy(), GOOD, 0.1, KEY, TypeError, "x: got ndarray.*expected a tensor"),
+    (torch.tensor(1.0), torch.tensor(1.0), 0.1, KEY, ValueError, r"x: .*expected \[B"),
+    (GOOD, GOOD, -0.1, KEY, ValueError, "alpha: got -0.1"),
+    (GOOD, GOOD, math.nan, KEY, ValueError, "alpha: got nan"),
+    (GOOD, GOOD, math.inf, KEY, ValueError, "alpha: got inf"),
+    (GOOD, GOOD, "0.1", KEY, TypeError, "alpha: got str"),
+    (GOOD, GOOD, None, KEY, TypeError, "alpha: got NoneType"),
+    (GOOD, GOOD, torch.tensor(0.1), KEY, TypeError, "alpha: got a tensor.*item"),
+    (GOOD, GOOD, 0.1, 7, TypeError, "noise: got int 7.*NoiseKey"),
+    (GOOD, GOOD, 0.1, NoiseKey(0, first_sample=2**56 - 1), ValueError, "first_sample"),
+])
+@pytest.mark.parametrize("step", [ops.langevin_step, ops.langevin_step_])
+def test_wrong_inputs_are_named(step: Callable[..., Tensor], x: Any, score: Any, alpha: Any,
+                                noise: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        step(x, score, alpha, noise)
+
+
+def test_more_wrong_inputs_are_named() -> None:
+    with pytest.raises(ValueError, match="x: got strides"):
+        ops.langevin_step_(torch.zeros(1, 3).expand(2, 3), GOOD, 0.1, KEY)
+    for position, name in enumerate("abc"):
+        coefficients: list[Any] = [1.0, 1.0, 1.0]
+        for value, error in ((math.nan, ValueError), (math.inf, ValueError), ("1", TypeError)):
+            coefficients[position] = value
+            with pytest.raises(error, match=f"{name}: got"):
+                ops.affine_step_(GOOD.clone(), GOOD, *coefficients, KEY)
+    for shape, error in (((), ValueError), ((-1, 2), ValueError), ((2.5,), TypeError),
+                         (3, TypeError), ("23", TypeError), ((1, 2**35), ValueError)):
+        with pytest.raises(error, match="shape: got"):
+            ops.normal(shape, KEY)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="dtype: got torch.int32"):
+        ops.normal((2,), KEY, dtype=torch.int32)
+    with pytest.raises(TypeError, match="noise: got"):
+        ops.words((2,), 3)  # type: ignore[arg-type]
+
+
+def test_backends_are_forced_and_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="name: got 'triton'.*native.*reference"):
+        score_kernels.use_backend("triton")
+    with pytest.raises(TypeError, match="name: got int 3"):
+        score_kernels.use_backend(3)  # type: ignore[arg-type]
+    x64 = torch.zeros(2, 3, dtype=torch.float64)
+    with score_kernels.use_backend("native"):
+        with pytest.raises(ValueError, match="backend: 'native' is forced but.*float32.*float64"):
+            ops.langevin_step(x64, x64, 0.1, KEY)
+    # Leaving the block restores the choice by dtype.
+    assert ops.langevin_step(x64, x64, 0.1, KEY).dtype == torch.float64
+
+
+def test_use_backend_is_also_a_setter() -> None:
+    from score_kernels.backends import choose, native, reference
+
+    cpu = torch.device("cpu")
+    try:
+        score_kernels.use_backend("reference")
+        assert choose(cpu, torch.float32) is reference
+        with score_kernels.use_backend(None):
+            assert choose(cpu, torch.float32) is native
+        assert choose(cpu, torch.float32) is reference
+    finally:
+        score_kernels.use_backend(None)
+    assert choose(cpu, torch.float32) is native

@@ -1,0 +1,289 @@
+"""Chains: closed forms, the contract over splits and resumes, and every wrong input."""
+
+from __future__ import annotations
+
+import gc
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+from scipy import stats
+from torch import Tensor
+
+import score_kernels
+from score_kernels import annealed_langevin, geometric_sigmas, langevin
+from score_kernels.sampling import Progress
+
+SIGMAS = geometric_sigmas(4.0, 0.1, 6)
+
+
+def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
+    """The score of N(0, 1 + sigma^2)."""
+    return -x / (1 + sigma**2).view(-1, *[1] * (x.dim() - 1))
+
+
+def anneal(shape: Any, sigmas: Any = SIGMAS, **options: Any) -> Tensor:
+    defaults = {"steps_per_level": 5, "step_size": 1e-3, "seed": 9}
+    return annealed_langevin(gaussian, shape, sigmas, **{**defaults, **options})
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.5])
+def test_langevin_reaches_form_a_s_stationary_variance(alpha: float) -> None:
+    """Target variance v = 0.7: form A settles at v / (1 - alpha / (4 v)); form B would not."""
+    v = 0.7
+    chains = 200_000
+    x = langevin(lambda x: -x / v, (chains, 1), step_size=alpha, steps=60, seed=4)
+    # The chain is Gaussian and its memory after 60 steps is (1 - alpha/2v)^60 < 1e-6.
+    expected = v / (1 - alpha / (4 * v))
+    statistic = float(x.double().square().sum()) / expected
+    p = 2 * min(stats.chi2.cdf(statistic, chains), stats.chi2.sf(statistic, chains))
+    assert p > tolerances.ALPHA, (float(x.var()), expected)
+    form_b = v / (1 - alpha / (2 * v)) if alpha < 2 * v else math.inf
+    assert stats.chi2.cdf(float(x.double().square().sum()) / form_b, chains) < tolerances.ALPHA
+
+
+MEANS = torch.tensor([[-5.0, -5.0], [5.0, 5.0]])
+LOG_WEIGHTS = torch.log(torch.tensor([0.2, 0.8]))
+
+
+def toy_score(x: Tensor, sigma: Tensor) -> Tensor:
+    """0.2 N((-5, -5), sigma^2 I) + 0.8 N((5, 5), sigma^2 I), exactly, by the logit of its modes."""
+    variance = sigma.square()
+    # log of the ratio of the two weighted densities: linear in x.
+    logit = LOG_WEIGHTS[1] - LOG_WEIGHTS[0] + 10 * x.sum(1) / variance
+    mean = MEANS[0] + torch.sigmoid(logit)[:, None] * (MEANS[1] - MEANS[0])
+    return (mean - x) / variance[:, None]
+
+
+def test_toy_mode_mass() -> None:
+    """Figure 2 of the literature: annealing finds the weights of the modes, Langevin does not."""
+    start = torch.rand(100_000, 2, generator=torch.Generator().manual_seed(5)) * 16 - 8
+    sigmas = torch.exp(torch.linspace(math.log(20), 0, 10))
+    annealed = annealed_langevin(toy_score, start, sigmas, steps_per_level=100, step_size=0.1,
+                                 seed=11, denoise=False)
+    plain = langevin(toy_score, start[:20_000], step_size=0.1, steps=1000, sigma=1.0, seed=12)
+    masses = [float((x.sum(1) > 0).double().mean()) for x in (annealed, plain)]
+    print(f"mode mass: annealed {masses[0]:.4f}, plain {masses[1]:.4f}")
+    assert abs(masses[0] - tolerances.TOY_ANNEALED) < tolerances.TOY_ANNEALED_TOLERANCE
+    assert abs(masses[1] - tolerances.TOY_PLAIN) < tolerances.TOY_PLAIN_TOLERANCE
+
+
+def test_annealed_langevin_is_algorithm_1(backend: str) -> None:
+    """Step by step against the formula in fp64 with the contract's own noise."""
+    x = torch.randn(3, 7, dtype=torch.float64)
+    want, t = x.clone(), 0
+    for sigma in SIGMAS.double():
+        alpha = 1e-3 * sigma**2 / SIGMAS[-1].double() ** 2
+        for _ in range(5):
+            key = score_kernels.NoiseKey(9, purpose=2, draw=t)
+            z = score_kernels.ops.normal((3, 7), key).double()
+            want += alpha / 2 * gaussian(want, sigma.expand(3)) + alpha.sqrt() * z
+            t += 1
+    last = SIGMAS[-1].double()
+    denoised = want + last**2 * gaussian(want, last.expand(3))
+    for denoise, expected in ((False, want), (True, denoised)):
+        got = anneal(x.float(), denoise=denoise)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (8, 1, 8, 8), (8,)])
+def test_a_run_does_not_depend_on_its_batches(backend: str, shape: tuple[int, ...]) -> None:
+    whole = anneal(shape, first_sample=2**32 - 3)
+    for cuts in ((3, 5), (1,) * 8):
+        pieces, first = [], 2**32 - 3
+        for rows in cuts:
+            pieces.append(anneal((rows, *shape[1:]), first_sample=first))
+            first += rows
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_a_run_is_the_same_on_every_backend_and_thread_count() -> None:
+    from conftest import BACKENDS, on_backend
+
+    runs = []
+    for name in BACKENDS:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with on_backend(name):
+                runs.append(anneal((200, 3, 5, 5)))
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
+
+
+@pytest.mark.parametrize("done", [1, 7, 10, 29, 30])
+def test_resume_in_the_middle_gives_the_same_bits(backend: str, done: int) -> None:
+    whole = anneal((4, 6))
+    states = anneal((4, 6), record_every=1)
+    assert torch.equal(anneal(states[done - 1], first_step=done), whole)
+
+
+def test_langevin_resumes_too() -> None:
+    options: dict[str, Any] = {"step_size": 0.1, "steps": 20, "seed": 1}
+    states = langevin(lambda x: -x, (4, 6), record_every=5, **options)
+    assert torch.equal(langevin(lambda x: -x, states[1], first_step=10, **options), states[-1])
+
+
+def test_record_every_and_callback_see_the_same_chain() -> None:
+    seen: list[tuple[int, int, float, Tensor]] = []
+
+    def callback(progress: Progress) -> None:
+        seen.append((progress.step, progress.level, progress.sigma, progress.x.clone()))
+
+    film = anneal((4, 6), record_every=7, callback=callback)
+    assert film.shape == (30 // 7 + 1, 4, 6) and film.device.type == "cpu"
+    assert [s[0] for s in seen] == list(range(30))
+    assert [s[1] for s in seen] == [i // 5 for i in range(30)]
+    assert [s[2] for s in seen] == [float(SIGMAS[i // 5]) for i in range(30)]
+    for frame, step in zip(film[:-1], range(6, 30, 7), strict=True):
+        assert torch.equal(frame, seen[step][3])
+    assert torch.equal(film[-1], anneal((4, 6)))
+    assert torch.equal(anneal(seen[16][3], first_step=17, record_every=7), film[2:])
+
+
+def test_the_score_gets_one_sigma_per_sample() -> None:
+    calls: list[Tensor] = []
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        assert sigma.shape == (5,) and sigma.dtype == torch.float32 and not torch.is_grad_enabled()
+        calls.append(sigma.clone())
+        return -x
+
+    annealed_langevin(score, (5, 2), SIGMAS, steps_per_level=2, step_size=1e-3, seed=1)
+    want = [*SIGMAS.repeat_interleave(2).tolist(), float(SIGMAS[-1])]
+    assert [float(c[0]) for c in calls] == want and all((c == c[0]).all() for c in calls)
+
+
+def test_nothing_is_allocated_per_step() -> None:
+    """The state, the sigmas and the callback's object are the same from step to step, and tensors
+    in the world do not grow."""
+    identities, counts, out = set(), [], torch.zeros(3, 4)
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        identities.add((x.data_ptr(), id(sigma)))
+        return out
+
+    def callback(progress: Progress) -> None:
+        identities.add(id(progress))
+        if progress.step in (3, 28):
+            counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+
+    annealed_langevin(score, (3, 4), SIGMAS, steps_per_level=5, step_size=1e-3, seed=1,
+                      callback=callback)
+    assert len(identities) == 2 and counts[0] == counts[1]
+
+
+def test_half_precision_scores_and_fp64_states() -> None:
+    x = torch.randn(3, 5)
+    for dtype in (torch.bfloat16, torch.float16):
+        got = annealed_langevin(lambda x, s, d=dtype: gaussian(x, s).to(d), x, SIGMAS,
+                                steps_per_level=2, step_size=1e-3, seed=1)
+        assert got.dtype == torch.float32
+    assert anneal(x.double()).dtype == torch.float64
+
+
+def test_the_start_is_left_alone_and_the_prior_is_named() -> None:
+    x = torch.randn(4, 5)
+    before = x.clone()
+    anneal(x)
+    assert torch.equal(x, before)
+    kept: list[Tensor] = []
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        kept.append(x.clone())
+        return torch.zeros_like(x)
+
+    for init, low, high in (("normal", -20.0, 20.0), ("uniform", 0.0, 1.0)):
+        kept.clear()
+        annealed_langevin(score, (4000, 2), SIGMAS, steps_per_level=1, step_size=1e-3, seed=2,
+                          init=init)
+        assert kept[0].min() >= low and kept[0].max() <= high
+        if init == "normal":
+            # N(0, sigma_1^2): chi-square of 8000 numbers.
+            total = float(kept[0].double().square().sum()) / float(SIGMAS[0]) ** 2
+            assert tolerances.ALPHA < stats.chi2.cdf(total, 8000) < 1 - tolerances.ALPHA
+
+
+def test_torch_s_seed_rules_a_run_without_one() -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(anneal((2, 3), seed=None))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
+def test_empty_batches(backend: str, shape: tuple[int, ...]) -> None:
+    assert anneal(shape).shape == shape
+    assert langevin(lambda x: -x, shape, step_size=0.1, steps=3).shape == shape
+
+
+def test_progress_bar_is_shown_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    anneal((2, 3), progress=True)
+    assert "sampling" in capsys.readouterr().err
+    anneal((2, 3))
+    assert capsys.readouterr().err == ""
+
+
+def wrong_score(value: Any) -> Any:
+    return lambda x, sigma: value(x)
+
+
+@pytest.mark.parametrize("options, error, match", [
+    ({"sigmas": [1.0, 2.0]}, ValueError, r"sigmas: got sigmas\[0\] = 1.0.*decreasing"),
+    ({"sigmas": [1.0, 1.0]}, ValueError, "sigmas: .*strictly decreasing"),
+    ({"sigmas": [1.0, -0.5]}, ValueError, r"sigmas\[1\]: got -0.5, expected a number above 0"),
+    ({"sigmas": [1.0, 0.0]}, ValueError, r"sigmas\[1\]: got 0.0"),
+    ({"sigmas": [math.nan]}, ValueError, r"sigmas\[0\]: got nan"),
+    ({"sigmas": []}, ValueError, "sigmas: got none"),
+    ({"sigmas": 1.0}, TypeError, "sigmas: got float 1.0"),
+    ({"sigmas": torch.ones(2, 2)}, ValueError, r"sigmas: got a tensor of shape \(2, 2\)"),
+    ({"sigmas": ["a"]}, TypeError, r"sigmas\[0\]: got str"),
+    ({"steps_per_level": 0}, ValueError, "steps_per_level: got 0"),
+    ({"steps_per_level": 2.5}, TypeError, "steps_per_level: got float"),
+    ({"step_size": 0}, ValueError, "step_size: got 0"),
+    ({"step_size": -1e-3}, ValueError, "step_size: got -0.001"),
+    ({"step_size": math.nan}, ValueError, "step_size: got nan"),
+    ({"seed": -1}, ValueError, "seed: got -1"),
+    ({"seed": 2**64}, ValueError, "seed: got"),
+    ({"seed": 1.0}, TypeError, "seed: got float"),
+    ({"first_sample": -1}, ValueError, "first_sample: got -1"),
+    ({"first_sample": 2**56 - 1}, ValueError, "first_sample: got .* for a batch of 2"),
+    ({"steps_per_level": 2**31}, ValueError, "steps: got .*2\\*\\*32"),
+    ({"init": "zeros"}, ValueError, "init: got 'zeros'"),
+    ({"first_step": 31}, ValueError, "first_step: got 31, expected at most"),
+    ({"first_step": -1}, ValueError, "first_step: got -1"),
+    ({"first_step": 3}, ValueError, "first_step: got 3 with a shape"),
+    ({"record_every": 0}, ValueError, "record_every: got 0"),
+    ({"callback": 3}, TypeError, "callback: got int"),
+    ({"shape": (2.0, 3)}, TypeError, "shape: got float"),
+    ({"shape": 5}, TypeError, "shape: got int"),
+    ({"shape": ()}, ValueError, r"shape: got \(\)"),
+    ({"shape": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "shape_or_init: got dtype"),
+    ({"shape": torch.zeros(2, 3).half()}, TypeError, "shape_or_init: got dtype torch.float16"),
+    ({"shape": torch.zeros(2, 3), "device": "meta"}, ValueError, "device: got meta"),
+    ({"score": wrong_score(lambda x: x[:1])}, ValueError, r"score: got shape \(1, 3\)"),
+    ({"score": wrong_score(lambda x: x.double())}, TypeError, "score: got dtype torch.float64"),
+    ({"score": wrong_score(lambda x: x.to("meta"))}, ValueError, "score: got device meta"),
+    ({"score": wrong_score(lambda x: None)}, TypeError, "score: got NoneType None"),
+    ({"score": 3}, TypeError, "score: got int 3"),
+])
+def test_wrong_inputs_are_named(options: dict[str, Any], error: type[Exception],
+                                match: str) -> None:
+    arguments = {"score": gaussian, "shape": (2, 3), "sigmas": SIGMAS, "steps_per_level": 5,
+                 "step_size": 1e-3, "seed": 1, **options}
+    score, shape, sigmas = (arguments.pop(k) for k in ("score", "shape", "sigmas"))
+    with pytest.raises(error, match=match):
+        annealed_langevin(score, shape, sigmas, **arguments)
+
+
+@pytest.mark.parametrize("options, error, match", [
+    ({"step_size": 0.0}, ValueError, "step_size: got 0.0"),
+    ({"steps": -1}, ValueError, "steps: got -1"),
+    ({"sigma": 0.0}, ValueError, "sigma: got 0.0"),
+])
+def test_langevin_names_wrong_inputs(options: dict[str, Any], error: type[Exception],
+                                     match: str) -> None:
+    with pytest.raises(error, match=match):
+        langevin(lambda x: -x, (2, 3), **{"step_size": 0.1, "steps": 3, **options})
