@@ -21,7 +21,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 bench: .venv/ready
-	$(BIN)/python -m benchmarks.langevin
+	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
 
 # Made anew when what is installed may have changed; the kernels are compiled here.
 .venv/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.h csrc/cpu/*)

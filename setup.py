@@ -22,9 +22,17 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
 KERNELS = ("noise", "update")
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
-         # GCC 12's own AVX-512 header trips -Wmaybe-uninitialized.
-         "-fno-math-errno", "-Wall", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    # GCC 12's own AVX-512 header trips -Wmaybe-uninitialized.
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+]
 X86_ISAS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma",
@@ -65,7 +73,10 @@ def ninja_file(compiler: list[str], target: Path, scratch: Path) -> str:
     objects = {scratch / "module.o": ("module.cpp", shlex.join(includes))}
     for isa, isa_flags in isas.items():
         for kernel in KERNELS:
-            objects[scratch / f"{kernel}.{isa}.o"] = (f"{kernel}.cpp", f"-DSK_ISA={isa} {isa_flags}")
+            objects[scratch / f"{kernel}.{isa}.o"] = (
+                f"{kernel}.cpp",
+                f"-DSK_ISA={isa} {isa_flags}",
+            )
     lines = [
         "rule compile",
         f"  command = {shlex.join(compiler + flags)} $extra -MMD -MF $out.d -c $in -o $out",
@@ -75,8 +86,10 @@ def ninja_file(compiler: list[str], target: Path, scratch: Path) -> str:
         f"  command = {shlex.join([*compiler, '-shared', *openmp, *undefined])} $in -o $out",
     ]
     for output, (source, extra) in objects.items():
-        lines += [f"build {escape(output)}: compile {escape(ROOT / CPU / source)}",
-                  f"  extra = {extra}"]
+        lines += [
+            f"build {escape(output)}: compile {escape(ROOT / CPU / source)}",
+            f"  extra = {extra}",
+        ]
     lines.append(f"build {escape(target)}: link {' '.join(map(escape, objects))}")
     return "\n".join(lines) + "\n"
 
@@ -90,8 +103,10 @@ class BuildKernels(build_ext):
             raise SystemExit(f"SCORE_KERNELS_NATIVE: got {wanted!r}, expected auto, 0 or 1")
         self.compiler_command = find_compiler()
         if self.compiler_command is None and wanted == "1":
-            raise SystemExit("SCORE_KERNELS_NATIVE=1 but no C++ compiler was found: install g++ or "
-                             "clang++, or name one in CXX")
+            raise SystemExit(
+                "SCORE_KERNELS_NATIVE=1 but no C++ compiler was found: install g++ or "
+                "clang++, or name one in CXX"
+            )
         if self.compiler_command is None or wanted == "0":
             why = "SCORE_KERNELS_NATIVE=0" if wanted == "0" else "no C++ compiler found"
             print(f"score_kernels: {why}; the pure-torch reference will serve", file=sys.stderr)
@@ -109,9 +124,12 @@ class BuildKernels(build_ext):
         build_file.write_text(ninja_file(self.compiler_command, target, scratch))
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(build_file)]
         if subprocess.run(command, cwd=scratch, check=False).returncode:
-            raise SystemExit("score_kernels: the kernels did not compile (above); "
-                             "SCORE_KERNELS_NATIVE=0 installs without them")
+            raise SystemExit(
+                "score_kernels: the kernels did not compile (above); "
+                "SCORE_KERNELS_NATIVE=0 installs without them"
+            )
 
 
-setup(ext_modules=[Extension("score_kernels._cpu", sources=[])],
-      cmdclass={"build_ext": BuildKernels})
+setup(
+    ext_modules=[Extension("score_kernels._cpu", sources=[])], cmdclass={"build_ext": BuildKernels}
+)

@@ -8,5 +8,13 @@ from score_kernels.sampling import annealed_langevin, langevin
 from score_kernels.schedules import geometric_sigmas
 
 __version__ = "0.1.0"
-__all__ = ["NoiseKey", "annealed_langevin", "backends", "dsm_loss", "geometric_sigmas", "langevin",
-           "ops", "use_backend"]
+__all__ = [
+    "NoiseKey",
+    "annealed_langevin",
+    "backends",
+    "dsm_loss",
+    "geometric_sigmas",
+    "langevin",
+    "ops",
+    "use_backend",
+]

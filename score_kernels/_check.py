@@ -72,8 +72,10 @@ def noise_levels(sigmas: Any, name: str = "sigmas") -> list[float]:
         raise ValueError(f"{name}: got none, expected at least one noise level")
     for i, (larger, smaller) in enumerate(itertools.pairwise(levels)):
         if not larger > smaller:
-            raise ValueError(f"{name}: got {name}[{i}] = {larger} and {name}[{i + 1}] = {smaller}, "
-                             "expected strictly decreasing noise levels")
+            raise ValueError(
+                f"{name}: got {name}[{i}] = {larger} and {name}[{i + 1}] = {smaller}, "
+                "expected strictly decreasing noise levels"
+            )
     return levels
 
 
@@ -85,16 +87,19 @@ def noise_shape(shape: Any) -> tuple[int, ...]:
     if not sizes:
         raise ValueError("shape: got (), expected at least the batch dimension [B, ...]")
     if math.prod(sizes[1:]) > 2**34:
-        raise ValueError(f"shape: got samples of {math.prod(sizes[1:])} elements, "
-                         "expected at most 2**34")
+        raise ValueError(
+            f"shape: got samples of {math.prod(sizes[1:])} elements, expected at most 2**34"
+        )
     return sizes
 
 
 def sample_range(first_sample: int, batch: int) -> None:
     """The global indices of a batch fit into 56 bits."""
     if first_sample + batch > 1 << 56:
-        raise ValueError(f"first_sample: got {first_sample} for a batch of {batch}, "
-                         "expected first_sample + batch <= 2**56")
+        raise ValueError(
+            f"first_sample: got {first_sample} for a batch of {batch}, "
+            "expected first_sample + batch <= 2**56"
+        )
 
 
 def instance(name: str, value: Any, kind: type, expected: str) -> None:
@@ -107,10 +112,16 @@ def state(name: str, value: Any) -> None:
     """A state [B, ...]: fp32 or, on the reference, fp64."""
     instance(name, value, Tensor, "a tensor")
     if value.dtype not in (torch.float32, torch.float64):
-        hint = ("; a half-precision state loses small steps, keep it in float32 and give the "
-                "network a copy" if value.dtype.is_floating_point else "")
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected torch.float32 "
-                        f"(or torch.float64 on the reference backend){hint}")
+        hint = (
+            "; a half-precision state loses small steps, keep it in float32 and give the "
+            "network a copy"
+            if value.dtype.is_floating_point
+            else ""
+        )
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, expected torch.float32 "
+            f"(or torch.float64 on the reference backend){hint}"
+        )
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
     if value.dim() == 0:
@@ -121,8 +132,9 @@ def score_like(x: Tensor, score: Any, name: str = "score") -> None:
     """A score that fits the state x: shape, device, dtype."""
     instance(name, score, Tensor, "a tensor")
     if score.shape != x.shape:
-        raise ValueError(f"{name}: got shape {tuple(score.shape)}, "
-                         f"expected that of x, {tuple(x.shape)}")
+        raise ValueError(
+            f"{name}: got shape {tuple(score.shape)}, expected that of x, {tuple(x.shape)}"
+        )
     if score.device != x.device:
         raise ValueError(f"{name}: got device {score.device}, expected that of x, {x.device}")
     allowed = [torch.float32, torch.bfloat16, torch.float16]
@@ -130,8 +142,9 @@ def score_like(x: Tensor, score: Any, name: str = "score") -> None:
         allowed.append(torch.float64)
     if score.dtype not in allowed:
         names = ", ".join(map(str, allowed))
-        raise TypeError(f"{name}: got dtype {score.dtype}, "
-                        f"expected one of {names} with x of {x.dtype}")
+        raise TypeError(
+            f"{name}: got dtype {score.dtype}, expected one of {names} with x of {x.dtype}"
+        )
     if score.layout is not torch.strided:
         raise TypeError(f"{name}: got layout {score.layout}, expected a dense tensor")
 

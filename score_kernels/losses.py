@@ -14,9 +14,15 @@ from score_kernels.noise import NoiseKey, Purpose, fresh_seed
 __all__ = ["dsm_loss"]
 
 
-def dsm_loss(net: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Any, *,
-             noise: NoiseKey | None = None, seed: int | None = None,
-             labels: Tensor | None = None) -> Tensor:
+def dsm_loss(
+    net: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigmas: Any,
+    *,
+    noise: NoiseKey | None = None,
+    seed: int | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
     """Denoising score matching over noise levels, each weighted by sigma^2.
 
     ``mean over the batch of 1/2 || sigma net(x + sigma z, sigma) + z ||^2``, the sum running over
@@ -77,8 +83,9 @@ def _check_labels(labels: Any, x: Tensor, levels: int) -> None:
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
     if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [B] = "
-                         f"{tuple(x.shape[:1])}")
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, expected [B] = {tuple(x.shape[:1])}"
+        )
     if labels.device != x.device:
         raise ValueError(f"labels: got device {labels.device}, expected that of x, {x.device}")
     low, high = (int(v) for v in torch.aminmax(labels))

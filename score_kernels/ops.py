@@ -25,8 +25,15 @@ from score_kernels.backends import choose, native
 from score_kernels.backends.registry import native_first
 from score_kernels.noise import NoiseKey
 
-__all__ = ["affine_step_", "langevin_step", "langevin_step_", "normal", "rademacher", "uniform",
-           "words"]
+__all__ = [
+    "affine_step_",
+    "langevin_step",
+    "langevin_step_",
+    "normal",
+    "rademacher",
+    "uniform",
+    "words",
+]
 
 _KEY = "SymInt seed, SymInt purpose, SymInt draw, SymInt first_sample"
 _FILLS = ("words", "normal", "uniform", "rademacher")
@@ -36,11 +43,13 @@ for _kind in _FILLS:
     _library.define(f"{_kind}(SymInt[] shape, {_KEY}, Device? device) -> Tensor")
 _library.define(f"affine_step(Tensor x, Tensor score, float a, float b, float c, {_KEY}) -> Tensor")
 _library.define(
-    f"affine_step_(Tensor(a!) x, Tensor score, float a, float b, float c, {_KEY}) -> ()")
+    f"affine_step_(Tensor(a!) x, Tensor score, float a, float b, float c, {_KEY}) -> ()"
+)
 
 
-def words(shape: Sequence[int], noise: NoiseKey, *,
-          device: torch.device | str | None = None) -> Tensor:
+def words(
+    shape: Sequence[int], noise: NoiseKey, *, device: torch.device | str | None = None
+) -> Tensor:
     """The 32-bit words behind each element of a batch of noise, for checks.
 
     Args:
@@ -54,8 +63,13 @@ def words(shape: Sequence[int], noise: NoiseKey, *,
     return _fill("words", shape, noise, torch.int64, device)
 
 
-def normal(shape: Sequence[int], noise: NoiseKey, *, dtype: torch.dtype = torch.float32,
-           device: torch.device | str | None = None) -> Tensor:
+def normal(
+    shape: Sequence[int],
+    noise: NoiseKey,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Standard normals, the same bits on every backend and device.
 
     ``z0 = sqrt(-2 ln u) cos(theta)``, ``z1 = sqrt(-2 ln u) sin(theta)`` (Box and Muller, 1958) from
@@ -73,20 +87,29 @@ def normal(shape: Sequence[int], noise: NoiseKey, *, dtype: torch.dtype = torch.
     return _fill("normal", shape, noise, dtype, device)
 
 
-def uniform(shape: Sequence[int], noise: NoiseKey, *, dtype: torch.dtype = torch.float32,
-            device: torch.device | str | None = None) -> Tensor:
+def uniform(
+    shape: Sequence[int],
+    noise: NoiseKey,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Uniforms in (0, 1]: ``fma(float(word), 2**-32, 2**-33)`` in float32. Arguments as `normal`."""
     return _fill("uniform", shape, noise, dtype, device)
 
 
-def rademacher(shape: Sequence[int], noise: NoiseKey, *, dtype: torch.dtype = torch.float32,
-               device: torch.device | str | None = None) -> Tensor:
+def rademacher(
+    shape: Sequence[int],
+    noise: NoiseKey,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Random signs, -1 where the word's top bit is set, else +1. Arguments as `normal`."""
     return _fill("rademacher", shape, noise, dtype, device)
 
 
-def affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float,
-                 noise: NoiseKey) -> Tensor:
+def affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
     """``x <- a x + b score + c z`` in place: the step every sampler of the family is made of.
 
     ``z`` is ``normal(x.shape, noise)``, never stored. In float32 the step is the fixed chain
@@ -146,8 +169,9 @@ def _step_size(alpha: float) -> float:
     return _check.not_negative("alpha", alpha)
 
 
-def _step(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey, *,
-          in_place: bool) -> Tensor:
+def _step(
+    x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey, *, in_place: bool
+) -> Tensor:
     if native_first():
         out = native.quick_step(x, score, a, b, c, noise, in_place)
         if out is not None:
@@ -185,8 +209,14 @@ class _AffineStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_x, to_score = ctx.needs_input_grad[:2]
-        return (ctx.a * grad if to_x else None,
-                (ctx.b * grad).to(ctx.score_dtype) if to_score else None, None, None, None, None)
+        return (
+            ctx.a * grad if to_x else None,
+            (ctx.b * grad).to(ctx.score_dtype) if to_score else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _AffineStepInPlace(_AffineStep):
@@ -201,8 +231,13 @@ class _AffineStepInPlace(_AffineStep):
         ctx.mark_dirty(inputs[0])
 
 
-def _fill(kind: str, shape: Sequence[int], noise: NoiseKey, dtype: torch.dtype,
-          device: torch.device | str | None) -> Tensor:
+def _fill(
+    kind: str,
+    shape: Sequence[int],
+    noise: NoiseKey,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Tensor:
     _check.instance("noise", noise, NoiseKey, "a NoiseKey")
     sizes = _check.noise_shape(shape)
     _check.sample_range(noise.first_sample, sizes[0])
@@ -223,25 +258,54 @@ def _contiguous_score(x: Tensor, score: Tensor) -> Tensor:
     return score
 
 
-def _affine_step(x: Tensor, score: Tensor, a: float, b: float, c: float, seed: int, purpose: int,
-                 draw: int, first_sample: int) -> Tensor:
+def _affine_step(
+    x: Tensor,
+    score: Tensor,
+    a: float,
+    b: float,
+    c: float,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     choose(x.device, x.dtype).affine_step(
-        out, x.contiguous(), score.contiguous(), a, b, c, seed & (2**64 - 1), purpose, draw,
-        first_sample)
+        out,
+        x.contiguous(),
+        score.contiguous(),
+        a,
+        b,
+        c,
+        seed & (2**64 - 1),
+        purpose,
+        draw,
+        first_sample,
+    )
     return out
 
 
-def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, seed: int, purpose: int,
-                  draw: int, first_sample: int) -> None:
+def _affine_step_(
+    x: Tensor,
+    score: Tensor,
+    a: float,
+    b: float,
+    c: float,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None:
     step = choose(x.device, x.dtype).affine_step
     seed &= 2**64 - 1
     if x.is_contiguous():
         step(x, x, _contiguous_score(x, score), a, b, c, seed, purpose, draw, first_sample)
         return
     if torch._debug_has_internal_overlap(x) == 1:
-        raise ValueError(f"x: got strides {x.stride()} for shape {tuple(x.shape)}, expected a "
-                         "tensor whose elements do not share memory (clone an expanded one)")
+        raise ValueError(
+            f"x: got strides {x.stride()} for shape {tuple(x.shape)}, expected a "
+            "tensor whose elements do not share memory (clone an expanded one)"
+        )
     dense = x.contiguous()
     step(dense, dense, score.contiguous(), a, b, c, seed, purpose, draw, first_sample)
     x.copy_(dense)
@@ -249,15 +313,28 @@ def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, seed: 
 
 def _register() -> None:
     def fill_of(kind: str) -> Any:
-        def fill(shape: list[int], seed: int, purpose: int, draw: int, first_sample: int,
-                 device: torch.device | None) -> Tensor:
+        def fill(
+            shape: list[int],
+            seed: int,
+            purpose: int,
+            draw: int,
+            first_sample: int,
+            device: torch.device | None,
+        ) -> Tensor:
             device = torch.get_default_device() if device is None else device
-            noise = NoiseKey(seed & (2**64 - 1), purpose=purpose, draw=draw,
-                             first_sample=first_sample)
+            noise = NoiseKey(
+                seed & (2**64 - 1), purpose=purpose, draw=draw, first_sample=first_sample
+            )
             return choose(device, torch.float32).fill(kind, tuple(shape), noise, device)
 
-        def fake(shape: list[int], seed: int, purpose: int, draw: int, first_sample: int,
-                 device: torch.device | None) -> Tensor:
+        def fake(
+            shape: list[int],
+            seed: int,
+            purpose: int,
+            draw: int,
+            first_sample: int,
+            device: torch.device | None,
+        ) -> Tensor:
             dtype = torch.int64 if kind == "words" else torch.float32
             return torch.empty(shape, dtype=dtype, device=device)
 

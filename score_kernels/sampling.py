@@ -49,12 +49,22 @@ class _Level:
     steps: int
 
 
-def langevin(score: Score, shape_or_init: Sequence[int] | Tensor, *, step_size: float, steps: int,
-             sigma: float | None = None, seed: int | None = None, first_sample: int = 0,
-             init: str = "normal", first_step: int = 0,
-             callback: Callable[[Progress], object] | None = None,
-             record_every: int | None = None, progress: bool = False,
-             device: torch.device | str | None = None) -> Tensor:
+def langevin(
+    score: Score,
+    shape_or_init: Sequence[int] | Tensor,
+    *,
+    step_size: float,
+    steps: int,
+    sigma: float | None = None,
+    seed: int | None = None,
+    first_sample: int = 0,
+    init: str = "normal",
+    first_step: int = 0,
+    callback: Callable[[Progress], object] | None = None,
+    record_every: int | None = None,
+    progress: bool = False,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Langevin dynamics, ``x <- x + (step_size/2) score(x) + sqrt(step_size) z``.
 
     Form A, as in Song and Ermon (2019, arXiv 1907.05600). On a Gaussian target of variance v the
@@ -75,17 +85,40 @@ def langevin(score: Score, shape_or_init: Sequence[int] | Tensor, *, step_size: 
     level = math.nan if sigma is None else _check.positive("sigma", sigma)
     step_size = _check.positive("step_size", step_size)
     steps = _check.count("steps", steps, least=0)
-    return _chain(score, shape_or_init, [_Level(level, step_size, steps)], scale=1.0, seed=seed,
-                  first_sample=first_sample, init=init, first_step=first_step, callback=callback,
-                  record_every=record_every, progress=progress, device=device, denoise=False)
+    return _chain(
+        score,
+        shape_or_init,
+        [_Level(level, step_size, steps)],
+        scale=1.0,
+        seed=seed,
+        first_sample=first_sample,
+        init=init,
+        first_step=first_step,
+        callback=callback,
+        record_every=record_every,
+        progress=progress,
+        device=device,
+        denoise=False,
+    )
 
 
-def annealed_langevin(score: Score, shape_or_init: Sequence[int] | Tensor, sigmas: Any, *,
-                      steps_per_level: int, step_size: float, seed: int | None = None,
-                      first_sample: int = 0, denoise: bool = True, init: str = "normal",
-                      first_step: int = 0, callback: Callable[[Progress], object] | None = None,
-                      record_every: int | None = None, progress: bool = False,
-                      device: torch.device | str | None = None) -> Tensor:
+def annealed_langevin(
+    score: Score,
+    shape_or_init: Sequence[int] | Tensor,
+    sigmas: Any,
+    *,
+    steps_per_level: int,
+    step_size: float,
+    seed: int | None = None,
+    first_sample: int = 0,
+    denoise: bool = True,
+    init: str = "normal",
+    first_step: int = 0,
+    callback: Callable[[Progress], object] | None = None,
+    record_every: int | None = None,
+    progress: bool = False,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Annealed Langevin dynamics (Algorithm 1 of Song and Ermon 2019, arXiv 1907.05600).
 
     For each noise level sigma_i, from the largest to the smallest, `steps_per_level` times::
@@ -133,15 +166,39 @@ def annealed_langevin(score: Score, shape_or_init: Sequence[int] | Tensor, sigma
     steps = _check.count("steps_per_level", steps_per_level, least=1)
     step_size = _check.positive("step_size", step_size)
     plan = [_Level(s, step_size * (s / levels[-1]) ** 2, steps) for s in levels]
-    return _chain(score, shape_or_init, plan, scale=levels[0], seed=seed,
-                  first_sample=first_sample, init=init, first_step=first_step, callback=callback,
-                  record_every=record_every, progress=progress, device=device, denoise=denoise)
+    return _chain(
+        score,
+        shape_or_init,
+        plan,
+        scale=levels[0],
+        seed=seed,
+        first_sample=first_sample,
+        init=init,
+        first_step=first_step,
+        callback=callback,
+        record_every=record_every,
+        progress=progress,
+        device=device,
+        denoise=denoise,
+    )
 
 
-def _chain(score: Score, shape_or_init: Sequence[int] | Tensor, plan: list[_Level], *,
-           scale: float, seed: int | None, first_sample: int, init: str, first_step: int,
-           callback: Callable[[Progress], object] | None, record_every: int | None,
-           progress: bool, device: torch.device | str | None, denoise: bool) -> Tensor:
+def _chain(
+    score: Score,
+    shape_or_init: Sequence[int] | Tensor,
+    plan: list[_Level],
+    *,
+    scale: float,
+    seed: int | None,
+    first_sample: int,
+    init: str,
+    first_step: int,
+    callback: Callable[[Progress], object] | None,
+    record_every: int | None,
+    progress: bool,
+    device: torch.device | str | None,
+    denoise: bool,
+) -> Tensor:
     if not callable(score):
         raise TypeError(f"score: got {type(score).__name__} {score!r}, expected a function")
     seed = fresh_seed() if seed is None else seed
@@ -149,7 +206,9 @@ def _chain(score: Score, shape_or_init: Sequence[int] | Tensor, plan: list[_Leve
     total = sum(level.steps for level in plan)
     first_step = _check.count("first_step", first_step, least=0)
     if first_step > total:
-        raise ValueError(f"first_step: got {first_step}, expected at most the chain's {total} steps")
+        raise ValueError(
+            f"first_step: got {first_step}, expected at most the chain's {total} steps"
+        )
     if total > 2**32:
         raise ValueError(f"steps: got {total} steps in all, expected at most 2**32, one draw each")
     if callback is not None and not callable(callback):
@@ -159,8 +218,10 @@ def _chain(score: Score, shape_or_init: Sequence[int] | Tensor, plan: list[_Leve
     with torch.no_grad():
         x = _start(shape_or_init, scale, init, noise, device)
         if first_step and not isinstance(shape_or_init, Tensor):
-            raise ValueError(f"first_step: got {first_step} with a shape, expected the state after "
-                             "that many steps as shape_or_init")
+            raise ValueError(
+                f"first_step: got {first_step} with a shape, expected the state after "
+                "that many steps as shape_or_init"
+            )
         step = choose(x.device, x.dtype).affine_step
         sigma = x.new_empty(x.shape[0], dtype=torch.float32)
         film = x.new_empty((_frame_count(record_every, first_step, total), *x.shape), device="cpu")
@@ -172,8 +233,18 @@ def _chain(score: Score, shape_or_init: Sequence[int] | Tensor, plan: list[_Leve
                 seen.level, seen.sigma = index, level.sigma
                 sigma.fill_(level.sigma)
                 b, c = 0.5 * level.alpha, math.sqrt(level.alpha)
-            step(x, x, _evaluate(score, x, sigma, level.sigma), 1.0, b, c, noise.seed,
-                 noise.purpose, t, noise.first_sample)
+            step(
+                x,
+                x,
+                _evaluate(score, x, sigma, level.sigma),
+                1.0,
+                b,
+                c,
+                noise.seed,
+                noise.purpose,
+                t,
+                noise.first_sample,
+            )
             if callback is not None:
                 seen.step = t
                 callback(seen)
@@ -182,8 +253,18 @@ def _chain(score: Score, shape_or_init: Sequence[int] | Tensor, plan: list[_Leve
         if denoise:
             last = plan[-1].sigma
             sigma.fill_(last)
-            step(x, x, _evaluate(score, x, sigma, last), 1.0, last**2, 0.0, noise.seed,
-                 noise.purpose, 0, noise.first_sample)
+            step(
+                x,
+                x,
+                _evaluate(score, x, sigma, last),
+                1.0,
+                last**2,
+                0.0,
+                noise.seed,
+                noise.purpose,
+                0,
+                noise.first_sample,
+            )
         if record_every is None:
             return x
         next(frames).copy_(x)
@@ -196,6 +277,7 @@ def _frame_count(record_every: int | None, first_step: int, total: int) -> int:
 
 def _steps(plan: list[_Level], first_step: int, progress: bool) -> Iterator[tuple[int, int]]:
     """(step, index of its level) from first_step on."""
+
     def pairs() -> Iterator[tuple[int, int]]:
         start = 0
         for index, level in enumerate(plan):
@@ -208,22 +290,31 @@ def _steps(plan: list[_Level], first_step: int, progress: bool) -> Iterator[tupl
     from tqdm.auto import tqdm
 
     total = sum(level.steps for level in plan)
-    bar: Iterable[tuple[int, int]] = tqdm(pairs(), total=total, initial=first_step, unit="step",
-                                          desc="sampling")
+    bar: Iterable[tuple[int, int]] = tqdm(
+        pairs(), total=total, initial=first_step, unit="step", desc="sampling"
+    )
     return iter(bar)
 
 
-def _start(shape_or_init: Sequence[int] | Tensor, scale: float, init: str, noise: NoiseKey,
-           device: torch.device | str | None) -> Tensor:
+def _start(
+    shape_or_init: Sequence[int] | Tensor,
+    scale: float,
+    init: str,
+    noise: NoiseKey,
+    device: torch.device | str | None,
+) -> Tensor:
     if isinstance(shape_or_init, Tensor):
         _check.state("shape_or_init", shape_or_init)
         _check.noise_shape(shape_or_init.shape)
         _check.sample_range(noise.first_sample, shape_or_init.shape[0])
         wanted = shape_or_init.device if device is None else torch.device(device)
         if wanted.type != shape_or_init.device.type or (
-                wanted.index is not None and wanted.index != shape_or_init.device.index):
-            raise ValueError(f"device: got {device} with a state on {shape_or_init.device}, "
-                             "expected the state's device or none")
+            wanted.index is not None and wanted.index != shape_or_init.device.index
+        ):
+            raise ValueError(
+                f"device: got {device} with a state on {shape_or_init.device}, "
+                "expected the state's device or none"
+            )
         return shape_or_init.detach().clone(memory_format=torch.contiguous_format)
     prior = noise.for_purpose(Purpose.PRIOR)
     if init == "normal":

@@ -33,8 +33,10 @@ def geometric_sigmas(sigma_max: float, sigma_min: float, levels: int) -> Tensor:
     levels = _check.count("levels", levels, least=1)
     if levels == 1:
         if sigma_min != sigma_max:
-            raise ValueError(f"levels: got 1 with sigma_max = {sigma_max} and sigma_min = "
-                             f"{sigma_min}, expected at least 2 levels between different sigmas")
+            raise ValueError(
+                f"levels: got 1 with sigma_max = {sigma_max} and sigma_min = "
+                f"{sigma_min}, expected at least 2 levels between different sigmas"
+            )
         return torch.tensor([sigma_max])
     if not sigma_min < sigma_max:
         raise ValueError(f"sigma_min: got {sigma_min}, expected less than sigma_max = {sigma_max}")

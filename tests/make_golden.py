@@ -33,8 +33,14 @@ def main() -> None:
         word = oracle.words(shape[0], math.prod(shape[1:]), **full)
         with score_kernels.use_backend("reference"):
             z = ops.normal(shape, NoiseKey(**full))
-        cases.append({"key": full, "shape": shape, "words": word.flatten().tolist(),
-                      "normals": [v.hex() for v in z.flatten().tolist()]})
+        cases.append(
+            {
+                "key": full,
+                "shape": shape,
+                "words": word.flatten().tolist(),
+                "normals": [v.hex() for v in z.flatten().tolist()],
+            }
+        )
     path = Path(__file__).parent / "data/golden.json"
     path.write_text("[\n" + ",\n".join(json.dumps(case) for case in cases) + "\n]\n")
 

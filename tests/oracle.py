@@ -30,8 +30,9 @@ def philox(counter: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
     return c
 
 
-def padded_words(rows: int, elements: int, seed: int, purpose: int, draw: int,
-                 first_sample: int) -> np.ndarray:
+def padded_words(
+    rows: int, elements: int, seed: int, purpose: int, draw: int, first_sample: int
+) -> np.ndarray:
     """[rows, elements rounded up to whole blocks] words of a batch."""
     blocks = -(-elements // 4)
     block = np.tile(np.arange(blocks, dtype=np.uint64), (rows, 1))

@@ -11,18 +11,33 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-COMPILER = shlex.split(os.environ.get("CXX", "")) or [
-    name for name in ("g++", "clang++", "c++") if shutil.which(name)][:1]
+COMPILER = (
+    shlex.split(os.environ.get("CXX", ""))
+    or [name for name in ("g++", "clang++", "c++") if shutil.which(name)][:1]
+)
 
 
 @pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 def test_every_word_gives_the_contract_s_normal(tmp_path: Path) -> None:
     program = tmp_path / "exhaustive"
     fma = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text() else []
-    subprocess.run([*COMPILER, "-std=c++17", "-O2", *fma, "-ffp-contract=off", "-fno-math-errno",
-                    str(HERE / "host/exhaustive.cpp"), "-o", str(program)], check=True)
-    done = subprocess.run([program, HERE / "data/philox4x32_10_kat.txt"], capture_output=True,
-                          text=True, check=False)
+    subprocess.run(
+        [
+            *COMPILER,
+            "-std=c++17",
+            "-O2",
+            *fma,
+            "-ffp-contract=off",
+            "-fno-math-errno",
+            str(HERE / "host/exhaustive.cpp"),
+            "-o",
+            str(program),
+        ],
+        check=True,
+    )
+    done = subprocess.run(
+        [program, HERE / "data/philox4x32_10_kat.txt"], capture_output=True, text=True, check=False
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout
     # Nothing was left out: every float that a word can round to.

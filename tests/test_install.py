@@ -19,8 +19,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
-                          cwd=ROOT, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.fixture
@@ -34,9 +40,14 @@ def sources(tmp_path: Path) -> Path:
 
 
 def build(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=sources,
-                          capture_output=True, text=True, check=False,
-                          env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=sources,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
 
 
 def test_without_a_compiler_the_build_says_so_and_goes_on(sources: Path) -> None:
@@ -46,11 +57,19 @@ def test_without_a_compiler_the_build_says_so_and_goes_on(sources: Path) -> None
     assert line in done.stderr.splitlines()
     assert not list(sources.glob("score_kernels/*.so"))
     # An editable install's finder would still find the checkout's kernels.
-    code = ("import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)];"
-            "import torch, score_kernels as sk; print(sk.backends());"
-            "print(sk.ops.normal((1, 2), sk.NoiseKey(0)).tolist())")
-    used = subprocess.run([sys.executable, "-c", code], cwd=sources, capture_output=True, text=True,
-                          check=True, env={**os.environ, "PYTHONPATH": str(sources)})
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
+        "import torch, score_kernels as sk; print(sk.backends());"
+        "print(sk.ops.normal((1, 2), sk.NoiseKey(0)).tolist())"
+    )
+    used = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=sources,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(sources)},
+    )
     assert "'native': 'unavailable: score_kernels._cpu was not built" in used.stdout
     assert used.stderr == ""
 
@@ -75,15 +94,18 @@ def test_info_names_every_backend_and_variable(capsys: pytest.CaptureFixture[str
 def test_the_readme_s_table_lists_every_variable() -> None:
     readme = (ROOT / "README.md").read_text()
     sources = [*ROOT.glob("score_kernels/**/*.py"), ROOT / "setup.py"]
-    used = {name for path in sources for name in re.findall(r"SCORE_KERNELS_[A-Z]+",
-                                                            path.read_text())}
+    used = {
+        name for path in sources for name in re.findall(r"SCORE_KERNELS_[A-Z]+", path.read_text())
+    }
     assert used == set(VARIABLES)
     assert all(f"`{name}`" in readme for name in VARIABLES)
 
 
 def test_the_environment_forces_backend_and_instruction_set() -> None:
-    code = ("import torch, score_kernels; from score_kernels.backends import choose, native;"
-            "print(choose(torch.device('cpu'), torch.float32).__name__, native._cpu.isa())")
+    code = (
+        "import torch, score_kernels; from score_kernels.backends import choose, native;"
+        "print(choose(torch.device('cpu'), torch.float32).__name__, native._cpu.isa())"
+    )
     assert "reference" in run_python(code, SCORE_KERNELS_BACKEND="reference").stdout
     for isa in native._cpu.isas():
         assert isa in run_python(code, SCORE_KERNELS_ISA=isa).stdout
@@ -93,12 +115,17 @@ def test_the_environment_forces_backend_and_instruction_set() -> None:
     assert "ValueError" in done.stderr and "got 'tpu', expected one of the backends" in done.stderr
 
 
-@pytest.mark.skipif(not native._cpu.openmp_threads() or not Path("/proc/self/maps").exists(),
-                    reason="needs OpenMP and /proc")
+@pytest.mark.skipif(
+    not native._cpu.openmp_threads() or not Path("/proc/self/maps").exists(),
+    reason="needs OpenMP and /proc",
+)
 def test_the_kernels_share_torch_s_thread_pool() -> None:
     """Two OpenMP runtimes in one process fight for the cores: milliseconds a call."""
-    pools = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()
-             if any(name in line for name in ("libgomp", "libiomp", "libomp"))}
+    pools = {
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if any(name in line for name in ("libgomp", "libiomp", "libomp"))
+    }
     assert len(pools) == 1, pools
     for threads in (1, 2):
         torch.set_num_threads(threads)

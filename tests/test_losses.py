@@ -24,8 +24,9 @@ def zero(x: Tensor, sigma: Tensor) -> Tensor:
 
 def per_sample(net: Any, x: Tensor, sigmas: Any, key: NoiseKey) -> Tensor:
     """The loss of each sample on its own: what the noise contract makes possible."""
-    return torch.stack([dsm_loss(net, x[i:i + 1], sigmas, noise=key.for_samples(i))
-                        for i in range(len(x))])
+    return torch.stack(
+        [dsm_loss(net, x[i : i + 1], sigmas, noise=key.for_samples(i)) for i in range(len(x))]
+    )
 
 
 @pytest.mark.parametrize("shape", [(4000, 12), (500, 3, 8, 8), (2000,)])
@@ -70,7 +71,7 @@ def test_the_loss_is_the_formula(backend: str) -> None:
     want = 0.5 * (sigma * -noisy / (1 + sigma**2) + z).square().sum((1, 2, 3)).mean()
 
     def net(x: Tensor, sigma: Tensor) -> Tensor:
-        return -x / (1 + sigma.double()**2).view(-1, 1, 1, 1)
+        return -x / (1 + sigma.double() ** 2).view(-1, 1, 1, 1)
 
     for options in ({}, {"labels": labels}):
         torch.testing.assert_close(dsm_loss(net, x, SIGMAS, noise=key, **options), want)
@@ -83,8 +84,9 @@ def test_the_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
     def score(x: Tensor, sigma: Tensor) -> Tensor:
         return net(x) / sigma[:, None]
 
-    torch.testing.assert_close(per_sample(score, x, SIGMAS, key).mean(),
-                               dsm_loss(score, x, SIGMAS, noise=key))
+    torch.testing.assert_close(
+        per_sample(score, x, SIGMAS, key).mean(), dsm_loss(score, x, SIGMAS, noise=key)
+    )
 
 
 def test_gradients_reach_the_network_and_the_data() -> None:
@@ -117,25 +119,29 @@ def test_seeds() -> None:
 GOOD = torch.zeros(4, 3)
 
 
-@pytest.mark.parametrize("options, error, match", [
-    ({"x": GOOD.int()}, TypeError, "x: got dtype torch.int32"),
-    ({"x": GOOD[:0]}, ValueError, "x: got a batch of 0"),
-    ({"x": [1.0]}, TypeError, "x: got list"),
-    ({"sigmas": [1.0, 2.0]}, ValueError, "sigmas: .*decreasing"),
-    ({"sigmas": [math.inf]}, ValueError, r"sigmas\[0\]: got inf"),
-    ({"noise": NoiseKey(1), "seed": 1}, ValueError, "seed: got 1 beside noise"),
-    ({"noise": 5}, TypeError, "noise: got int 5"),
-    ({"seed": -1}, ValueError, "seed: got -1"),
-    ({"labels": torch.tensor([0, 1, 2, 5])}, ValueError, "labels: got values from 0 to 5"),
-    ({"labels": torch.tensor([0, 1, 2, -1])}, ValueError, "labels: got values from -1"),
-    ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels: got shape \(3,\)"),
-    ({"labels": torch.zeros(4)}, TypeError, "labels: got dtype torch.float32"),
-    ({"labels": [0, 1, 2, 3]}, TypeError, "labels: got list"),
-    ({"net": lambda x, s: x[:, :1]}, ValueError, r"net: got shape \(4, 1\)"),
-    ({"net": lambda x, s: x.double()}, TypeError, "net: got dtype torch.float64"),
-])
-def test_wrong_inputs_are_named(options: dict[str, Any], error: type[Exception],
-                                match: str) -> None:
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"x": GOOD.int()}, TypeError, "x: got dtype torch.int32"),
+        ({"x": GOOD[:0]}, ValueError, "x: got a batch of 0"),
+        ({"x": [1.0]}, TypeError, "x: got list"),
+        ({"sigmas": [1.0, 2.0]}, ValueError, "sigmas: .*decreasing"),
+        ({"sigmas": [math.inf]}, ValueError, r"sigmas\[0\]: got inf"),
+        ({"noise": NoiseKey(1), "seed": 1}, ValueError, "seed: got 1 beside noise"),
+        ({"noise": 5}, TypeError, "noise: got int 5"),
+        ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"labels": torch.tensor([0, 1, 2, 5])}, ValueError, "labels: got values from 0 to 5"),
+        ({"labels": torch.tensor([0, 1, 2, -1])}, ValueError, "labels: got values from -1"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels: got shape \(3,\)"),
+        ({"labels": torch.zeros(4)}, TypeError, "labels: got dtype torch.float32"),
+        ({"labels": [0, 1, 2, 3]}, TypeError, "labels: got list"),
+        ({"net": lambda x, s: x[:, :1]}, ValueError, r"net: got shape \(4, 1\)"),
+        ({"net": lambda x, s: x.double()}, TypeError, "net: got dtype torch.float64"),
+    ],
+)
+def test_wrong_inputs_are_named(
+    options: dict[str, Any], error: type[Exception], match: str
+) -> None:
     arguments = {"net": zero, "x": GOOD, "sigmas": SIGMAS, **options}
     net, x, sigmas = (arguments.pop(k) for k in ("net", "x", "sigmas"))
     with pytest.raises(error, match=match):

@@ -24,8 +24,25 @@ KEYS = [
     {"seed": 2**64 - 1, "purpose": 255, "draw": 2**32 - 1, "first_sample": 2**56 - 90},
     {"seed": 0x0123456789ABCDEF, "purpose": 7, "draw": 99, "first_sample": 2**32 - 3},
 ]
-SIZES = [(1, 1), (7, 1), (90, 1), (5, 2), (64, 2), (33, 3), (6, 4), (9, 5), (3, 7), (5, 63),
-         (4, 64), (3, 130), (2, 253), (2, 257), (2, 1023), (2, 1025), (1, 4103)]
+SIZES = [
+    (1, 1),
+    (7, 1),
+    (90, 1),
+    (5, 2),
+    (64, 2),
+    (33, 3),
+    (6, 4),
+    (9, 5),
+    (3, 7),
+    (5, 63),
+    (4, 64),
+    (3, 130),
+    (2, 253),
+    (2, 257),
+    (2, 1023),
+    (2, 1025),
+    (1, 4103),
+]
 
 
 def bits(x: torch.Tensor) -> np.ndarray:
@@ -58,8 +75,9 @@ def test_words_equal_the_oracle(backend: str, key: dict[str, int]) -> None:
 def test_normals_meet_the_exact_function(backend: str, key: dict[str, int]) -> None:
     for rows, elements in SIZES:
         got = ops.normal((rows, elements), NoiseKey(**key)).double().numpy()
-        np.testing.assert_allclose(got, oracle.normals(rows, elements, **key), rtol=0,
-                                   atol=tolerances.NORMAL)
+        np.testing.assert_allclose(
+            got, oracle.normals(rows, elements, **key), rtol=0, atol=tolerances.NORMAL
+        )
 
 
 def test_uniforms_and_signs_equal_the_oracle(backend: str) -> None:
@@ -140,7 +158,12 @@ def test_empty_batches(backend: str, shape: tuple[int, ...]) -> None:
 
 def test_purposes_are_distinct_and_fixed() -> None:
     assert {p.name: p.value for p in Purpose} == {
-        "USER": 0, "PRIOR": 1, "LANGEVIN": 2, "DSM_LEVEL": 3, "DSM_NOISE": 4}
+        "USER": 0,
+        "PRIOR": 1,
+        "LANGEVIN": 2,
+        "DSM_LEVEL": 3,
+        "DSM_NOISE": 4,
+    }
 
 
 def test_key_methods() -> None:
@@ -153,13 +176,24 @@ def test_key_methods() -> None:
         key.seed = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("field, value, error", [
-    ("seed", -1, ValueError), ("seed", 2**64, ValueError), ("seed", 1.5, TypeError),
-    ("seed", True, TypeError), ("seed", None, TypeError), ("seed", "1", TypeError),
-    ("purpose", 256, ValueError), ("purpose", -1, ValueError), ("draw", 2**32, ValueError),
-    ("draw", -1, ValueError), ("draw", torch.tensor(3), TypeError),
-    ("first_sample", 2**56, ValueError), ("first_sample", -1, ValueError),
-])
+@pytest.mark.parametrize(
+    "field, value, error",
+    [
+        ("seed", -1, ValueError),
+        ("seed", 2**64, ValueError),
+        ("seed", 1.5, TypeError),
+        ("seed", True, TypeError),
+        ("seed", None, TypeError),
+        ("seed", "1", TypeError),
+        ("purpose", 256, ValueError),
+        ("purpose", -1, ValueError),
+        ("draw", 2**32, ValueError),
+        ("draw", -1, ValueError),
+        ("draw", torch.tensor(3), TypeError),
+        ("first_sample", 2**56, ValueError),
+        ("first_sample", -1, ValueError),
+    ],
+)
 def test_key_refuses(field: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=field):
         NoiseKey(**{"seed": 0, **{field: value}})  # type: ignore[arg-type]

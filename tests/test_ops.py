@@ -18,13 +18,31 @@ import score_kernels
 from score_kernels import NoiseKey, ops
 
 KEY = NoiseKey(2**63 + 11, purpose=2, draw=17, first_sample=2**32 - 2)
-SHAPES = [(1, 1), (3, 1), (7, 2), (5, 3), (4, 4), (6, 5), (2, 64), (3, 130), (2, 257), (2, 1023),
-          (3, 2050), (4, 3, 8, 8), (2, 3, 5, 7, 2), (9,), (3, 0), (0, 3), (0,)]
+SHAPES = [
+    (1, 1),
+    (3, 1),
+    (7, 2),
+    (5, 3),
+    (4, 4),
+    (6, 5),
+    (2, 64),
+    (3, 130),
+    (2, 257),
+    (2, 1023),
+    (3, 2050),
+    (4, 3, 8, 8),
+    (2, 3, 5, 7, 2),
+    (9,),
+    (3, 0),
+    (0, 3),
+    (0,),
+]
 SCORES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def inputs(shape: tuple[int, ...], score: torch.dtype = torch.float32,
-           state: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def inputs(
+    shape: tuple[int, ...], score: torch.dtype = torch.float32, state: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, dtype=state), (10 * torch.randn(shape)).to(score)
 
 
@@ -35,28 +53,33 @@ def exact(x: Tensor, score: Tensor, a: float, b: float, c: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", SCORES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_affine_step_against_fp64(backend: str, shape: tuple[int, ...],
-                                  dtype: torch.dtype) -> None:
+def test_affine_step_against_fp64(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, score = inputs(shape, dtype)
     want = exact(x, score, 0.9, -0.3, 0.7)
     got = ops.affine_step_(x, score, 0.9, -0.3, 0.7, KEY)
     assert got is x
-    np.testing.assert_allclose(x.double(), want, rtol=tolerances.FP32_RELATIVE,
-                               atol=4 * tolerances.FP32_RELATIVE)
+    np.testing.assert_allclose(
+        x.double(), want, rtol=tolerances.FP32_RELATIVE, atol=4 * tolerances.FP32_RELATIVE
+    )
 
 
 @pytest.mark.parametrize("dtype", SCORES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NATIVE)
-def test_native_gives_the_reference_s_bits(name: str, shape: tuple[int, ...],
-                                           dtype: torch.dtype) -> None:
+def test_native_gives_the_reference_s_bits(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     x, score = inputs(shape, dtype)
     results = []
     for backend in ("reference", name):
         with on_backend(backend):
-            results.append((ops.langevin_step(x, score, 0.37, KEY),
-                            ops.langevin_step_(x.clone(), score, 0.37, KEY),
-                            ops.affine_step_(x.clone(), score, 1.1, 0.3, 0.0, KEY)))
+            results.append(
+                (
+                    ops.langevin_step(x, score, 0.37, KEY),
+                    ops.langevin_step_(x.clone(), score, 0.37, KEY),
+                    ops.affine_step_(x.clone(), score, 1.1, 0.3, 0.0, KEY),
+                )
+            )
     for want, got in zip(*results, strict=True):
         assert torch.equal(want, got)
     assert torch.equal(results[1][0], results[1][1])
@@ -82,8 +105,12 @@ def test_langevin_is_form_a(backend: str) -> None:
     x, score = inputs((4, 33))
     alpha = 0.02
     want = exact(x, score, 1.0, alpha / 2, math.sqrt(alpha))
-    np.testing.assert_allclose(ops.langevin_step(x, score, alpha, KEY).double(), want,
-                               rtol=tolerances.FP32_RELATIVE, atol=tolerances.FP32_RELATIVE)
+    np.testing.assert_allclose(
+        ops.langevin_step(x, score, alpha, KEY).double(),
+        want,
+        rtol=tolerances.FP32_RELATIVE,
+        atol=tolerances.FP32_RELATIVE,
+    )
 
 
 def test_fp64_state_is_updated_in_fp64() -> None:
@@ -95,16 +122,18 @@ def test_fp64_state_is_updated_in_fp64() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(64, 3, 32, 32), (40_000, 2), (20_000, 3), (300, 1030)])
-def test_threads_and_batch_pieces_change_no_bit(backend: str, shape: tuple[int, ...],
-                                                threads: int) -> None:
+def test_threads_and_batch_pieces_change_no_bit(
+    backend: str, shape: tuple[int, ...], threads: int
+) -> None:
     x, score = inputs(shape)
     torch.set_num_threads(2)
     whole = ops.langevin_step(x, score, 0.1, KEY)
     torch.set_num_threads(threads)
     cut = shape[0] // 3
-    pieces = [ops.langevin_step(x[:cut], score[:cut], 0.1, KEY),
-              ops.langevin_step(x[cut:], score[cut:], 0.1,
-                                KEY.for_samples(KEY.first_sample + cut))]
+    pieces = [
+        ops.langevin_step(x[:cut], score[:cut], 0.1, KEY),
+        ops.langevin_step(x[cut:], score[cut:], 0.1, KEY.for_samples(KEY.first_sample + cut)),
+    ]
     assert torch.equal(torch.cat(pieces), whole)
 
 
@@ -129,7 +158,9 @@ def test_memory_layout_does_not_enter(backend: str) -> None:
     assert torch.equal(ops.langevin_step(x, negated, 0.1, KEY), want)
     half = score.bfloat16()
     shifted = torch.cat((half.flatten()[:1], half.flatten()))[1:].view(x.shape)
-    assert torch.equal(ops.langevin_step(x, shifted, 0.1, KEY), ops.langevin_step(x, half, 0.1, KEY))
+    assert torch.equal(
+        ops.langevin_step(x, shifted, 0.1, KEY), ops.langevin_step(x, half, 0.1, KEY)
+    )
 
 
 def test_aliased_inputs(backend: str) -> None:
@@ -193,11 +224,29 @@ def test_functional_transforms() -> None:
 
 
 CUSTOM_OPS = [
-    *(pytest.param(name, lambda: ([3, 5], 7, 1, 2, 3, torch.device("cpu")), id=name)
-      for name in ("words", "normal", "uniform", "rademacher")),
-    *(pytest.param(name, lambda dtype=dtype: (torch.randn(3, 5), torch.randn(3, 5).to(dtype), 1.0,
-                                              0.1, 0.2, -7, 1, 2, 3), id=f"{name} {dtype}")
-      for name in ("affine_step", "affine_step_") for dtype in SCORES),
+    *(
+        pytest.param(name, lambda: ([3, 5], 7, 1, 2, 3, torch.device("cpu")), id=name)
+        for name in ("words", "normal", "uniform", "rademacher")
+    ),
+    *(
+        pytest.param(
+            name,
+            lambda dtype=dtype: (
+                torch.randn(3, 5),
+                torch.randn(3, 5).to(dtype),
+                1.0,
+                0.1,
+                0.2,
+                -7,
+                1,
+                2,
+                3,
+            ),
+            id=f"{name} {dtype}",
+        )
+        for name in ("affine_step", "affine_step_")
+        for dtype in SCORES
+    ),
 ]
 
 
@@ -210,6 +259,7 @@ def test_opcheck(backend: str, name: str, arguments: Callable[[], tuple[Any, ...
 
 def test_compiled_whole(backend: str) -> None:
     """fullgraph, with the key changing from call to call and no compilation for it."""
+
     def chain(x: Tensor, score: Tensor, noise: NoiseKey) -> Tensor:
         y = ops.langevin_step(x.sin(), score.cos(), 0.1, noise)
         return ops.affine_step_(y, score, 0.5, 0.1, 0.2, noise) + ops.normal((3, 8), noise)
@@ -250,31 +300,55 @@ def test_fake_tensors_see_shapes() -> None:
 GOOD = torch.zeros(2, 3)
 
 
-@pytest.mark.parametrize("x, score, alpha, noise, error, match", [
-    (GOOD, torch.zeros(3, 2), 0.1, KEY, ValueError, r"score: got shape \(3, 2\).*\(2, 3\)"),
-    (GOOD, torch.zeros(2, 3, device="meta"), 0.1, KEY, ValueError, "score: got device meta.*cpu"),
-    (GOOD, torch.zeros(2, 3, dtype=torch.float64), 0.1, KEY, TypeError, "score: got dtype.*64"),
-    (GOOD, torch.zeros(2, 3, dtype=torch.int32), 0.1, KEY, TypeError, "score: got dtype.*int32"),
-    (GOOD, GOOD.to_sparse(), 0.1, KEY, TypeError, "score: got layout.*sparse"),
-    (GOOD, None, 0.1, KEY, TypeError, "score: got NoneType"),
-    (GOOD.int(), GOOD, 0.1, KEY, TypeError, "x: got dtype torch.int32.*float32"),
-    (GOOD.bfloat16(), GOOD, 0.1, KEY, TypeError, "x: got dtype.*keep it in float32"),
-    (GOOD.to(torch.complex64), GOOD, 0.1, KEY, TypeError, "x: got dtype"),
-    (GOOD.to_sparse(), GOOD, 0.1, KEY, TypeError, "x: got layout"),
-    (GOOD.numpy(), GOOD, 0.1, KEY, TypeError, "x: got ndarray.*expected a tensor"),
-    (torch.tensor(1.0), torch.tensor(1.0), 0.1, KEY, ValueError, r"x: .*expected \[B"),
-    (GOOD, GOOD, -0.1, KEY, ValueError, "alpha: got -0.1"),
-    (GOOD, GOOD, math.nan, KEY, ValueError, "alpha: got nan"),
-    (GOOD, GOOD, math.inf, KEY, ValueError, "alpha: got inf"),
-    (GOOD, GOOD, "0.1", KEY, TypeError, "alpha: got str"),
-    (GOOD, GOOD, None, KEY, TypeError, "alpha: got NoneType"),
-    (GOOD, GOOD, torch.tensor(0.1), KEY, TypeError, "alpha: got a tensor.*item"),
-    (GOOD, GOOD, 0.1, 7, TypeError, "noise: got int 7.*NoiseKey"),
-    (GOOD, GOOD, 0.1, NoiseKey(0, first_sample=2**56 - 1), ValueError, "first_sample"),
-])
+@pytest.mark.parametrize(
+    "x, score, alpha, noise, error, match",
+    [
+        (GOOD, torch.zeros(3, 2), 0.1, KEY, ValueError, r"score: got shape \(3, 2\).*\(2, 3\)"),
+        (
+            GOOD,
+            torch.zeros(2, 3, device="meta"),
+            0.1,
+            KEY,
+            ValueError,
+            "score: got device meta.*cpu",
+        ),
+        (GOOD, torch.zeros(2, 3, dtype=torch.float64), 0.1, KEY, TypeError, "score: got dtype.*64"),
+        (
+            GOOD,
+            torch.zeros(2, 3, dtype=torch.int32),
+            0.1,
+            KEY,
+            TypeError,
+            "score: got dtype.*int32",
+        ),
+        (GOOD, GOOD.to_sparse(), 0.1, KEY, TypeError, "score: got layout.*sparse"),
+        (GOOD, None, 0.1, KEY, TypeError, "score: got NoneType"),
+        (GOOD.int(), GOOD, 0.1, KEY, TypeError, "x: got dtype torch.int32.*float32"),
+        (GOOD.bfloat16(), GOOD, 0.1, KEY, TypeError, "x: got dtype.*keep it in float32"),
+        (GOOD.to(torch.complex64), GOOD, 0.1, KEY, TypeError, "x: got dtype"),
+        (GOOD.to_sparse(), GOOD, 0.1, KEY, TypeError, "x: got layout"),
+        (GOOD.numpy(), GOOD, 0.1, KEY, TypeError, "x: got ndarray.*expected a tensor"),
+        (torch.tensor(1.0), torch.tensor(1.0), 0.1, KEY, ValueError, r"x: .*expected \[B"),
+        (GOOD, GOOD, -0.1, KEY, ValueError, "alpha: got -0.1"),
+        (GOOD, GOOD, math.nan, KEY, ValueError, "alpha: got nan"),
+        (GOOD, GOOD, math.inf, KEY, ValueError, "alpha: got inf"),
+        (GOOD, GOOD, "0.1", KEY, TypeError, "alpha: got str"),
+        (GOOD, GOOD, None, KEY, TypeError, "alpha: got NoneType"),
+        (GOOD, GOOD, torch.tensor(0.1), KEY, TypeError, "alpha: got a tensor.*item"),
+        (GOOD, GOOD, 0.1, 7, TypeError, "noise: got int 7.*NoiseKey"),
+        (GOOD, GOOD, 0.1, NoiseKey(0, first_sample=2**56 - 1), ValueError, "first_sample"),
+    ],
+)
 @pytest.mark.parametrize("step", [ops.langevin_step, ops.langevin_step_])
-def test_wrong_inputs_are_named(step: Callable[..., Tensor], x: Any, score: Any, alpha: Any,
-                                noise: Any, error: type[Exception], match: str) -> None:
+def test_wrong_inputs_are_named(
+    step: Callable[..., Tensor],
+    x: Any,
+    score: Any,
+    alpha: Any,
+    noise: Any,
+    error: type[Exception],
+    match: str,
+) -> None:
     with pytest.raises(error, match=match):
         step(x, score, alpha, noise)
 
@@ -288,8 +362,14 @@ def test_more_wrong_inputs_are_named() -> None:
             coefficients[position] = value
             with pytest.raises(error, match=f"{name}: got"):
                 ops.affine_step_(GOOD.clone(), GOOD, *coefficients, KEY)
-    for shape, error in (((), ValueError), ((-1, 2), ValueError), ((2.5,), TypeError),
-                         (3, TypeError), ("23", TypeError), ((1, 2**35), ValueError)):
+    for shape, error in (
+        ((), ValueError),
+        ((-1, 2), ValueError),
+        ((2.5,), TypeError),
+        (3, TypeError),
+        ("23", TypeError),
+        ((1, 2**35), ValueError),
+    ):
         with pytest.raises(error, match="shape: got"):
             ops.normal(shape, KEY)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="dtype: got torch.int32"):

@@ -62,8 +62,9 @@ def test_toy_mode_mass() -> None:
     """Figure 2 of the literature: annealing finds the weights of the modes, Langevin does not."""
     start = torch.rand(100_000, 2, generator=torch.Generator().manual_seed(5)) * 16 - 8
     sigmas = torch.exp(torch.linspace(math.log(20), 0, 10))
-    annealed = annealed_langevin(toy_score, start, sigmas, steps_per_level=100, step_size=0.1,
-                                 seed=11, denoise=False)
+    annealed = annealed_langevin(
+        toy_score, start, sigmas, steps_per_level=100, step_size=0.1, seed=11, denoise=False
+    )
     plain = langevin(toy_score, start[:20_000], step_size=0.1, steps=1000, sigma=1.0, seed=12)
     masses = [float((x.sum(1) > 0).double().mean()) for x in (annealed, plain)]
     print(f"mode mass: annealed {masses[0]:.4f}, plain {masses[1]:.4f}")
@@ -169,16 +170,23 @@ def test_nothing_is_allocated_per_step() -> None:
         if progress.step in (3, 28):
             counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
 
-    annealed_langevin(score, (3, 4), SIGMAS, steps_per_level=5, step_size=1e-3, seed=1,
-                      callback=callback)
+    annealed_langevin(
+        score, (3, 4), SIGMAS, steps_per_level=5, step_size=1e-3, seed=1, callback=callback
+    )
     assert len(identities) == 2 and counts[0] == counts[1]
 
 
 def test_half_precision_scores_and_fp64_states() -> None:
     x = torch.randn(3, 5)
     for dtype in (torch.bfloat16, torch.float16):
-        got = annealed_langevin(lambda x, s, d=dtype: gaussian(x, s).to(d), x, SIGMAS,
-                                steps_per_level=2, step_size=1e-3, seed=1)
+        got = annealed_langevin(
+            lambda x, s, d=dtype: gaussian(x, s).to(d),
+            x,
+            SIGMAS,
+            steps_per_level=2,
+            step_size=1e-3,
+            seed=1,
+        )
         assert got.dtype == torch.float32
     assert anneal(x.double()).dtype == torch.float64
 
@@ -196,8 +204,9 @@ def test_the_start_is_left_alone_and_the_prior_is_named() -> None:
 
     for init, low, high in (("normal", -20.0, 20.0), ("uniform", 0.0, 1.0)):
         kept.clear()
-        annealed_langevin(score, (4000, 2), SIGMAS, steps_per_level=1, step_size=1e-3, seed=2,
-                          init=init)
+        annealed_langevin(
+            score, (4000, 2), SIGMAS, steps_per_level=1, step_size=1e-3, seed=2, init=init
+        )
         assert kept[0].min() >= low and kept[0].max() <= high
         if init == "normal":
             # N(0, sigma_1^2): chi-square of 8000 numbers.
@@ -230,60 +239,75 @@ def wrong_score(value: Any) -> Any:
     return lambda x, sigma: value(x)
 
 
-@pytest.mark.parametrize("options, error, match", [
-    ({"sigmas": [1.0, 2.0]}, ValueError, r"sigmas: got sigmas\[0\] = 1.0.*decreasing"),
-    ({"sigmas": [1.0, 1.0]}, ValueError, "sigmas: .*strictly decreasing"),
-    ({"sigmas": [1.0, -0.5]}, ValueError, r"sigmas\[1\]: got -0.5, expected a number above 0"),
-    ({"sigmas": [1.0, 0.0]}, ValueError, r"sigmas\[1\]: got 0.0"),
-    ({"sigmas": [math.nan]}, ValueError, r"sigmas\[0\]: got nan"),
-    ({"sigmas": []}, ValueError, "sigmas: got none"),
-    ({"sigmas": 1.0}, TypeError, "sigmas: got float 1.0"),
-    ({"sigmas": torch.ones(2, 2)}, ValueError, r"sigmas: got a tensor of shape \(2, 2\)"),
-    ({"sigmas": ["a"]}, TypeError, r"sigmas\[0\]: got str"),
-    ({"steps_per_level": 0}, ValueError, "steps_per_level: got 0"),
-    ({"steps_per_level": 2.5}, TypeError, "steps_per_level: got float"),
-    ({"step_size": 0}, ValueError, "step_size: got 0"),
-    ({"step_size": -1e-3}, ValueError, "step_size: got -0.001"),
-    ({"step_size": math.nan}, ValueError, "step_size: got nan"),
-    ({"seed": -1}, ValueError, "seed: got -1"),
-    ({"seed": 2**64}, ValueError, "seed: got"),
-    ({"seed": 1.0}, TypeError, "seed: got float"),
-    ({"first_sample": -1}, ValueError, "first_sample: got -1"),
-    ({"first_sample": 2**56 - 1}, ValueError, "first_sample: got .* for a batch of 2"),
-    ({"steps_per_level": 2**31}, ValueError, "steps: got .*2\\*\\*32"),
-    ({"init": "zeros"}, ValueError, "init: got 'zeros'"),
-    ({"first_step": 31}, ValueError, "first_step: got 31, expected at most"),
-    ({"first_step": -1}, ValueError, "first_step: got -1"),
-    ({"first_step": 3}, ValueError, "first_step: got 3 with a shape"),
-    ({"record_every": 0}, ValueError, "record_every: got 0"),
-    ({"callback": 3}, TypeError, "callback: got int"),
-    ({"shape": (2.0, 3)}, TypeError, "shape: got float"),
-    ({"shape": 5}, TypeError, "shape: got int"),
-    ({"shape": ()}, ValueError, r"shape: got \(\)"),
-    ({"shape": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "shape_or_init: got dtype"),
-    ({"shape": torch.zeros(2, 3).half()}, TypeError, "shape_or_init: got dtype torch.float16"),
-    ({"shape": torch.zeros(2, 3), "device": "meta"}, ValueError, "device: got meta"),
-    ({"score": wrong_score(lambda x: x[:1])}, ValueError, r"score: got shape \(1, 3\)"),
-    ({"score": wrong_score(lambda x: x.double())}, TypeError, "score: got dtype torch.float64"),
-    ({"score": wrong_score(lambda x: x.to("meta"))}, ValueError, "score: got device meta"),
-    ({"score": wrong_score(lambda x: None)}, TypeError, "score: got NoneType None"),
-    ({"score": 3}, TypeError, "score: got int 3"),
-])
-def test_wrong_inputs_are_named(options: dict[str, Any], error: type[Exception],
-                                match: str) -> None:
-    arguments = {"score": gaussian, "shape": (2, 3), "sigmas": SIGMAS, "steps_per_level": 5,
-                 "step_size": 1e-3, "seed": 1, **options}
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"sigmas": [1.0, 2.0]}, ValueError, r"sigmas: got sigmas\[0\] = 1.0.*decreasing"),
+        ({"sigmas": [1.0, 1.0]}, ValueError, "sigmas: .*strictly decreasing"),
+        ({"sigmas": [1.0, -0.5]}, ValueError, r"sigmas\[1\]: got -0.5, expected a number above 0"),
+        ({"sigmas": [1.0, 0.0]}, ValueError, r"sigmas\[1\]: got 0.0"),
+        ({"sigmas": [math.nan]}, ValueError, r"sigmas\[0\]: got nan"),
+        ({"sigmas": []}, ValueError, "sigmas: got none"),
+        ({"sigmas": 1.0}, TypeError, "sigmas: got float 1.0"),
+        ({"sigmas": torch.ones(2, 2)}, ValueError, r"sigmas: got a tensor of shape \(2, 2\)"),
+        ({"sigmas": ["a"]}, TypeError, r"sigmas\[0\]: got str"),
+        ({"steps_per_level": 0}, ValueError, "steps_per_level: got 0"),
+        ({"steps_per_level": 2.5}, TypeError, "steps_per_level: got float"),
+        ({"step_size": 0}, ValueError, "step_size: got 0"),
+        ({"step_size": -1e-3}, ValueError, "step_size: got -0.001"),
+        ({"step_size": math.nan}, ValueError, "step_size: got nan"),
+        ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"seed": 2**64}, ValueError, "seed: got"),
+        ({"seed": 1.0}, TypeError, "seed: got float"),
+        ({"first_sample": -1}, ValueError, "first_sample: got -1"),
+        ({"first_sample": 2**56 - 1}, ValueError, "first_sample: got .* for a batch of 2"),
+        ({"steps_per_level": 2**31}, ValueError, "steps: got .*2\\*\\*32"),
+        ({"init": "zeros"}, ValueError, "init: got 'zeros'"),
+        ({"first_step": 31}, ValueError, "first_step: got 31, expected at most"),
+        ({"first_step": -1}, ValueError, "first_step: got -1"),
+        ({"first_step": 3}, ValueError, "first_step: got 3 with a shape"),
+        ({"record_every": 0}, ValueError, "record_every: got 0"),
+        ({"callback": 3}, TypeError, "callback: got int"),
+        ({"shape": (2.0, 3)}, TypeError, "shape: got float"),
+        ({"shape": 5}, TypeError, "shape: got int"),
+        ({"shape": ()}, ValueError, r"shape: got \(\)"),
+        ({"shape": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "shape_or_init: got dtype"),
+        ({"shape": torch.zeros(2, 3).half()}, TypeError, "shape_or_init: got dtype torch.float16"),
+        ({"shape": torch.zeros(2, 3), "device": "meta"}, ValueError, "device: got meta"),
+        ({"score": wrong_score(lambda x: x[:1])}, ValueError, r"score: got shape \(1, 3\)"),
+        ({"score": wrong_score(lambda x: x.double())}, TypeError, "score: got dtype torch.float64"),
+        ({"score": wrong_score(lambda x: x.to("meta"))}, ValueError, "score: got device meta"),
+        ({"score": wrong_score(lambda x: None)}, TypeError, "score: got NoneType None"),
+        ({"score": 3}, TypeError, "score: got int 3"),
+    ],
+)
+def test_wrong_inputs_are_named(
+    options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    arguments = {
+        "score": gaussian,
+        "shape": (2, 3),
+        "sigmas": SIGMAS,
+        "steps_per_level": 5,
+        "step_size": 1e-3,
+        "seed": 1,
+        **options,
+    }
     score, shape, sigmas = (arguments.pop(k) for k in ("score", "shape", "sigmas"))
     with pytest.raises(error, match=match):
         annealed_langevin(score, shape, sigmas, **arguments)
 
 
-@pytest.mark.parametrize("options, error, match", [
-    ({"step_size": 0.0}, ValueError, "step_size: got 0.0"),
-    ({"steps": -1}, ValueError, "steps: got -1"),
-    ({"sigma": 0.0}, ValueError, "sigma: got 0.0"),
-])
-def test_langevin_names_wrong_inputs(options: dict[str, Any], error: type[Exception],
-                                     match: str) -> None:
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"step_size": 0.0}, ValueError, "step_size: got 0.0"),
+        ({"steps": -1}, ValueError, "steps: got -1"),
+        ({"sigma": 0.0}, ValueError, "sigma: got 0.0"),
+    ],
+)
+def test_langevin_names_wrong_inputs(
+    options: dict[str, Any], error: type[Exception], match: str
+) -> None:
     with pytest.raises(error, match=match):
         langevin(lambda x: -x, (2, 3), **{"step_size": 0.1, "steps": 3, **options})

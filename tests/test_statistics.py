@@ -74,8 +74,12 @@ def test_neighbouring_streams_are_independent(name: str) -> None:
     one = ops.normal((1, PAIRS), BASE).double().numpy().ravel()
     other = ops.normal((1, PAIRS), NEIGHBOURS[name]).double().numpy().ravel()
     assert not np.any(one == other)
-    checks = {"plain": (one, other), "squares": (one**2, other**2),
-              "ahead": (one[:-1], other[1:]), "behind": (one[1:], other[:-1])}
+    checks = {
+        "plain": (one, other),
+        "squares": (one**2, other**2),
+        "ahead": (one[:-1], other[1:]),
+        "behind": (one[1:], other[:-1]),
+    }
     for what, (a, b) in checks.items():
         z = np.corrcoef(a, b)[0, 1] * np.sqrt(len(a))
         assert two_sided(z) > tolerances.ALPHA / len(checks), (what, z)

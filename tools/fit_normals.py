@@ -20,7 +20,7 @@ def minimax(x: Array, target: Array, weight: Array, degree: int, fixed: list[flo
     """All coefficients of the polynomial that minimises max |weight (p - target)|, `fixed` first."""
     powers = x[:, None] ** np.arange(degree + 1)
     rest = (target - powers[:, : len(fixed)] @ np.array(fixed)) * weight
-    free = powers[:, len(fixed):] * weight[:, None]
+    free = powers[:, len(fixed) :] * weight[:, None]
     # Scaled so that the solver's tolerance of 1e-9 is far under the errors of 1e-8 that matter.
     scale = 1e6
     bound = np.full((len(x), 1), -1.0)

@@ -52,16 +52,47 @@ def fill(kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.devic
     out = torch.empty(shape, dtype=torch.int64 if kind == "words" else torch.float32)
     rows = shape[0]
     elements = out.numel() // rows if rows else 0
-    _cpu.fill(out.data_ptr(), rows, elements, _KINDS[kind], noise.seed, noise.purpose, noise.draw,
-              noise.first_sample)
+    _cpu.fill(
+        out.data_ptr(),
+        rows,
+        elements,
+        _KINDS[kind],
+        noise.seed,
+        noise.purpose,
+        noise.draw,
+        noise.first_sample,
+    )
     return out
 
 
-def affine_step(out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float,
-                seed: int, purpose: int, draw: int, first_sample: int) -> None:
+def affine_step(
+    out: Tensor,
+    x: Tensor,
+    score: Tensor,
+    a: float,
+    b: float,
+    c: float,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None:
     rows = x.shape[0]
-    _cpu.affine_step(out.data_ptr(), x.data_ptr(), score.data_ptr(), _DTYPES[score.dtype], rows,
-                     x.numel() // rows if rows else 0, a, b, c, seed, purpose, draw, first_sample)
+    _cpu.affine_step(
+        out.data_ptr(),
+        x.data_ptr(),
+        score.data_ptr(),
+        _DTYPES[score.dtype],
+        rows,
+        x.numel() // rows if rows else 0,
+        a,
+        b,
+        c,
+        seed,
+        purpose,
+        draw,
+        first_sample,
+    )
 
 
 _FLOAT32, _STRIDED = torch.float32, torch.strided
@@ -71,21 +102,28 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _modes_active = torch._C._len_torch_dispatch_stack
 
 
-def quick_step(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey,
-               in_place: bool) -> Tensor | None:
+def quick_step(
+    x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey, in_place: bool
+) -> Tensor | None:
     """The affine step past torch's dispatcher, checked in as few attribute reads as possible.
 
     None, with nothing done, for everything but plain contiguous fp32 CPU tensors: the caller then
     checks in full and dispatches. So do calls that are traced, differentiated or transformed, and
     tensors whose memory does not hold their values (a lazy negation).
     """
-    if not (type(x) is type(score) is Tensor and type(noise) is NoiseKey
-            and x.dtype is score.dtype is _FLOAT32 and x.is_cpu and score.is_cpu
-            and x.layout is score.layout is _STRIDED
-            and not (_is_compiling() or _transforms_active() or _modes_active())
-            and not ((x.requires_grad or score.requires_grad) and _is_grad_enabled())
-            and x.is_contiguous() and score.is_contiguous()
-            and not (x.is_neg() or score.is_neg())):
+    if not (
+        type(x) is type(score) is Tensor
+        and type(noise) is NoiseKey
+        and x.dtype is score.dtype is _FLOAT32
+        and x.is_cpu
+        and score.is_cpu
+        and x.layout is score.layout is _STRIDED
+        and not (_is_compiling() or _transforms_active() or _modes_active())
+        and not ((x.requires_grad or score.requires_grad) and _is_grad_enabled())
+        and x.is_contiguous()
+        and score.is_contiguous()
+        and not (x.is_neg() or score.is_neg())
+    ):
         return None
     shape, count = x.shape, x.numel()
     if not count or shape != score.shape or not shape:
@@ -101,6 +139,19 @@ def quick_step(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: No
         target = out.data_ptr()
     elif distance and -4 * count < distance < 4 * count:
         return None
-    _cpu.affine_step(target, source, source + distance, 0, rows, count // rows, a, b, c,
-                     noise.seed, noise.purpose, noise.draw, noise.first_sample)
+    _cpu.affine_step(
+        target,
+        source,
+        source + distance,
+        0,
+        rows,
+        count // rows,
+        a,
+        b,
+        c,
+        noise.seed,
+        noise.purpose,
+        noise.draw,
+        noise.first_sample,
+    )
     return out

@@ -21,8 +21,15 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # csrc/noise.h's polynomials, lowest order first.
-_LOG = ("-0x1p+1", "0x1.0002e2p+0", "-0x1.5528f8p-1", "0x1.fd80f6p-2", "-0x1.a3114ep-2",
-        "0x1.82eb24p-2", "-0x1.f4fap-3")
+_LOG = (
+    "-0x1p+1",
+    "0x1.0002e2p+0",
+    "-0x1.5528f8p-1",
+    "0x1.fd80f6p-2",
+    "-0x1.a3114ep-2",
+    "0x1.82eb24p-2",
+    "-0x1.f4fap-3",
+)
 _COS = ("0x1p+0", "-0x1.3bd3bp+0", "0x1.03bd9ap-2", "-0x1.55020cp-6", "0x1.c2939ap-11")
 _SIN = ("0x1.921fb4p+0", "-0x1.4abba2p-1", "0x1.466504p-4", "-0x1.31fbf4p-8", "0x1.3912a8p-13")
 _TWO_LN2 = float.fromhex("-0x1.62e43p-23")
@@ -58,8 +65,18 @@ def fill(kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.devic
     return out[:, :elements].reshape(shape).contiguous().to(device)
 
 
-def affine_step(out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float,
-                seed: int, purpose: int, draw: int, first_sample: int) -> None:
+def affine_step(
+    out: Tensor,
+    x: Tensor,
+    score: Tensor,
+    a: float,
+    b: float,
+    c: float,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None:
     if x.numel() == 0:
         return
     z = None

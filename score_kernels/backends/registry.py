@@ -31,12 +31,24 @@ class Backend(Protocol):
     def describe(self) -> str:
         """One line for ``score-kernels info``."""
 
-    def fill(self, kind: str, shape: tuple[int, ...], noise: NoiseKey,
-             device: torch.device) -> Tensor:
+    def fill(
+        self, kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.device
+    ) -> Tensor:
         """Noise of a kind: int64 for "words", fp32 for "normal", "uniform", "rademacher"."""
 
-    def affine_step(self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float,
-                    seed: int, purpose: int, draw: int, first_sample: int) -> None:
+    def affine_step(
+        self,
+        out: Tensor,
+        x: Tensor,
+        score: Tensor,
+        a: float,
+        b: float,
+        c: float,
+        seed: int,
+        purpose: int,
+        draw: int,
+        first_sample: int,
+    ) -> None:
         """out = a x + b score + c z, all contiguous; out may be x; c = 0 draws no noise."""
 
 
@@ -52,8 +64,10 @@ _choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
 
 def backends() -> dict[str, str]:
     """Every backend by name, with what it is, or why it is not available here."""
-    return {name: f"unavailable: {why}" if (why := backend.unavailable()) else backend.describe()
-            for name, backend in _BACKENDS.items()}
+    return {
+        name: f"unavailable: {why}" if (why := backend.unavailable()) else backend.describe()
+        for name, backend in _BACKENDS.items()
+    }
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Backend:
@@ -83,11 +97,14 @@ def _search(device: torch.device, dtype: torch.dtype) -> Backend:
     if _forced is not None:
         backend = _BACKENDS[_forced]
         if why := backend.refuses(device, dtype):
-            raise ValueError(f"backend: {_forced!r} is forced but {why}; "
-                             "use_backend(None) chooses by device and dtype")
+            raise ValueError(
+                f"backend: {_forced!r} is forced but {why}; "
+                "use_backend(None) chooses by device and dtype"
+            )
         return backend
-    return next(b for b in _BACKENDS.values()
-                if not b.unavailable() and not b.refuses(device, dtype))
+    return next(
+        b for b in _BACKENDS.values() if not b.unavailable() and not b.refuses(device, dtype)
+    )
 
 
 class use_backend:
@@ -107,8 +124,10 @@ class use_backend:
     def __init__(self, name: str | None) -> None:
         global _forced
         if name is not None and not isinstance(name, str):
-            raise TypeError(f"name: got {type(name).__name__} {name!r}, expected a backend's name "
-                            f"({', '.join(_BACKENDS)}) or None")
+            raise TypeError(
+                f"name: got {type(name).__name__} {name!r}, expected a backend's name "
+                f"({', '.join(_BACKENDS)}) or None"
+            )
         if name is not None:
             there = "; ".join(f"{k}: {v}" for k, v in backends().items())
             if name not in _BACKENDS:
@@ -122,8 +141,12 @@ class use_backend:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         global _forced
         _forced = self._before
         _choose_anew()
