@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def info() -> str:
     """The text of ``score-kernels info``: what to send with a bug report."""
+    versions = f"score_kernels {score_kernels.__version__}, torch {torch.__version__}"
     lines = [
-        f"score_kernels {score_kernels.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"{versions}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"threads: {torch.get_num_threads()} (torch.get_num_threads)",
         "backends, the first that serves a tensor is used:",
     ]

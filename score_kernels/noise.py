@@ -21,11 +21,14 @@ import torch
 
 from score_kernels import _check
 
-__all__ = ["NoiseKey", "Purpose", "fresh_seed"]
+__all__ = ["Key", "NoiseKey", "Purpose", "fresh_seed"]
+
+# (seed, purpose, draw, first_sample): a NoiseKey as kernels take it.
+Key = tuple[int, ...]
 
 
 class Purpose(enum.IntEnum):
-    """One constant per use of noise, so that one seed never feeds two uses. Part of the contract."""
+    """One constant per use of noise: one seed never feeds two uses. Part of the contract."""
 
     USER = 0
     PRIOR = 1
@@ -60,6 +63,10 @@ class NoiseKey:
     def __post_init__(self) -> None:
         for name, bits in (("seed", 64), ("purpose", 8), ("draw", 32), ("first_sample", 56)):
             object.__setattr__(self, name, _check.unsigned(name, getattr(self, name), bits))
+
+    def fields(self) -> Key:
+        """``(seed, purpose, draw, first_sample)``."""
+        return self.seed, self.purpose, self.draw, self.first_sample
 
     def at(self, draw: int) -> NoiseKey:
         """The same stream at another draw (step)."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from score_kernels import _check
 from score_kernels.backends import choose, native
 from score_kernels.backends.registry import native_first
-from score_kernels.noise import NoiseKey
+from score_kernels.noise import Key, NoiseKey
 
 __all__ = [
     "affine_step_",
@@ -40,7 +40,7 @@ _FILLS = ("words", "normal", "uniform", "rademacher")
 
 _library = torch.library.Library("score_kernels", "DEF")
 for _kind in _FILLS:
-    _library.define(f"{_kind}(SymInt[] shape, {_KEY}, Device? device) -> Tensor")
+    _library.define(f"{_kind}(SymInt[] shape, Device? device, {_KEY}) -> Tensor")
 _library.define(f"affine_step(Tensor x, Tensor score, float a, float b, float c, {_KEY}) -> Tensor")
 _library.define(
     f"affine_step_(Tensor(a!) x, Tensor score, float a, float b, float c, {_KEY}) -> ()"
@@ -94,7 +94,7 @@ def uniform(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniforms in (0, 1]: ``fma(float(word), 2**-32, 2**-33)`` in float32. Arguments as `normal`."""
+    """Uniforms in (0, 1], ``fma(float(word), 2**-32, 2**-33)`` in float32. Arguments: `normal`."""
     return _fill("uniform", shape, noise, dtype, device)
 
 
@@ -105,7 +105,7 @@ def rademacher(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Random signs, -1 where the word's top bit is set, else +1. Arguments as `normal`."""
+    """Random signs, -1 where the word's top bit is set, else +1. Arguments: `normal`."""
     return _fill("rademacher", shape, noise, dtype, device)
 
 
@@ -188,10 +188,13 @@ def _check_step(x: Tensor, score: Tensor, noise: NoiseKey) -> None:
     _check.noise_shape(x.shape)
 
 
-def _key(noise: NoiseKey) -> tuple[int, int, int, int]:
-    """The key as an op's arguments: schemas have signed 64-bit integers."""
-    seed = noise.seed - 2**64 if noise.seed >= 2**63 else noise.seed
-    return seed, noise.purpose, noise.draw, noise.first_sample
+def _signed(key: Key) -> Key:
+    """A key as an op's arguments: schemas have signed 64-bit integers."""
+    return (key[0] - 2**64 if key[0] >= 2**63 else key[0], *key[1:])
+
+
+def _unsigned(key: Key) -> Key:
+    return (key[0] & (2**64 - 1), *key[1:])
 
 
 class _AffineStep(torch.autograd.Function):
@@ -199,7 +202,7 @@ class _AffineStep(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
-        return torch.ops.score_kernels.affine_step(x, score, a, b, c, *_key(noise))
+        return torch.ops.score_kernels.affine_step(x, score, a, b, c, *_signed(noise.fields()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -222,7 +225,7 @@ class _AffineStep(torch.autograd.Function):
 class _AffineStepInPlace(_AffineStep):
     @staticmethod
     def forward(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
-        torch.ops.score_kernels.affine_step_(x, score, a, b, c, *_key(noise))
+        torch.ops.score_kernels.affine_step_(x, score, a, b, c, *_signed(noise.fields()))
         return x
 
     @staticmethod
@@ -245,7 +248,7 @@ def _fill(
         raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
     home = None if device is None else torch.device(device)
     op = getattr(torch.ops.score_kernels, kind)
-    return op(list(sizes), *_key(noise), home).to(dtype)
+    return op(list(sizes), home, *_signed(noise.fields())).to(dtype)
 
 
 def _contiguous_score(x: Tensor, score: Tensor) -> Tensor:
@@ -258,48 +261,17 @@ def _contiguous_score(x: Tensor, score: Tensor) -> Tensor:
     return score
 
 
-def _affine_step(
-    x: Tensor,
-    score: Tensor,
-    a: float,
-    b: float,
-    c: float,
-    seed: int,
-    purpose: int,
-    draw: int,
-    first_sample: int,
-) -> Tensor:
+def _affine_step(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: int) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    choose(x.device, x.dtype).affine_step(
-        out,
-        x.contiguous(),
-        score.contiguous(),
-        a,
-        b,
-        c,
-        seed & (2**64 - 1),
-        purpose,
-        draw,
-        first_sample,
-    )
+    step = choose(x.device, x.dtype).affine_step
+    step(out, x.contiguous(), score.contiguous(), a, b, c, _unsigned(key))
     return out
 
 
-def _affine_step_(
-    x: Tensor,
-    score: Tensor,
-    a: float,
-    b: float,
-    c: float,
-    seed: int,
-    purpose: int,
-    draw: int,
-    first_sample: int,
-) -> None:
+def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: int) -> None:
     step = choose(x.device, x.dtype).affine_step
-    seed &= 2**64 - 1
     if x.is_contiguous():
-        step(x, x, _contiguous_score(x, score), a, b, c, seed, purpose, draw, first_sample)
+        step(x, x, _contiguous_score(x, score), a, b, c, _unsigned(key))
         return
     if torch._debug_has_internal_overlap(x) == 1:
         raise ValueError(
@@ -307,50 +279,32 @@ def _affine_step_(
             "tensor whose elements do not share memory (clone an expanded one)"
         )
     dense = x.contiguous()
-    step(dense, dense, score.contiguous(), a, b, c, seed, purpose, draw, first_sample)
+    step(dense, dense, score.contiguous(), a, b, c, _unsigned(key))
     x.copy_(dense)
 
 
-def _register() -> None:
-    def fill_of(kind: str) -> Any:
-        def fill(
-            shape: list[int],
-            seed: int,
-            purpose: int,
-            draw: int,
-            first_sample: int,
-            device: torch.device | None,
-        ) -> Tensor:
-            device = torch.get_default_device() if device is None else device
-            noise = NoiseKey(
-                seed & (2**64 - 1), purpose=purpose, draw=draw, first_sample=first_sample
-            )
-            return choose(device, torch.float32).fill(kind, tuple(shape), noise, device)
-
-        def fake(
-            shape: list[int],
-            seed: int,
-            purpose: int,
-            draw: int,
-            first_sample: int,
-            device: torch.device | None,
-        ) -> Tensor:
-            dtype = torch.int64 if kind == "words" else torch.float32
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        return fill, fake
-
-    def fake_step(x: Tensor, *_: Any) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    for kind in _FILLS:
-        fill, fake = fill_of(kind)
-        _library.impl(kind, fill, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"score_kernels::{kind}", fake)
-    _library.impl("affine_step", _affine_step, "CompositeExplicitAutograd")
-    _library.impl("affine_step_", _affine_step_, "CompositeExplicitAutograd")
-    torch.library.register_fake("score_kernels::affine_step", fake_step)
-    torch.library.register_fake("score_kernels::affine_step_", lambda *_: None)
+def _fake_step(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-_register()
+def _register_fill(kind: str) -> None:
+    def fill(shape: list[int], device: torch.device | None, *key: int) -> Tensor:
+        seed, purpose, draw, first_sample = _unsigned(key)
+        noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
+        home = torch.get_default_device() if device is None else device
+        return choose(home, torch.float32).fill(kind, tuple(shape), noise, home)
+
+    def fake(shape: list[int], device: torch.device | None, *_: Any) -> Tensor:
+        dtype = torch.int64 if kind == "words" else torch.float32
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    _library.impl(kind, fill, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"score_kernels::{kind}", fake)
+
+
+for _kind in _FILLS:
+    _register_fill(_kind)
+_library.impl("affine_step", _affine_step, "CompositeExplicitAutograd")
+_library.impl("affine_step_", _affine_step_, "CompositeExplicitAutograd")
+torch.library.register_fake("score_kernels::affine_step", _fake_step)
+torch.library.register_fake("score_kernels::affine_step_", lambda *_: None)

@@ -223,6 +223,7 @@ def _chain(
                 "that many steps as shape_or_init"
             )
         step = choose(x.device, x.dtype).affine_step
+        seed, purpose, _, first_sample = noise.fields()
         sigma = x.new_empty(x.shape[0], dtype=torch.float32)
         film = x.new_empty((_frame_count(record_every, first_step, total), *x.shape), device="cpu")
         frames = iter(film)
@@ -233,18 +234,8 @@ def _chain(
                 seen.level, seen.sigma = index, level.sigma
                 sigma.fill_(level.sigma)
                 b, c = 0.5 * level.alpha, math.sqrt(level.alpha)
-            step(
-                x,
-                x,
-                _evaluate(score, x, sigma, level.sigma),
-                1.0,
-                b,
-                c,
-                noise.seed,
-                noise.purpose,
-                t,
-                noise.first_sample,
-            )
+            value = _evaluate(score, x, sigma, level.sigma)
+            step(x, x, value, 1.0, b, c, (seed, purpose, t, first_sample))
             if callback is not None:
                 seen.step = t
                 callback(seen)
@@ -253,18 +244,7 @@ def _chain(
         if denoise:
             last = plan[-1].sigma
             sigma.fill_(last)
-            step(
-                x,
-                x,
-                _evaluate(score, x, sigma, last),
-                1.0,
-                last**2,
-                0.0,
-                noise.seed,
-                noise.purpose,
-                0,
-                noise.first_sample,
-            )
+            step(x, x, _evaluate(score, x, sigma, last), 1.0, last**2, 0.0, noise.fields())
         if record_every is None:
             return x
         next(frames).copy_(x)

@@ -196,7 +196,7 @@ def test_key_methods() -> None:
 )
 def test_key_refuses(field: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=field):
-        NoiseKey(**{"seed": 0, **{field: value}})  # type: ignore[arg-type]
+        NoiseKey(**{"seed": 0, field: value})  # type: ignore[arg-type]
     if field == "draw":
         with pytest.raises(error, match="draw"):
             NoiseKey(0).at(value)  # type: ignore[arg-type]

@@ -225,7 +225,7 @@ def test_functional_transforms() -> None:
 
 CUSTOM_OPS = [
     *(
-        pytest.param(name, lambda: ([3, 5], 7, 1, 2, 3, torch.device("cpu")), id=name)
+        pytest.param(name, lambda: ([3, 5], torch.device("cpu"), 7, 1, 2, 3), id=name)
         for name in ("words", "normal", "uniform", "rademacher")
     ),
     *(
@@ -384,9 +384,9 @@ def test_backends_are_forced_and_refused_by_name() -> None:
     with pytest.raises(TypeError, match="name: got int 3"):
         score_kernels.use_backend(3)  # type: ignore[arg-type]
     x64 = torch.zeros(2, 3, dtype=torch.float64)
-    with score_kernels.use_backend("native"):
-        with pytest.raises(ValueError, match="backend: 'native' is forced but.*float32.*float64"):
-            ops.langevin_step(x64, x64, 0.1, KEY)
+    refusal = "backend: 'native' is forced but.*float32.*float64"
+    with score_kernels.use_backend("native"), pytest.raises(ValueError, match=refusal):
+        ops.langevin_step(x64, x64, 0.1, KEY)
     # Leaving the block restores the choice by dtype.
     assert ops.langevin_step(x64, x64, 0.1, KEY).dtype == torch.float64
 

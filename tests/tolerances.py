@@ -15,6 +15,6 @@ ALPHA = 1e-4
 # with exact scores over several independent codes, and 3.9 binomial deviations of 0.0013 at
 # 100,000 chains.
 TOY_ANNEALED, TOY_ANNEALED_TOLERANCE = 0.783, 0.0066
-# Plain Langevin keeps what its start gave it: half of the uniform start lies on either side, and the
-# published figure is about 0.52. Deviation at 20,000 chains 0.0035.
+# Plain Langevin keeps what its start gave it, half of a uniform start on either side; the published
+# figure is about 0.52. Deviation at 20,000 chains 0.0035.
 TOY_PLAIN, TOY_PLAIN_TOLERANCE = 0.52, 0.03

@@ -17,7 +17,7 @@ Array = np.ndarray
 
 
 def minimax(x: Array, target: Array, weight: Array, degree: int, fixed: list[float]) -> Array:
-    """All coefficients of the polynomial that minimises max |weight (p - target)|, `fixed` first."""
+    """All coefficients of the polynomial with min max |weight (p - target)|, `fixed` first."""
     powers = x[:, None] ** np.arange(degree + 1)
     rest = (target - powers[:, : len(fixed)] @ np.array(fixed)) * weight
     free = powers[:, len(fixed) :] * weight[:, None]

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from score_kernels.noise import NoiseKey
+from score_kernels.noise import Key, NoiseKey
 
 _why: str | None = None
 # torch is imported above, so that the kernels share the OpenMP pool torch brought along.
@@ -57,10 +57,7 @@ def fill(kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.devic
         rows,
         elements,
         _KINDS[kind],
-        noise.seed,
-        noise.purpose,
-        noise.draw,
-        noise.first_sample,
+        *noise.fields(),
     )
     return out
 
@@ -72,10 +69,7 @@ def affine_step(
     a: float,
     b: float,
     c: float,
-    seed: int,
-    purpose: int,
-    draw: int,
-    first_sample: int,
+    key: Key,
 ) -> None:
     rows = x.shape[0]
     _cpu.affine_step(
@@ -88,10 +82,7 @@ def affine_step(
         a,
         b,
         c,
-        seed,
-        purpose,
-        draw,
-        first_sample,
+        *key,
     )
 
 
@@ -149,9 +140,6 @@ def quick_step(
         a,
         b,
         c,
-        noise.seed,
-        noise.purpose,
-        noise.draw,
-        noise.first_sample,
+        *noise.fields(),
     )
     return out

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from score_kernels.noise import NoiseKey
+from score_kernels.noise import Key, NoiseKey
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -72,15 +72,13 @@ def affine_step(
     a: float,
     b: float,
     c: float,
-    seed: int,
-    purpose: int,
-    draw: int,
-    first_sample: int,
+    key: Key,
 ) -> None:
     if x.numel() == 0:
         return
     z = None
     if c != 0:
+        seed, purpose, draw, first_sample = key
         noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
         z = fill("normal", tuple(x.shape), noise, x.device)
     if x.dtype == torch.float64:

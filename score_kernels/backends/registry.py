@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from score_kernels.backends import native, reference
-from score_kernels.noise import NoiseKey
+from score_kernels.noise import Key, NoiseKey
 
 __all__ = ["Backend", "backends", "choose", "native_first", "use_backend"]
 
@@ -44,10 +44,7 @@ class Backend(Protocol):
         a: float,
         b: float,
         c: float,
-        seed: int,
-        purpose: int,
-        draw: int,
-        first_sample: int,
+        key: Key,
     ) -> None:
         """out = a x + b score + c z, all contiguous; out may be x; c = 0 draws no noise."""
 
