@@ -2,8 +2,28 @@ def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def openmp_threads() -> int: ...
-def fill(out: int, rows: int, elements: int, kind: int, seed: int, purpose: int, draw: int,
-         first_sample: int) -> None: ...
-def affine_step(out: int, x: int, score: int, score_dtype: int, rows: int, elements: int,
-                a: float, b: float, c: float, seed: int, purpose: int, draw: int,
-                first_sample: int) -> None: ...
+def fill(
+    out: int,
+    rows: int,
+    elements: int,
+    kind: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None: ...
+def affine_step(
+    out: int,
+    x: int,
+    score: int,
+    score_dtype: int,
+    rows: int,
+    elements: int,
+    a: float,
+    b: float,
+    c: float,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None: ...

@@ -1,0 +1,248 @@
+"""Small score networks for demonstrations and tests; bring your own for anything larger.
+
+Both follow the library's protocol: `net(x, sigma)` with `x` `[B, ...]` and `sigma` `[B]` (float32,
+on `x`'s device) returns the score `grad_x log p_sigma(x)`, in `x`'s shape. Nothing in them mixes
+the samples of a batch, so a sample never depends on which others it is computed with.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["ConvScore", "MLPScore"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Softplus}
+
+
+class MLPScore(nn.Module):
+    """Fully connected score network, for points and for images small enough to be flattened.
+
+    With `conditional=True` the network `f` sees the scaled input `x / sqrt(sigma^2 + d^2)` and an
+    embedding of `log sigma`, and the score is the exact one of `N(0, (sigma^2 + d^2) I)` plus what
+    the network adds to it, `d` being `data_std`:
+
+        score(x, sigma) = -x / (sigma^2 + d^2) + f * d / (sigma * sqrt(sigma^2 + d^2))
+
+    so that `sigma * score` stays of order one at every noise level (technique 3 of NCSNv2, Song and
+    Ermon 2020, arXiv 2006.09011; the scaling is that of Karras et al. 2022, arXiv 2206.00364). The
+    last layer starts at zero, hence training starts at that Gaussian's score.
+
+    With `conditional=False` the score is `f(x) / sigma`, NCSNv2's form; at `sigma = 1` it is the
+    plain network of the two-dimensional experiments (`depth=2`, `activation="softplus"`).
+
+    Args:
+        dim: number of elements of one sample, the product of `x.shape[1:]`.
+        hidden: width of every hidden layer.
+        depth: number of hidden layers.
+        activation: `"silu"` or `"softplus"`; both are smooth, so sliced score matching can
+            differentiate twice.
+        conditional: whether the network is told `sigma`.
+        data_std: `d` above, the standard deviation of one element of the data around 0, in the
+            data's units. Unused when `conditional=False`.
+
+    Raises:
+        ValueError: for a size or `data_std` that is not positive, or an unknown `activation`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int = 128,
+        *,
+        depth: int = 2,
+        activation: str = "silu",
+        conditional: bool = True,
+        data_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _require_positive(dim=dim, hidden=hidden, depth=depth, data_std=data_std)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation: got {activation!r}, expected one of {sorted(_ACTIVATIONS)}"
+            )
+        self.dim = dim
+        self.conditional = conditional
+        self.data_std = data_std
+        self.act = _ACTIVATIONS[activation]()
+        self.layers = nn.ModuleList(
+            nn.Linear(dim if i == 0 else hidden, hidden) for i in range(depth)
+        )
+        self.last = nn.Linear(hidden, dim)
+        if conditional:
+            self.embed = _SigmaEmbedding(hidden)
+            self.shifts = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
+            _zero(self.last)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Score of `x` `[B, ...]` at noise level `sigma` `[B]`, in `x`'s shape.
+
+        Raises:
+            ValueError: if a sample of `x` has not `dim` elements, or `sigma` is not `[B]`.
+        """
+        _check_sigma(x, sigma)
+        flat = x.flatten(1)
+        if flat.shape[1] != self.dim:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, {flat.shape[1]} elements a sample, expected "
+                f"dim={self.dim} of them"
+            )
+        if not self.conditional:
+            return (self._body(flat, None) / sigma[:, None]).reshape(x.shape)
+        scale, of_x, of_f = _scalings(flat, sigma, self.data_std)
+        out = self._body(flat * scale, self.embed(sigma))
+        return (of_x * flat + of_f * out).reshape(x.shape)
+
+    def _body(self, h: Tensor, embedding: Tensor | None) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            u = layer(h)
+            if embedding is not None:
+                u = u + self.shifts[i](embedding)
+            h = self.act(u) if i == 0 or embedding is None else h + self.act(u)
+        return self.last(h)
+
+
+class ConvScore(nn.Module):
+    """Small convolutional score network (a U-Net) for images of any height and width.
+
+    `levels` resolutions, each half the one before (rounded up, so odd sizes work), with one
+    residual block of two 3x3 convolutions at each on the way down and on the way up, normalisation
+    over groups of 8 channels, and an embedding of `log sigma` that scales and shifts the channels
+    of every block. Input and output are scaled as in :class:`MLPScore`, so the untrained network is
+    the score of `N(0, (sigma^2 + data_std^2) I)`.
+
+    Args:
+        channels: channels of the image.
+        width: channels of the first resolution, a multiple of 8; each lower one has twice as many.
+        levels: number of resolutions, 1 for a net without downsampling.
+        data_std: standard deviation of one element of the data around 0, in the data's units.
+
+    Raises:
+        ValueError: for a size or `data_std` that is not positive, or a `width` that 8 does not
+            divide.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        width: int = 32,
+        *,
+        levels: int = 2,
+        data_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _require_positive(channels=channels, width=width, levels=levels, data_std=data_std)
+        if width % 8:
+            raise ValueError(f"width: got {width}, expected a multiple of 8, the size of a group")
+        self.channels = channels
+        self.data_std = data_std
+        widths = [width * 2**i for i in range(levels)]
+        features = 2 * width
+        self.embed = _SigmaEmbedding(features)
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.down = nn.ModuleList(_ResidualBlock(w, w, features) for w in widths)
+        self.shrink = nn.ModuleList(
+            nn.Conv2d(w, 2 * w, 3, stride=2, padding=1) for w in widths[:-1]
+        )
+        self.up = nn.ModuleList(_ResidualBlock(3 * w, w, features) for w in reversed(widths[:-1]))
+        self.norm = nn.GroupNorm(width // 8, width)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+        _zero(self.last)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Score of `x` `[B, channels, H, W]` at noise level `sigma` `[B]`, in `x`'s shape.
+
+        Raises:
+            ValueError: if `x` is not `[B, channels, H, W]`, or `sigma` is not `[B]`.
+        """
+        _check_sigma(x, sigma)
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, expected [B, {self.channels}, height, width]"
+            )
+        scale, of_x, of_f = _scalings(x, sigma, self.data_std)
+        embedding = self.embed(sigma)
+        h = self.first(x * scale)
+        skips: list[Tensor] = []
+        for i, block in enumerate(self.down):
+            h = block(h, embedding)
+            if i < len(self.shrink):
+                skips.append(h)
+                h = self.shrink[i](h)
+        for block in self.up:
+            skip = skips.pop()
+            h = F.interpolate(h, size=skip.shape[-2:], mode="nearest")
+            h = block(torch.cat([h, skip], dim=1), embedding)
+        return of_x * x + of_f * self.last(F.silu(self.norm(h)))
+
+
+class _ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a skip; the embedding scales and shifts the channels between."""
+
+    def __init__(self, c_in: int, c_out: int, features: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(c_in // 8, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.film = nn.Linear(features, 2 * c_out)
+        self.norm2 = nn.GroupNorm(c_out // 8, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        # A block that starts as the identity keeps the first steps of training calm.
+        _zero(self.conv2)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class _SigmaEmbedding(nn.Module):
+    """`sigma` `[B]` to `[B, features]`: sines and cosines of `log sigma`, then two layers."""
+
+    frequencies: Tensor
+
+    def __init__(self, features: int, *, waves: int = 16) -> None:
+        super().__init__()
+        # Periods from about 60 to 0.6 in log sigma: the longest orders all levels of a schedule,
+        # the shortest tells neighbouring ones apart.
+        frequencies = 0.1 * torch.logspace(0, 2, waves)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.net = nn.Sequential(
+            nn.Linear(2 * waves, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU()
+        )
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        angles = sigma.log()[:, None] * self.frequencies
+        return self.net(torch.cat([angles.sin(), angles.cos()], dim=1))
+
+
+def _scalings(x: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of the network's input, of `x` and of the network's output in the score."""
+    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    variance = sigma.square() + data_std**2
+    scale = variance.rsqrt()
+    return scale, -1 / variance, data_std * scale / sigma
+
+
+def _check_sigma(x: Tensor, sigma: Tensor) -> None:
+    if sigma.shape != x.shape[:1]:
+        raise ValueError(
+            f"sigma: got shape {tuple(sigma.shape)}, expected [{x.shape[0]}], one a sample of x "
+            f"with shape {tuple(x.shape)}"
+        )
+
+
+def _require_positive(**sizes: float) -> None:
+    for name, value in sizes.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}: got {value}, expected a positive number")
+
+
+def _zero(layer: nn.Linear | nn.Conv2d) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
