@@ -22,6 +22,9 @@ using Wide = Vector::Wide;
 constexpr int kLanes = Vector::kLanes;
 // A group is one Philox call over all lanes: kLanes blocks, four values each.
 constexpr uint64_t kGroup = 4 * kLanes;
+// Groups that run in lockstep: one alone waits on its own multiplications too often to fill the
+// processor, and two want more registers than AVX2 has.
+constexpr int kLockstep = Vector::kRegisters >= 32 ? 2 : 1;
 
 // The shuffles at the end of a group work within 128 bits, so that blocks are dealt to lanes such
 // that the vectors come out in the order of the elements: lane 4 q + r holds block
@@ -57,27 +60,49 @@ SK_INLINE void philox_round(Half& h, RoundKeys k) {
 
 // The rounds from `round` on, the map, and the values in the order of the elements: all four of a
 // block or, with kPairs, only the first two.
-template <class Map, bool kPairs = false>
-SK_INLINE void finish_group(float* out, Half even, Half odd, RoundKeys k, int round) {
+template <class Map, bool kPairs, int kGroups>
+SK_INLINE void finish(float* out, Half (&even)[kGroups], Half (&odd)[kGroups], RoundKeys k,
+                      int round) {
   for (; round < 9; ++round) {
-    philox_round(even, k);
-    philox_round(odd, k);
+    for (int g = 0; g < kGroups; ++g) {
+      philox_round(even[g], k);
+      philox_round(odd[g], k);
+    }
     k.next();
   }
-  // The last round joins the halves before it moves the high words down: fewer instructions.
-  const Wide even0 = Vector::multiply(even.w0, Vector::wide(kPhiloxM0));
-  const Wide even1 = Vector::multiply(even.w2, Vector::wide(kPhiloxM1));
-  const Wide odd0 = Vector::multiply(odd.w0, Vector::wide(kPhiloxM0));
-  const Wide odd1 = Vector::multiply(odd.w2, Vector::wide(kPhiloxM1));
-  const U w0 = Vector::join_high(even1, odd1) ^ Vector::join_low(even.w1, odd.w1) ^ U(k.k0);
-  const U w2 = Vector::join_high(even0, odd0) ^ Vector::join_low(even.w3, odd.w3) ^ U(k.k1);
-  F v[4] = {F(0.0f), F(0.0f), F(0.0f), F(0.0f)};
-  Map::apply(w0, Vector::join_low(even1, odd1), w2, Vector::join_low(even0, odd0), v);
-  if constexpr (kPairs)
-    Vector::interleave(v[0], v[1]);
-  else
-    Vector::transpose(v[0], v[1], v[2], v[3]);
-  for (int i = 0; i < (kPairs ? 2 : 4); ++i) Vector::store(out + i * kLanes, v[i]);
+  constexpr int kStores = kPairs ? 2 : 4;
+  for (int g = 0; g < kGroups; ++g, out += kStores * kLanes) {
+    // The last round joins the halves before it moves the high words down: fewer instructions.
+    const Wide even0 = Vector::multiply(even[g].w0, Vector::wide(kPhiloxM0));
+    const Wide even1 = Vector::multiply(even[g].w2, Vector::wide(kPhiloxM1));
+    const Wide odd0 = Vector::multiply(odd[g].w0, Vector::wide(kPhiloxM0));
+    const Wide odd1 = Vector::multiply(odd[g].w2, Vector::wide(kPhiloxM1));
+    const U w0 = Vector::join_high(even1, odd1) ^ Vector::join_low(even[g].w1, odd[g].w1) ^ U(k.k0);
+    const U w2 = Vector::join_high(even0, odd0) ^ Vector::join_low(even[g].w3, odd[g].w3) ^ U(k.k1);
+    F v[4] = {F(0.0f), F(0.0f), F(0.0f), F(0.0f)};
+    Map::apply(w0, Vector::join_low(even1, odd1), w2, Vector::join_low(even0, odd0), v);
+    if constexpr (kPairs)
+      Vector::interleave(v[0], v[1]);
+    else
+      Vector::transpose(v[0], v[1], v[2], v[3]);
+    for (int i = 0; i < kStores; ++i) Vector::store(out + i * kLanes, v[i]);
+  }
+}
+
+// The first two rounds by `start`, for kGroups groups from `counters` on, kLanes apart; then the
+// rest. start takes the low halves of 64-bit lanes.
+template <class Map, bool kPairs, int kGroups, class Start>
+SK_INLINE void run_groups(float* out, U counters, const Start& start, RoundKeys third) {
+  if constexpr (kGroups == 1) {
+    Half even[1] = {start(Vector::even(counters))}, odd[1] = {start(Vector::odd(counters))};
+    finish<Map, kPairs>(out, even, odd, third, 2);
+  } else {
+    static_assert(kGroups == 2);
+    const U next = counters + U(uint32_t(kLanes));
+    Half even[2] = {start(Vector::even(counters)), start(Vector::even(next))};
+    Half odd[2] = {start(Vector::odd(counters)), start(Vector::odd(next))};
+    finish<Map, kPairs>(out, even, odd, third, 2);
+  }
 }
 
 // Consecutive blocks of one sample: only the block varies, so that half of the first two rounds
@@ -101,10 +126,16 @@ SK_INLINE void fill_row(float* out, const NoiseKey& key, uint64_t row, uint32_t 
                 Vector::exclusive(p0, high3, zero), low3};
   };
   const U order = Vector::load(kLaneOrder.quads);
-  for (uint64_t i = 0; i < count; i += kGroup) {
+  const auto blocks = [&](uint64_t i)
+                          SK_LAMBDA_INLINE { return order + U(block + uint32_t(i / 4)); };
+  uint64_t i = 0;
+  for (; i + (kLockstep - 1) * kGroup < count; i += kLockstep * kGroup) {
+    ahead(i, kLockstep * kGroup);
+    run_groups<Map, false, kLockstep>(out + i, blocks(i), start, k3);
+  }
+  if (i < count) {
     ahead(i, kGroup);
-    const U blocks = order + U(block + uint32_t(i / 4));
-    finish_group<Map>(out + i, start(Vector::even(blocks)), start(Vector::odd(blocks)), k3, 2);
+    run_groups<Map, false, 1>(out + i, blocks(i), start, k3);
   }
 }
 
@@ -117,7 +148,8 @@ SK_INLINE void fill_samples(float* out, const NoiseKey& key, uint64_t row, uint6
   const Wide high1 = Vector::wide(key.draw ^ k1.k0), high3 = Vector::wide(k2.k1);
   const Wide zero = Vector::wide(0);
   const U order = Vector::load(kPairs ? kLaneOrder.pairs : kLaneOrder.quads);
-  for (uint64_t i = 0; i < rows; i += kLanes, out += kPairs ? kGroup / 2 : kGroup) {
+  constexpr uint64_t kStep = kLockstep * kLanes;
+  for (uint64_t i = 0; i < rows; i += kStep, out += (kPairs ? 2 : 4) * kStep) {
     // The high word is that of the first lane: fill_tile sees to it that no lane carries.
     const uint64_t block = uint64_t{kPhiloxM1} * (sample_high(key, row + i) ^ k1.k1);
     const Wide high2 = Vector::wide(uint32_t(block >> 32) ^ k2.k0);
@@ -129,9 +161,7 @@ SK_INLINE void fill_samples(float* out, const NoiseKey& key, uint64_t row, uint6
       return Half{Vector::exclusive(p1, high2, zero), low2,
                   Vector::exclusive(Vector::high(p0), high3, zero), p0};
     };
-    const U samples = order + U(sample_low(key, row + i));
-    finish_group<Map, kPairs>(out, start(Vector::even(samples)), start(Vector::odd(samples)), k3,
-                              2);
+    run_groups<Map, kPairs, kLockstep>(out, order + U(sample_low(key, row + i)), start, k3);
   }
 }
 
@@ -152,9 +182,10 @@ SK_INLINE void fill_blocks(float* out, const NoiseKey& key, const Tile& tile, ui
       if (++next == blocks) next = 0, ++row;
     }
     const U b = Vector::load(block), l = Vector::load(low), h = Vector::load(high);
-    finish_group<Map>(out + 4 * base, {Vector::even(b), draw, Vector::even(l), Vector::even(h)},
-                      {Vector::odd(b), draw, Vector::odd(l), Vector::odd(h)},
-                      {uint32_t(key.seed), uint32_t(key.seed >> 32)}, 0);
+    Half even[1] = {{Vector::even(b), draw, Vector::even(l), Vector::even(h)}};
+    Half odd[1] = {{Vector::odd(b), draw, Vector::odd(l), Vector::odd(h)}};
+    finish<Map, false>(out + 4 * base, even, odd,
+                       {uint32_t(key.seed), uint32_t(key.seed >> 32)}, 0);
   }
 }
 
@@ -178,7 +209,7 @@ SK_INLINE void fill_tile(float* out, const NoiseKey& key, uint64_t elements, con
   if (tile.rows == 1)
     return fill_row<Map>(out, key, tile.row, uint32_t(tile.first / 4), tile.count, ahead);
   const uint32_t blocks = uint32_t((elements + 3) / 4);
-  const bool carries = sample_low(key, tile.row) > UINT32_MAX - (tile.rows + kLanes);
+  const bool carries = sample_low(key, tile.row) > UINT32_MAX - (tile.rows + kLockstep * kLanes);
   const bool pairs = elements <= 2 && !carries;
   const uint64_t stride = pairs ? 2 : 4 * blocks;
   alignas(64) float padded[kTileBuffer];

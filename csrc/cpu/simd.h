@@ -23,7 +23,7 @@ namespace sk {
 #if defined(__AVX512F__)
 
 struct Vector {
-  static constexpr int kLanes = 16;
+  static constexpr int kLanes = 16, kRegisters = 32;
 
   struct U {
     __m512i v;
@@ -91,7 +91,7 @@ struct Vector {
 #elif defined(__AVX2__)
 
 struct Vector {
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = 8, kRegisters = 16;
 
   struct U {
     __m256i v;

@@ -13,8 +13,8 @@ namespace sk {
 namespace {
 
 constexpr uint64_t kTile = 1024;
-// Whole vectors of whole blocks are written, so that up to 63 elements past the tile are touched.
-constexpr uint64_t kTileBuffer = kTile + 64;
+// Whole groups of vectors are written, so that up to 127 elements past the tile are touched.
+constexpr uint64_t kTileBuffer = kTile + 128;
 // Under this many elements a second thread costs more than it saves.
 constexpr uint64_t kSerial = 4096;
 
