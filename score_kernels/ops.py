@@ -22,7 +22,6 @@ from torch import Tensor
 
 from score_kernels import _check
 from score_kernels.backends import choose, native
-from score_kernels.backends.registry import native_first
 from score_kernels.noise import Key, NoiseKey
 
 __all__ = [
@@ -135,7 +134,9 @@ def affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: 
 
 def langevin_step_(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Tensor:
     """``x <- x + (alpha/2) score + sqrt(alpha) z`` in place. See :func:`langevin_step`."""
-    alpha = _step_size(alpha)
+    if type(alpha) is not float or not 0.0 <= alpha < math.inf:
+        # Only what is not plainly right is checked in full: that costs a tenth of a small step.
+        alpha = _check.not_negative("alpha", alpha)
     return _step(x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise, in_place=True)
 
 
@@ -158,24 +159,18 @@ def langevin_step(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Te
         TypeError: a dtype or an argument's kind is not one of the above.
         ValueError: shapes or devices differ, or alpha is negative or not finite.
     """
-    alpha = _step_size(alpha)
+    if type(alpha) is not float or not 0.0 <= alpha < math.inf:
+        # Only what is not plainly right is checked in full: that costs a tenth of a small step.
+        alpha = _check.not_negative("alpha", alpha)
     return _step(x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise, in_place=False)
-
-
-def _step_size(alpha: float) -> float:
-    # A full check costs a tenth of a small step.
-    if type(alpha) is float and 0.0 <= alpha < math.inf:
-        return alpha
-    return _check.not_negative("alpha", alpha)
 
 
 def _step(
     x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey, *, in_place: bool
 ) -> Tensor:
-    if native_first():
-        out = native.quick_step(x, score, a, b, c, noise, in_place)
-        if out is not None:
-            return out
+    out = native.quick_step(x, score, a, b, c, noise, in_place)
+    if out is not None:
+        return out
     _check_step(x, score, noise)
     return (_AffineStepInPlace if in_place else _AffineStep).apply(x, score, a, b, c, noise)
 
@@ -272,6 +267,7 @@ def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: 
     step = choose(x.device, x.dtype).affine_step
     if x.is_contiguous():
         step(x, x, _contiguous_score(x, score), a, b, c, _unsigned(key))
+        torch.autograd.graph.increment_version(x)
         return
     if torch._debug_has_internal_overlap(x) == 1:
         raise ValueError(

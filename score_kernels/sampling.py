@@ -236,6 +236,8 @@ def _chain(
                 b, c = 0.5 * level.alpha, math.sqrt(level.alpha)
             value = _evaluate(score, x, sigma, level.sigma)
             step(x, x, value, 1.0, b, c, (seed, purpose, t, first_sample))
+            # A score that is itself a gradient may have saved x: let autograd notice the change.
+            torch.autograd.graph.increment_version(x)
             if callback is not None:
                 seen.step = t
                 callback(seen)

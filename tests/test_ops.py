@@ -200,6 +200,19 @@ def test_in_place_gradients(backend: str) -> None:
         ops.affine_step_(leaf_x, score, 0.5, 0.25, 1.0, KEY)
 
 
+@pytest.mark.parametrize("dtype", SCORES)
+def test_autograd_notices_a_state_changed_in_place(backend: str, dtype: torch.dtype) -> None:
+    """A state saved for some backward and then stepped must raise, not give wrong gradients."""
+    x, score = inputs((3, 10), dtype)
+    weight = torch.ones(10, requires_grad=True)
+    energy = (x * weight).sum()
+    ops.langevin_step_(x, score, 0.1, KEY)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        energy.backward()
+    with torch.inference_mode():
+        ops.langevin_step_(torch.zeros(2, 3), torch.zeros(2, 3), 0.1, KEY)
+
+
 def test_gradcheck() -> None:
     x, score = (torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
 

@@ -176,6 +176,29 @@ def test_nothing_is_allocated_per_step() -> None:
     assert len(identities) == 2 and counts[0] == counts[1]
 
 
+def test_the_score_may_be_a_gradient_and_may_not_keep_a_stale_graph() -> None:
+    """Energy-based scores: autograd inside the sampler, and a graph kept over a step is refused."""
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            energy = (leaf.square() / (2 * (1 + sigma**2))[:, None]).sum()
+            return -torch.autograd.grad(energy, leaf)[0]
+
+    got = annealed_langevin(score, (4, 6), SIGMAS, steps_per_level=5, step_size=1e-3, seed=9)
+    torch.testing.assert_close(got, anneal((4, 6)), rtol=1e-4, atol=1e-4)
+    weight, kept = torch.ones(6, requires_grad=True), []
+
+    def careless(x: Tensor, sigma: Tensor) -> Tensor:
+        with torch.enable_grad():
+            kept.append((x * weight).sum())
+        return gaussian(x, sigma)
+
+    annealed_langevin(careless, (4, 6), SIGMAS, steps_per_level=5, step_size=1e-3, seed=9)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept[0].backward()
+
+
 def test_half_precision_scores_and_fp64_states() -> None:
     x = torch.randn(3, 5)
     for dtype in (torch.bfloat16, torch.float16):

@@ -91,6 +91,13 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _modes_active = torch._C._len_torch_dispatch_stack
+# A kernel that writes through a pointer must say so itself, or autograd would not notice that a
+# tensor it has saved has changed.
+_increment_version = torch.autograd.graph.increment_version
+
+
+# Whether quick_step may serve: the registry says so when native is the choice for the CPU.
+quick = False
 
 
 def quick_step(
@@ -98,12 +105,13 @@ def quick_step(
 ) -> Tensor | None:
     """The affine step past torch's dispatcher, checked in as few attribute reads as possible.
 
-    None, with nothing done, for everything but plain contiguous fp32 CPU tensors: the caller then
-    checks in full and dispatches. So do calls that are traced, differentiated or transformed, and
+    None, with nothing done, for everything but plain contiguous fp32 CPU tensors, and when another
+    backend is forced: the caller then checks in full and dispatches. So do calls that are traced, differentiated or transformed, and
     tensors whose memory does not hold their values (a lazy negation).
     """
     if not (
-        type(x) is type(score) is Tensor
+        quick
+        and type(x) is type(score) is Tensor
         and type(noise) is NoiseKey
         and x.dtype is score.dtype is _FLOAT32
         and x.is_cpu
@@ -130,6 +138,8 @@ def quick_step(
         target = out.data_ptr()
     elif distance and -4 * count < distance < 4 * count:
         return None
+    else:
+        _increment_version((x,))
     _cpu.affine_step(
         target,
         source,
@@ -140,6 +150,9 @@ def quick_step(
         a,
         b,
         c,
-        *noise.fields(),
+        noise.seed,
+        noise.purpose,
+        noise.draw,
+        noise.first_sample,
     )
     return out

@@ -16,7 +16,7 @@ from torch import Tensor
 from score_kernels.backends import native, reference
 from score_kernels.noise import Key, NoiseKey
 
-__all__ = ["Backend", "backends", "choose", "native_first", "use_backend"]
+__all__ = ["Backend", "backends", "choose", "use_backend"]
 
 
 class Backend(Protocol):
@@ -55,7 +55,6 @@ _BACKENDS: dict[str, Backend] = {
     "reference": cast(Backend, reference),
 }
 _forced: str | None = None
-_native_first = False
 _choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
 
 
@@ -79,15 +78,9 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
     return found
 
 
-def native_first() -> bool:
-    """Whether native serves float32 states on the CPU, now: asked on every small step."""
-    return _native_first
-
-
 def _choose_anew() -> None:
-    global _native_first
     _choices.clear()
-    _native_first = _forced in (None, "native") and not native.unavailable()
+    native.quick = _forced in (None, "native") and not native.unavailable()
 
 
 def _search(device: torch.device, dtype: torch.dtype) -> Backend:
