@@ -106,8 +106,9 @@ def quick_step(
     """The affine step past torch's dispatcher, checked in as few attribute reads as possible.
 
     None, with nothing done, for everything but plain contiguous fp32 CPU tensors, and when another
-    backend is forced: the caller then checks in full and dispatches. So do calls that are traced, differentiated or transformed, and
-    tensors whose memory does not hold their values (a lazy negation).
+    backend is forced: the caller then checks in full and dispatches. So do calls that are traced,
+    differentiated or transformed, and tensors whose memory does not hold their values (a lazy
+    negation).
     """
     if not (
         quick
