@@ -1,0 +1,13 @@
+// Denoising score matching, per element: the residual of 1/2 w sum (sigma score + z)^2 and its
+// derivative by the score. 1/sigma^2 is never formed.
+#pragma once
+
+#include "noise.h"
+
+namespace sk {
+
+SK_INLINE float perturbed(float x, float sigma, float z) { return fma(sigma, z, x); }
+
+SK_INLINE float dsm_residual(float score, float sigma, float z) { return fma(sigma, score, z); }
+
+}  // namespace sk

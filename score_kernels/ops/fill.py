@@ -1,0 +1,116 @@
+"""Materialised noise, for the rare caller who needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_kernels import _check
+from score_kernels.backends import choose
+from score_kernels.noise import NoiseKey
+from score_kernels.ops._library import KEY, library, signed, unsigned
+
+__all__ = ["normal", "rademacher", "uniform", "words"]
+
+
+def words(
+    shape: Sequence[int], noise: NoiseKey, *, device: torch.device | str | None = None
+) -> Tensor:
+    """The 32-bit words behind each element of a batch of noise, for checks.
+
+    Args:
+        shape: ``[B, ...]``.
+        noise: names the noise; see :class:`score_kernels.NoiseKey`.
+        device: default: torch's default device.
+
+    Returns:
+        int64 tensor of the shape, values in ``[0, 2**32)``.
+    """
+    return _fill("words", shape, noise, torch.int64, device)
+
+
+def normal(
+    shape: Sequence[int],
+    noise: NoiseKey,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normals, the same bits on every backend and device.
+
+    ``z0 = sqrt(-2 ln u) cos(theta)``, ``z1 = sqrt(-2 ln u) sin(theta)`` (Box and Muller, 1958) from
+    pairs of words, within 2e-6 of the exact function, tails to 6.7; see ``csrc/noise.h``.
+
+    Args:
+        shape: ``[B, ...]``.
+        noise: names the noise; see :class:`score_kernels.NoiseKey`.
+        dtype: any floating dtype; other dtypes than float32 hold the float32 value, converted.
+        device: default: torch's default device.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+    """
+    return _fill("normal", shape, noise, dtype, device)
+
+
+def uniform(
+    shape: Sequence[int],
+    noise: NoiseKey,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniforms in (0, 1], ``fma(float(word), 2**-32, 2**-33)`` in float32. Arguments: `normal`."""
+    return _fill("uniform", shape, noise, dtype, device)
+
+
+def rademacher(
+    shape: Sequence[int],
+    noise: NoiseKey,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Random signs, -1 where the word's top bit is set, else +1. Arguments: `normal`."""
+    return _fill("rademacher", shape, noise, dtype, device)
+
+
+def _fill(
+    kind: str,
+    shape: Sequence[int],
+    noise: NoiseKey,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Tensor:
+    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
+    sizes = _check.noise_shape(shape)
+    _check.sample_range(noise.first_sample, sizes[0])
+    if kind != "words" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
+    home = None if device is None else torch.device(device)
+    op = getattr(torch.ops.score_kernels, kind)
+    return op(list(sizes), home, *signed(noise.fields())).to(dtype)
+
+
+def _register_fill(kind: str) -> None:
+    library.define(f"{kind}(SymInt[] shape, Device? device, {KEY}) -> Tensor")
+
+    def fill(shape: list[int], device: torch.device | None, *key: int) -> Tensor:
+        seed, purpose, draw, first_sample = unsigned(key)
+        noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
+        home = torch.get_default_device() if device is None else device
+        return choose(home, torch.float32).fill(kind, tuple(shape), noise, home)
+
+    def fake(shape: list[int], device: torch.device | None, *_: Any) -> Tensor:
+        dtype = torch.int64 if kind == "words" else torch.float32
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    library.impl(kind, fill, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"score_kernels::{kind}", fake)
+
+
+for _kind in ("words", "normal", "uniform", "rademacher"):
+    _register_fill(_kind)
