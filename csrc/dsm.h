@@ -8,6 +8,9 @@ namespace sk {
 
 SK_INLINE float perturbed(float x, float sigma, float z) { return fma(sigma, z, x); }
 
-SK_INLINE float dsm_residual(float score, float sigma, float z) { return fma(sigma, score, z); }
+template <class F>
+SK_INLINE F dsm_residual(F score, F sigma, F z) {
+  return fma(sigma, score, z);
+}
 
 }  // namespace sk

@@ -149,6 +149,34 @@ def score_like(x: Tensor, score: Any, name: str = "score") -> None:
         raise TypeError(f"{name}: got layout {score.layout}, expected a dense tensor")
 
 
+def score(name: str, value: Any) -> None:
+    """A score [B, ...] on its own: fp32, half precision or, on the reference, fp64."""
+    instance(name, value, Tensor, "a tensor")
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, expected a floating one of 16 to 64 bits"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
+    if value.dim() == 0:
+        raise ValueError(f"{name}: got a tensor without dimensions, expected [B, ...]")
+
+
+def per_sample(name: str, value: Any, batch: Tensor) -> None:
+    """A float32 [B] on the batch's device."""
+    instance(name, value, Tensor, "a tensor [B]")
+    if value.dtype != torch.float32:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected torch.float32")
+    if value.shape != batch.shape[:1]:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, expected [B] = {tuple(batch.shape[:1])}"
+        )
+    if value.device != batch.device:
+        raise ValueError(
+            f"{name}: got device {value.device}, expected that of the batch, {batch.device}"
+        )
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"

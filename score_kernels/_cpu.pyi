@@ -27,3 +27,29 @@ def affine_step(
     draw: int,
     first_sample: int,
 ) -> None: ...
+def perturb(
+    out: int,
+    x: int,
+    sigma: int,
+    rows: int,
+    elements: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None: ...
+def dsm(
+    loss: int,
+    gradient: int,
+    score: int,
+    score_dtype: int,
+    sigma: int,
+    weight: int,
+    upstream: int,
+    rows: int,
+    elements: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None: ...

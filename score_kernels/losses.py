@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,23 +16,27 @@ __all__ = ["dsm_loss"]
 
 
 def dsm_loss(
-    net: Callable[[Tensor, Tensor], Tensor],
+    net: Callable[..., Tensor],
     x: Tensor,
     sigmas: Any,
     *,
     noise: NoiseKey | None = None,
     seed: int | None = None,
     labels: Tensor | None = None,
-) -> Tensor:
-    """Denoising score matching over noise levels, each weighted by sigma^2.
+    weighting: float | Tensor = 2.0,
+    reduction: str = "mean",
+    return_per_level: bool = False,
+    **conditions: Any,
+) -> Any:
+    """Denoising score matching over noise levels.
 
-    ``mean over the batch of 1/2 || sigma net(x + sigma z, sigma) + z ||^2``, the sum running over
-    the D elements of a sample (Vincent 2011; Song and Ermon 2019, arXiv 1907.05600, equations 5
-    and 6 with lambda(sigma) = sigma^2). ``1/sigma^2`` is never formed. The zero network has D/2.
+    Per sample ``lambda(sigma) / (2 sigma^2) || sigma net(x + sigma z, sigma) + z ||^2``, the sum
+    running over its D elements (Vincent 2011; Song and Ermon 2019, arXiv 1907.05600, equations 5
+    and 6). ``1/sigma^2`` is never formed. With the default weighting the zero network has D/2.
 
     Args:
         net: the score network, ``net(x, sigma)`` with x ``[B, ...]`` and sigma ``[B]`` float32;
-            returns x's shape.
+            returns x's shape in float32, bfloat16 or float16.
         x: ``[B, ...]`` clean data, float32 or float64, B at least 1.
         sigmas: the noise levels, strictly decreasing: ``[L]`` tensor or a sequence.
         noise: names the noise; give each training step its own, ``NoiseKey(seed).at(step)``. Its
@@ -39,34 +44,70 @@ def dsm_loss(
         seed: shorthand for ``noise=NoiseKey(seed)``; with neither, a fresh seed is drawn from
             torch's default generator.
         labels: ``[B]`` int64, the level of each sample; default: drawn uniformly, by ``noise``.
+        weighting: p of ``lambda(sigma) = sigma^p`` ("anneal power"), or a tensor ``[B]`` float32
+            of the factors ``lambda(sigma) / sigma^2`` themselves, finite and at least 0.
+        reduction: "mean" or "sum" over the batch, or "none" for the ``[B]`` losses.
+        return_per_level: return ``(loss, table)`` with the table ``[L]`` of each level's mean
+            loss in this batch, without gradient, nan where a level has no sample.
+        conditions: further keyword arguments of the network, such as classes.
 
     Returns:
-        The loss, a tensor without dimensions; its gradient reaches net's parameters and x.
+        The loss; its gradient reaches net's parameters and x.
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: both noise and seed are given, sigmas do not decrease, labels are out of range
-            or the network returns another shape.
+        ValueError: both noise and seed are given, sigmas do not decrease, labels are out of range,
+            a weight is not finite, or the network returns another shape.
     """
     _check.state("x", x)
     levels = _check.noise_levels(sigmas)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
     batch = x.shape[0]
     if not batch:
         raise ValueError("x: got a batch of 0, expected at least one sample")
     noise = _key(noise, seed)
-    table = torch.tensor(levels, dtype=torch.float32).to(x.device)
     if labels is None:
         # floor(word * L / 2^32), exact in 64-bit integers.
         words = ops.words((batch, 1), noise.for_purpose(Purpose.DSM_LEVEL), device=x.device)
         labels = words[:, 0] * len(levels) >> 32
     else:
         _check_labels(labels, x, len(levels))
-    sigma = table[labels]
-    spread = sigma.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-    z = ops.normal(x.shape, noise.for_purpose(Purpose.DSM_NOISE), dtype=x.dtype, device=x.device)
-    score = net(x + spread * z, sigma)
+    sigma = torch.tensor(levels, dtype=torch.float32).to(x.device)[labels]
+    weight = _weight(weighting, levels, labels, x)
+    key = noise.for_purpose(Purpose.DSM_NOISE)
+    score = net(ops.perturb(x, sigma, key), sigma, **conditions)
     _check.score_like(x, score, "net")
-    return 0.5 * (spread * score + z).square().sum() / batch
+    each = ops.dsm_loss_from_score(score, sigma, key, weight=weight)
+    loss = each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
+    return (loss, _per_level(each.detach(), labels, len(levels))) if return_per_level else loss
+
+
+def _weight(
+    weighting: float | Tensor, levels: list[float], labels: Tensor, x: Tensor
+) -> Tensor | None:
+    """lambda(sigma) / sigma^2 per sample, None for ones."""
+    if isinstance(weighting, Tensor):
+        _check.per_sample("weighting", weighting, x)
+        low, high = (float(v) for v in torch.aminmax(weighting.detach()))
+        if not (low >= 0 and high < math.inf):
+            raise ValueError(
+                f"weighting: got values from {low} to {high}, expected finite ones of at least 0"
+            )
+        return weighting
+    power = _check.number("weighting", weighting)
+    if power == 2.0:
+        return None
+    factors = torch.tensor([s ** (power - 2.0) for s in levels], dtype=torch.float32)
+    return factors.to(x.device)[labels]
+
+
+def _per_level(each: Tensor, labels: Tensor, levels: int) -> Tensor:
+    total, count = (
+        torch.zeros(levels, dtype=each.dtype, device=each.device).index_add_(0, labels, v)
+        for v in (each, torch.ones_like(each))
+    )
+    return total / count
 
 
 def _key(noise: NoiseKey | None, seed: int | None) -> NoiseKey:

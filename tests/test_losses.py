@@ -61,20 +61,53 @@ def test_the_perfect_score_of_a_gaussian_reaches_the_floor(sigma: float) -> None
 def test_the_loss_is_the_formula(backend: str) -> None:
     """In fp64, with sigma per sample and the contract's own noise and levels."""
     key, batch = NoiseKey(77, draw=3), 50
-    x = torch.randn(batch, 2, 3, 4, dtype=torch.float64)
+    clean = torch.randn(batch, 2, 3, 4, dtype=torch.float64).float().double()
     words = ops.words((batch, 1), key.for_purpose(Purpose.DSM_LEVEL))[:, 0]
     labels = torch.tensor([int(w) * 5 >> 32 for w in words])
     assert set(labels.tolist()) == set(range(5))
-    z = ops.normal(x.shape, key.for_purpose(Purpose.DSM_NOISE)).double()
+    z = ops.normal(clean.shape, key.for_purpose(Purpose.DSM_NOISE)).double()
     sigma = SIGMAS[labels].double().view(-1, 1, 1, 1)
-    noisy = x + sigma * z
-    want = 0.5 * (sigma * -noisy / (1 + sigma**2) + z).square().sum((1, 2, 3)).mean()
+    noisy = clean + sigma * z
+    each = 0.5 * (sigma * -noisy / (1 + sigma**2) + z).square().sum((1, 2, 3))
+    x = clean if backend == "reference" else clean.float()
 
     def net(x: Tensor, sigma: Tensor) -> Tensor:
-        return -x / (1 + sigma.double() ** 2).view(-1, 1, 1, 1)
+        return -x / (1 + sigma.to(x.dtype) ** 2).view(-1, 1, 1, 1)
 
-    for options in ({}, {"labels": labels}):
-        torch.testing.assert_close(dsm_loss(net, x, SIGMAS, noise=key, **options), want)
+    def check(want: Tensor, **options: Any) -> None:
+        got = dsm_loss(net, x, SIGMAS, noise=key, **options)
+        tolerance = 10 * tolerances.FP32_RELATIVE
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+    check(each.mean())
+    check(each.mean(), labels=labels)
+    check(each.sum(), reduction="sum")
+    check(each, reduction="none")
+    check((each / SIGMAS[labels].double()).mean(), weighting=1.0)
+    factors = torch.rand(batch)
+    check((factors.double() * each).mean(), weighting=factors)
+    loss, table = dsm_loss(net, x, SIGMAS, noise=key, return_per_level=True)
+    assert loss == dsm_loss(net, x, SIGMAS, noise=key) and not table.requires_grad
+    want = torch.stack([each[labels == i].mean() for i in range(5)])
+    torch.testing.assert_close(table.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_levels_without_samples_are_nan_and_conditions_reach_the_network() -> None:
+    seen = []
+
+    def net(x: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
+        seen.append(classes)
+        return torch.zeros_like(x)
+
+    classes = torch.tensor([3, 1])
+    labels = torch.tensor([4, 4])
+    x = torch.zeros(2, 6)
+    _, table = dsm_loss(
+        net, x, SIGMAS, seed=1, labels=labels, return_per_level=True, classes=classes
+    )
+    assert seen[0] is classes and table.isnan().tolist() == [True] * 4 + [False]
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        dsm_loss(zero, x, SIGMAS, wieghting=1.0)
 
 
 def test_the_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
@@ -135,6 +168,12 @@ GOOD = torch.zeros(4, 3)
         ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels: got shape \(3,\)"),
         ({"labels": torch.zeros(4)}, TypeError, "labels: got dtype torch.float32"),
         ({"labels": [0, 1, 2, 3]}, TypeError, "labels: got list"),
+        ({"reduction": "max"}, ValueError, "reduction: got 'max'"),
+        ({"weighting": math.nan}, ValueError, "weighting: got nan"),
+        ({"weighting": "sigma"}, TypeError, "weighting: got str"),
+        ({"weighting": torch.tensor([1.0, 1.0, math.nan, 1.0])}, ValueError, "weighting: .*nan"),
+        ({"weighting": torch.tensor([1.0, -1.0, 1.0, 1.0])}, ValueError, "weighting: .*-1.0"),
+        ({"weighting": torch.ones(3)}, ValueError, r"weighting: got shape \(3,\)"),
         ({"net": lambda x, s: x[:, :1]}, ValueError, r"net: got shape \(4, 1\)"),
         ({"net": lambda x, s: x.double()}, TypeError, "net: got dtype torch.float64"),
     ],

@@ -22,21 +22,29 @@ SK_INLINE void perturb_row(float* out, const float* x, const float* z, uint64_t 
 
 // z becomes the residual; returns the sum of its squares.
 SK_INLINE double residual_row(float* z, const float* score, uint64_t count, float sigma) {
-  float sums[kSumLanes] = {};
+  alignas(64) float sums[kSumLanes] = {};
+  const auto add = [&](uint64_t i, uint64_t lane) SK_LAMBDA_INLINE {
+    z[i] = dsm_residual(score[i], sigma, z[i]);
+    sums[lane] = fma(z[i], z[i], sums[lane]);
+  };
   uint64_t i = 0;
-  for (; i + kSumLanes <= count; i += kSumLanes) {
-#pragma omp simd
-    for (uint64_t l = 0; l < kSumLanes; ++l) {
-      const float r = dsm_residual(score[i + l], sigma, z[i + l]);
-      sums[l] = fma(r, r, sums[l]);
-      z[i + l] = r;
+#if defined(SK_VECTOR)
+  constexpr uint64_t kParts = kSumLanes / kLanes;
+  F wide[2] = {F(0.0f), F(0.0f)};
+  static_assert(kParts <= 2);
+  for (; i + kSumLanes <= count; i += kSumLanes)
+    for (uint64_t part = 0; part < kParts; ++part) {
+      float* at = z + i + part * kLanes;
+      const F r = dsm_residual(Vector::load(score + (at - z)), F(sigma), Vector::load(at));
+      wide[part] = fma(r, r, wide[part]);
+      Vector::store(at, r);
     }
-  }
-  for (uint64_t l = 0; i + l < count; ++l) {
-    const float r = dsm_residual(score[i + l], sigma, z[i + l]);
-    sums[l] = fma(r, r, sums[l]);
-    z[i + l] = r;
-  }
+  for (uint64_t part = 0; part < kParts; ++part) Vector::store(sums + part * kLanes, wide[part]);
+#else
+  for (; i + kSumLanes <= count; i += kSumLanes)
+    for (uint64_t lane = 0; lane < kSumLanes; ++lane) add(i + lane, lane);
+#endif
+  for (uint64_t lane = 0; i + lane < count; ++lane) add(i + lane, lane);
   double total = 0.0;
   for (const float sum : sums) total += sum;
   return total;

@@ -29,10 +29,37 @@ struct AffineArgs {
   NoiseKey key;
 };
 
-#define SK_DECLARE_KERNELS(isa)           \
-  namespace isa {                         \
-  void fill(const FillArgs& args);        \
+// out = x + sigma z, sigma per row.
+struct PerturbArgs {
+  float* out;
+  const float* x;
+  const float* sigma;
+  uint64_t rows, elements;
+  NoiseKey key;
+};
+
+// loss = 1/2 weight sum (sigma score + z)^2 per row, and its gradient by the score: dsm_loss
+// writes that of the loss itself, if `gradient` is not null; dsm_gradient writes only the gradient,
+// times `upstream`. A null weight is 1.
+struct DsmArgs {
+  float* loss;
+  float* gradient;
+  const void* score;
+  Dtype score_dtype;
+  const float* sigma;
+  const float* weight;
+  const float* upstream;
+  uint64_t rows, elements;
+  NoiseKey key;
+};
+
+#define SK_DECLARE_KERNELS(isa)             \
+  namespace isa {                           \
+  void fill(const FillArgs& args);          \
   void affine_step(const AffineArgs& args); \
+  void perturb(const PerturbArgs& args);    \
+  void dsm_loss(const DsmArgs& args);       \
+  void dsm_gradient(const DsmArgs& args);   \
   }
 
 SK_DECLARE_KERNELS(avx512)

@@ -22,9 +22,14 @@ struct Isa {
   bool (*supported)();
   decltype(&sk::portable::fill) fill;
   decltype(&sk::portable::affine_step) affine_step;
+  decltype(&sk::portable::perturb) perturb;
+  decltype(&sk::portable::dsm_loss) dsm_loss;
+  decltype(&sk::portable::dsm_gradient) dsm_gradient;
 };
 
-#define SK_ISA_ROW(isa, supported) {#isa, supported, &sk::isa::fill, &sk::isa::affine_step}
+#define SK_ISA_ROW(isa, supported)                                                  \
+  {#isa,                 supported,        &sk::isa::fill,        &sk::isa::affine_step, \
+   &sk::isa::perturb, &sk::isa::dsm_loss, &sk::isa::dsm_gradient}
 
 // Best first.
 constexpr Isa kIsas[] = {
@@ -97,6 +102,31 @@ void affine_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, u
   });
 }
 
+void perturb(uintptr_t out, uintptr_t x, uintptr_t sigma, uint64_t rows, uint64_t elements,
+             uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample) {
+  run(rows, elements, [&] {
+    current.load()->perturb({reinterpret_cast<float*>(out), reinterpret_cast<const float*>(x),
+                             reinterpret_cast<const float*>(sigma), rows, elements,
+                             {seed, first_sample, draw, purpose}});
+  });
+}
+
+// With an upstream gradient: dsm_gradient; without: dsm_loss.
+void dsm(uintptr_t loss, uintptr_t gradient, uintptr_t score, int score_dtype, uintptr_t sigma,
+         uintptr_t weight, uintptr_t upstream, uint64_t rows, uint64_t elements, uint64_t seed,
+         uint32_t purpose, uint32_t draw, uint64_t first_sample) {
+  const sk::DsmArgs args = {reinterpret_cast<float*>(loss), reinterpret_cast<float*>(gradient),
+                            reinterpret_cast<const void*>(score), sk::Dtype(score_dtype),
+                            reinterpret_cast<const float*>(sigma),
+                            reinterpret_cast<const float*>(weight),
+                            reinterpret_cast<const float*>(upstream), rows, elements,
+                            {seed, first_sample, draw, purpose}};
+  run(rows, elements, [&] {
+    const Isa* isa = current.load();
+    (upstream ? isa->dsm_gradient : isa->dsm_loss)(args);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -113,4 +143,6 @@ PYBIND11_MODULE(_cpu, m) {
   }, "Threads a kernel may use; 0 when built without OpenMP.");
   m.def("fill", &fill);
   m.def("affine_step", &affine_step);
+  m.def("perturb", &perturb);
+  m.def("dsm", &dsm);
 }

@@ -86,6 +86,60 @@ def affine_step(
     )
 
 
+def perturb(x: Tensor, sigma: Tensor, key: Key) -> Tensor:
+    out = torch.empty_like(x)
+    rows = x.shape[0]
+    elements = x.numel() // rows if rows else 0
+    _cpu.perturb(out.data_ptr(), x.data_ptr(), sigma.data_ptr(), rows, elements, *key)
+    return out
+
+
+def dsm_loss(
+    score: Tensor, sigma: Tensor, weight: Tensor | None, key: Key, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    rows = score.shape[0]
+    # A sample without elements is not visited by the kernel: its loss is 0.
+    loss = score.new_empty(rows, dtype=torch.float32) if score.numel() else sigma.new_zeros(rows)
+    gradient = score.new_empty(score.shape if with_gradient else 0, dtype=torch.float32)
+    _dsm(loss, gradient if with_gradient else None, score, sigma, weight, None, key)
+    return loss, gradient
+
+
+def dsm_gradient(
+    score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, key: Key
+) -> Tensor:
+    gradient = torch.empty_like(score, dtype=torch.float32)
+    _dsm(None, gradient, score, sigma, weight, upstream, key)
+    return gradient.to(score.dtype)
+
+
+def _dsm(
+    loss: Tensor | None,
+    gradient: Tensor | None,
+    score: Tensor,
+    sigma: Tensor,
+    weight: Tensor | None,
+    upstream: Tensor | None,
+    key: Key,
+) -> None:
+    rows = score.shape[0]
+    loss_to, gradient_to, weight_at, upstream_at = (
+        0 if t is None else t.data_ptr() for t in (loss, gradient, weight, upstream)
+    )
+    _cpu.dsm(
+        loss_to,
+        gradient_to,
+        score.data_ptr(),
+        _DTYPES[score.dtype],
+        sigma.data_ptr(),
+        weight_at,
+        upstream_at,
+        rows,
+        score.numel() // rows if rows else 0,
+        *key,
+    )
+
+
 _FLOAT32, _STRIDED = torch.float32, torch.strided
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled

@@ -78,9 +78,7 @@ def affine_step(
         return
     z = None
     if c != 0:
-        seed, purpose, draw, first_sample = key
-        noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
-        z = fill("normal", tuple(x.shape), noise, x.device)
+        z = _normal_like(x, key)
     if x.dtype == torch.float64:
         result = a * x + b * score.double()
         out.copy_(result if z is None else result + c * z.double())
@@ -94,6 +92,58 @@ def affine_step(
         if z is not None:
             step = _fma(c, z.view(-1)[piece].to(home).double(), step)
         target[piece] = step.float().to(x.device)
+
+
+def perturb(x: Tensor, sigma: Tensor, key: Key) -> Tensor:
+    z = _normal_like(x, key)
+    spread = _per_sample(sigma, x)
+    if x.dtype == torch.float64:
+        return x + spread.double() * z.double()
+    home = "cpu" if x.device.type == "mps" else x.device
+    result = _fma(spread.to(home).double(), z.to(home).double(), x.to(home).double())
+    return result.float().to(x.device)
+
+
+def dsm_loss(
+    score: Tensor, sigma: Tensor, weight: Tensor | None, key: Key, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    residual = _residual(score, sigma, key)
+    factor = 0.5 if weight is None else 0.5 * weight
+    loss = (
+        factor * residual.square().flatten(1).sum(1)
+        if score.dim() > 1
+        else (factor * residual.square())
+    )
+    dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
+    if not with_gradient:
+        return loss.to(dtype), score.new_empty(0, dtype=dtype)
+    scale = sigma if weight is None else sigma * weight
+    return loss.to(dtype), (_per_sample(scale, score) * residual).to(dtype)
+
+
+def dsm_gradient(
+    score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, key: Key
+) -> Tensor:
+    scale = upstream * (sigma if weight is None else sigma * weight)
+    return (_per_sample(scale, score) * _residual(score, sigma, key)).to(score.dtype)
+
+
+def _residual(score: Tensor, sigma: Tensor, key: Key) -> Tensor:
+    """sigma score + z, in fp64 where the device has it."""
+    dtype = torch.float32 if score.device.type == "mps" else torch.float64
+    z = _normal_like(score, key).to(dtype)
+    return _per_sample(sigma, score).to(dtype) * score.to(dtype) + z
+
+
+def _normal_like(x: Tensor, key: Key) -> Tensor:
+    seed, purpose, draw, first_sample = key
+    noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
+    return fill("normal", tuple(x.shape), noise, x.device)
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, ...], to go with `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def _pieces(count: int, size: int) -> Iterator[slice]:
@@ -158,7 +208,7 @@ def _normal(words: Tensor) -> Tensor:
 _MAPS = {"words": lambda w: w, "normal": _normal, "uniform": _uniform, "rademacher": _rademacher}
 
 
-def _fma(a: float, b: Tensor, c: Tensor) -> Tensor:
+def _fma(a: float | Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a b + c of fp32 values held in fp64, rounded once to fp32 and kept in fp64.
 
     The fp64 product is exact; their sum is rounded to odd (Boldo and Melquiond, 2008), after which

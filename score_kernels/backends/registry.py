@@ -48,6 +48,20 @@ class Backend(Protocol):
     ) -> None:
         """out = a x + b score + c z, all contiguous; out may be x; c = 0 draws no noise."""
 
+    def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
+        """x + sigma z; x contiguous, sigma [B] float32."""
+
+    def dsm_loss(
+        self, score: Tensor, sigma: Tensor, weight: Tensor | None, key: Key, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[B] losses 1/2 weight sum (sigma score + z)^2 and, if asked for, their gradient by an
+        fp32 score (else an empty tensor); score contiguous, sigma and weight [B] float32."""
+
+    def dsm_gradient(
+        self, score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, key: Key
+    ) -> Tensor:
+        """upstream weight sigma (sigma score + z) in the score's dtype; upstream [B] float32."""
+
 
 # In the order of preference.
 _BACKENDS: dict[str, Backend] = {

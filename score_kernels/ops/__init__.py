@@ -11,14 +11,17 @@ Noise is named by a :class:`score_kernels.NoiseKey` and made inside the kernel. 
 ``i``-th in C order whatever the memory layout. Non-contiguous inputs are copied once.
 """
 
+from score_kernels.ops.dsm import dsm_loss_from_score, perturb
 from score_kernels.ops.fill import normal, rademacher, uniform, words
 from score_kernels.ops.update import affine_step_, langevin_step, langevin_step_
 
 __all__ = [
     "affine_step_",
+    "dsm_loss_from_score",
     "langevin_step",
     "langevin_step_",
     "normal",
+    "perturb",
     "rademacher",
     "uniform",
     "words",

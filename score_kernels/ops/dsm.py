@@ -1,0 +1,202 @@
+"""Denoising score matching from a given score: noisy data and the loss, noise never stored."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_kernels import _check
+from score_kernels.backends import choose
+from score_kernels.noise import NoiseKey
+from score_kernels.ops._library import KEY, library, signed, unsigned
+from score_kernels.ops.fill import normal
+
+__all__ = ["dsm_loss_from_score", "perturb"]
+
+
+# Under torch.func the plain formulas serve: they have every derivative and batching rule.
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def perturb(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
+    """Noisy data ``x + sigma z``, with ``z = normal(x.shape, noise)`` made in the kernel.
+
+    Args:
+        x: ``[B, ...]`` float32, or float64 on the reference backend.
+        sigma: ``[B]`` float32 on x's device, one noise level per sample, at least 0.
+        noise: names the noise ``z``; see :class:`score_kernels.NoiseKey`.
+
+    Returns:
+        A new tensor like x. Differentiable in x and, by materialising the noise, in sigma.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device is not one of the above.
+    """
+    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
+    _check.state("x", x)
+    _check.noise_shape(x.shape)
+    _check.sample_range(noise.first_sample, x.shape[0])
+    _check.per_sample("sigma", sigma, x)
+    if _transforms_active() or (torch.is_grad_enabled() and sigma.requires_grad):
+        return x + _spread(sigma, x) * normal(x.shape, noise, dtype=x.dtype, device=x.device)
+    return _Perturb.apply(x, sigma, noise)
+
+
+def dsm_loss_from_score(
+    score: Tensor, sigma: Tensor, noise: NoiseKey, *, weight: Tensor | None = None
+) -> Tensor:
+    """Per sample, ``1/2 weight || sigma score + z ||^2``, the sum running over its D elements.
+
+    The denoising score matching loss (Vincent 2011; Song and Ermon 2019, arXiv 1907.05600) of a
+    score taken at ``perturb(x, sigma, noise)``, weighted by lambda(sigma) = sigma^2; another
+    lambda is ``weight = lambda(sigma) / sigma^2``. The noise is made again from its key, never
+    stored, and ``1/sigma^2`` is never formed. Sums do not depend on the thread count.
+
+    Args:
+        score: ``[B, ...]`` float32, bfloat16, float16, or float64 on the reference backend.
+        sigma: ``[B]`` float32 on the score's device.
+        noise: the key that made the noisy data.
+        weight: ``[B]`` float32 on the score's device, finite and at least 0 (not read for that
+            here); default: ones.
+
+    Returns:
+        ``[B]`` float32 (float64 for a float64 score). Differentiable in score any number of times
+        and, by materialising the noise, in sigma and weight.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device is not one of the above.
+    """
+    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
+    _check.score("score", score)
+    _check.noise_shape(score.shape)
+    _check.sample_range(noise.first_sample, score.shape[0])
+    _check.per_sample("sigma", sigma, score)
+    if weight is not None:
+        _check.per_sample("weight", weight, score)
+    if _transforms_active() or (
+        torch.is_grad_enabled()
+        and (sigma.requires_grad or (weight is not None and weight.requires_grad))
+    ):
+        return _loss_formula(score, sigma, weight, noise)
+    return _DsmLoss.apply(score, sigma, weight, noise)
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def _residual(score: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
+    """sigma score + z in plain torch, for derivatives that the kernels do not have."""
+    wide = score if score.dtype == torch.float64 else score.float()
+    z = normal(score.shape, noise, dtype=wide.dtype, device=score.device)
+    return _spread(sigma, wide) * wide + z
+
+
+def _loss_formula(score: Tensor, sigma: Tensor, weight: Tensor | None, noise: NoiseKey) -> Tensor:
+    elements = math.prod(score.shape[1:])
+    squares = _residual(score, sigma, noise).square().reshape(score.shape[0], elements)
+    each = 0.5 * squares.sum(1)
+    return each if weight is None else weight.to(each.dtype) * each
+
+
+class _Perturb(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
+        return torch.ops.score_kernels.perturb(x, sigma, *signed(noise.fields()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None
+
+
+class _DsmLoss(torch.autograd.Function):
+    """On a CPU noise is arithmetic: a float32 gradient is made in the forward pass, kept instead of
+    the noise and given away by the first backward. Elsewhere, and after that, it is recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, score: Tensor, sigma: Tensor, weight: Tensor | None, noise: NoiseKey
+    ) -> Tensor:
+        eager = not torch.compiler.is_compiling()
+        keep = eager and ctx.needs_input_grad[0] and score.is_cpu and score.dtype == torch.float32
+        loss, gradient = torch.ops.score_kernels.dsm_loss(
+            score, sigma, weight, keep, *signed(noise.fields())
+        )
+        ctx.save_for_backward(score, sigma, weight)
+        ctx.noise, ctx.gradient = noise, gradient if keep else None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        score, sigma, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # A further derivative is wanted: the formula in plain torch, which has them all.
+            scale = grad * sigma if weight is None else grad * sigma * weight
+            residual = _residual(score, sigma, ctx.noise)
+            return (_spread(scale, residual) * residual).to(score.dtype), None, None, None
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is not None:
+            return gradient.mul_(_spread(grad, score)), None, None, None
+        gradient = torch.ops.score_kernels.dsm_gradient(
+            score, sigma, weight, grad.contiguous(), *signed(ctx.noise.fields())
+        )
+        return gradient, None, None, None
+
+
+def _perturb(x: Tensor, sigma: Tensor, *key: int) -> Tensor:
+    backend = choose(x.device, x.dtype)
+    return backend.perturb(x.contiguous(), sigma.contiguous(), unsigned(key))
+
+
+def _dsm_loss(
+    score: Tensor, sigma: Tensor, weight: Tensor | None, with_gradient: bool, *key: int
+) -> tuple[Tensor, Tensor]:
+    weight = None if weight is None else weight.contiguous()
+    return choose(score.device, _state_dtype(score)).dsm_loss(
+        score.contiguous(), sigma.contiguous(), weight, unsigned(key), with_gradient
+    )
+
+
+def _dsm_gradient(
+    score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, *key: int
+) -> Tensor:
+    weight = None if weight is None else weight.contiguous()
+    return choose(score.device, _state_dtype(score)).dsm_gradient(
+        score.contiguous(), sigma.contiguous(), weight, upstream, unsigned(key)
+    )
+
+
+def _state_dtype(score: Tensor) -> torch.dtype:
+    """The dtype of the state and the loss that go with a score."""
+    return torch.float64 if score.dtype == torch.float64 else torch.float32
+
+
+def _contiguous_like(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_loss(
+    score: Tensor, sigma: Tensor, weight: Tensor | None, with_gradient: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = _state_dtype(score)
+    shape = score.shape if with_gradient else (0,)
+    return score.new_empty(score.shape[0], dtype=dtype), score.new_empty(shape, dtype=dtype)
+
+
+_SCORE = "Tensor score, Tensor sigma, Tensor? weight"
+for _schema, _implementation, _fake in (
+    (f"perturb(Tensor x, Tensor sigma, {KEY}) -> Tensor", _perturb, _contiguous_like),
+    (f"dsm_loss({_SCORE}, bool with_gradient, {KEY}) -> (Tensor, Tensor)", _dsm_loss, _fake_loss),
+    (f"dsm_gradient({_SCORE}, Tensor upstream, {KEY}) -> Tensor", _dsm_gradient, _contiguous_like),
+):
+    library.define(_schema)
+    _name = _schema.partition("(")[0]
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"score_kernels::{_name}", _fake)
