@@ -1,0 +1,63 @@
+"""Interleaved timing: every round times all variants in turn, so that a noisy neighbour disturbs
+all alike. pytest-benchmark times ours; the others are timed while it sets a round up."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+Step = Callable[[], Any]
+ROUNDS = 31
+# A round of a variant lasts at least this long, in seconds: the clock's own cost does not count.
+ROUND = 1e-3
+
+
+def timed(step: Step, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+def calls_per_round(step: Step) -> int:
+    for _ in range(3):
+        step()
+    return max(1, math.ceil(ROUND / timed(step, 1)))
+
+
+def compare(
+    benchmark: Any,
+    variants: dict[str, Step],
+    ours: str,
+    ratios: dict[str, tuple[str, str]],
+    *,
+    shape: tuple[int, ...],
+    threads: int,
+) -> None:
+    """Time `variants` on tensors of `shape` and leave the row of the table in extra_info: ns per
+    element of each, and the quotients of pairs of them."""
+    calls = {name: calls_per_round(step) for name, step in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants if name != ours}
+
+    def time_the_others() -> None:
+        for name in seconds:
+            seconds[name].append(timed(variants[name], calls[name]))
+
+    def round_of_ours() -> None:
+        for _ in range(calls[ours]):
+            variants[ours]()
+
+    benchmark.pedantic(round_of_ours, setup=time_the_others, rounds=ROUNDS, warmup_rounds=1)
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    median[ours] = benchmark.stats.stats.median / calls[ours]
+    elements = math.prod(shape)
+    benchmark.extra_info.update(
+        shape="x".join(map(str, shape)),
+        threads=threads,
+        ns={name: median[name] / elements * 1e9 for name in variants},
+        ratios={name: median[a] / median[b] for name, (a, b) in ratios.items()},
+        us=median[ours] * 1e6,
+    )
