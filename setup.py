@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
-KERNELS = ("noise", "update", "dsm")
+KERNELS = ("noise", "update", "dsm", "ssm")
 FLAGS = [
     "-O3",
     "-std=c++17",

@@ -53,3 +53,17 @@ def dsm(
     draw: int,
     first_sample: int,
 ) -> None: ...
+def probe(
+    out: int,
+    kind: int,
+    a: int,
+    b: int,
+    dtype: int,
+    factor: int,
+    rows: int,
+    elements: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None: ...

@@ -53,6 +53,19 @@ struct DsmArgs {
   NoiseKey key;
 };
 
+// A probe v per row, normals or random signs. Without factor: out is [4, rows], the sums v.v, v.a,
+// v.b and a.a (b may be null). With factor: out is factor v.
+struct ProbeArgs {
+  float* out;
+  Kind kind;
+  const void* a;
+  const void* b;
+  Dtype dtype;
+  const float* factor;
+  uint64_t rows, elements;
+  NoiseKey key;
+};
+
 #define SK_DECLARE_KERNELS(isa)             \
   namespace isa {                           \
   void fill(const FillArgs& args);          \
@@ -60,6 +73,7 @@ struct DsmArgs {
   void perturb(const PerturbArgs& args);    \
   void dsm_loss(const DsmArgs& args);       \
   void dsm_gradient(const DsmArgs& args);   \
+  void probe(const ProbeArgs& args);        \
   }
 
 SK_DECLARE_KERNELS(avx512)

@@ -25,11 +25,12 @@ struct Isa {
   decltype(&sk::portable::perturb) perturb;
   decltype(&sk::portable::dsm_loss) dsm_loss;
   decltype(&sk::portable::dsm_gradient) dsm_gradient;
+  decltype(&sk::portable::probe) probe;
 };
 
 #define SK_ISA_ROW(isa, supported)                                                  \
   {#isa,                 supported,        &sk::isa::fill,        &sk::isa::affine_step, \
-   &sk::isa::perturb, &sk::isa::dsm_loss, &sk::isa::dsm_gradient}
+   &sk::isa::perturb, &sk::isa::dsm_loss, &sk::isa::dsm_gradient, &sk::isa::probe}
 
 // Best first.
 constexpr Isa kIsas[] = {
@@ -127,6 +128,17 @@ void dsm(uintptr_t loss, uintptr_t gradient, uintptr_t score, int score_dtype, u
   });
 }
 
+void probe(uintptr_t out, int kind, uintptr_t a, uintptr_t b, int dtype, uintptr_t factor,
+           uint64_t rows, uint64_t elements, uint64_t seed, uint32_t purpose, uint32_t draw,
+           uint64_t first_sample) {
+  run(rows, elements, [&] {
+    current.load()->probe({reinterpret_cast<float*>(out), sk::Kind(kind),
+                           reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
+                           sk::Dtype(dtype), reinterpret_cast<const float*>(factor), rows, elements,
+                           {seed, first_sample, draw, purpose}});
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -145,4 +157,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("affine_step", &affine_step);
   m.def("perturb", &perturb);
   m.def("dsm", &dsm);
+  m.def("probe", &probe);
 }
