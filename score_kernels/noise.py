@@ -35,6 +35,8 @@ class Purpose(enum.IntEnum):
     LANGEVIN = 2
     DSM_LEVEL = 3
     DSM_NOISE = 4
+    # The first of 64: one per probe of a sample.
+    SSM_PROBE = 64
 
 
 @dataclass(frozen=True)

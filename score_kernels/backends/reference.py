@@ -128,6 +128,21 @@ def dsm_gradient(
     return (_per_sample(scale, score) * _residual(score, sigma, key)).to(score.dtype)
 
 
+def probe_sums(kind: str, a: Tensor, b: Tensor | None, key: Key) -> Tensor:
+    wide = torch.float32 if a.device.type == "mps" else torch.float64
+    rows, elements = a.shape[0], math.prod(a.shape[1:])
+    v = _noise_like(kind, a, key).to(wide).reshape(rows, elements)
+    a2 = a.to(wide).reshape(rows, elements)
+    b2 = torch.zeros_like(a2) if b is None else b.to(wide).reshape(rows, elements)
+    sums = torch.stack([(p * q).sum(1) for p, q in ((v, v), (v, a2), (v, b2), (a2, a2))])
+    return sums.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
+
+
+def probe_scale(kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
+    like = factor.new_empty(()).expand(shape)
+    return _per_sample(factor, like) * _noise_like(kind, like, key).to(factor.dtype)
+
+
 def _residual(score: Tensor, sigma: Tensor, key: Key) -> Tensor:
     """sigma score + z, in fp64 where the device has it."""
     dtype = torch.float32 if score.device.type == "mps" else torch.float64
@@ -136,9 +151,13 @@ def _residual(score: Tensor, sigma: Tensor, key: Key) -> Tensor:
 
 
 def _normal_like(x: Tensor, key: Key) -> Tensor:
+    return _noise_like("normal", x, key)
+
+
+def _noise_like(kind: str, x: Tensor, key: Key) -> Tensor:
     seed, purpose, draw, first_sample = key
     noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
-    return fill("normal", tuple(x.shape), noise, x.device)
+    return fill(kind, tuple(x.shape), noise, x.device)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -62,6 +62,13 @@ class Backend(Protocol):
     ) -> Tensor:
         """upstream weight sigma (sigma score + z) in the score's dtype; upstream [B] float32."""
 
+    def probe_sums(self, kind: str, a: Tensor, b: Tensor | None, key: Key) -> Tensor:
+        """[4, B]: v.v, v.a, v.b (0 without b) and a.a over each sample, for a probe v of a kind,
+        "normal" or "rademacher"; a and b contiguous and of one dtype."""
+
+    def probe_scale(self, kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
+        """factor v; factor [B] float32 (or float64, which the result then has)."""
+
 
 # In the order of preference.
 _BACKENDS: dict[str, Backend] = {

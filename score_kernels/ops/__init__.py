@@ -13,6 +13,7 @@ Noise is named by a :class:`score_kernels.NoiseKey` and made inside the kernel. 
 
 from score_kernels.ops.dsm import dsm_loss_from_score, perturb
 from score_kernels.ops.fill import normal, rademacher, uniform, words
+from score_kernels.ops.probe import probe_dot, probe_scale, ssm_reduce
 from score_kernels.ops.update import affine_step_, langevin_step, langevin_step_
 
 __all__ = [
@@ -22,7 +23,10 @@ __all__ = [
     "langevin_step_",
     "normal",
     "perturb",
+    "probe_dot",
+    "probe_scale",
     "rademacher",
+    "ssm_reduce",
     "uniform",
     "words",
 ]
