@@ -6,6 +6,7 @@ from score_kernels.losses import dsm_loss
 from score_kernels.noise import NoiseKey
 from score_kernels.sampling import annealed_langevin, langevin
 from score_kernels.schedules import geometric_sigmas
+from score_kernels.sliced import exact_score_loss, sliced_score_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "annealed_langevin",
     "backends",
     "dsm_loss",
+    "exact_score_loss",
     "geometric_sigmas",
     "langevin",
     "ops",
+    "sliced_score_loss",
     "use_backend",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from score_kernels import _check, ops
-from score_kernels.noise import NoiseKey, Purpose, fresh_seed
+from score_kernels.noise import NoiseKey, Purpose, resolve
 
 __all__ = ["dsm_loss"]
 
@@ -66,7 +66,7 @@ def dsm_loss(
     batch = x.shape[0]
     if not batch:
         raise ValueError("x: got a batch of 0, expected at least one sample")
-    noise = _key(noise, seed)
+    noise = resolve(noise, seed)
     if labels is None:
         # floor(word * L / 2^32), exact in 64-bit integers.
         words = ops.words((batch, 1), noise.for_purpose(Purpose.DSM_LEVEL), device=x.device)
@@ -108,15 +108,6 @@ def _per_level(each: Tensor, labels: Tensor, levels: int) -> Tensor:
         for v in (each, torch.ones_like(each))
     )
     return total / count
-
-
-def _key(noise: NoiseKey | None, seed: int | None) -> NoiseKey:
-    if noise is None:
-        return NoiseKey(fresh_seed() if seed is None else seed)
-    if seed is not None:
-        raise ValueError(f"seed: got {seed} beside noise, expected one of the two")
-    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
-    return noise
 
 
 def _check_labels(labels: Any, x: Tensor, levels: int) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from score_kernels import _check
 
-__all__ = ["Key", "NoiseKey", "Purpose", "fresh_seed"]
+__all__ = ["Key", "NoiseKey", "Purpose", "fresh_seed", "resolve"]
 
 # (seed, purpose, draw, first_sample): a NoiseKey as kernels take it.
 Key = tuple[int, ...]
@@ -86,3 +86,18 @@ class NoiseKey:
 def fresh_seed() -> int:
     """A 64-bit seed from torch's default CPU generator, which ``torch.manual_seed`` rules."""
     return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None)) & (2**64 - 1)
+
+
+def resolve(noise: NoiseKey | None, seed: int | None) -> NoiseKey:
+    """The key of a loss that takes either: noise, or NoiseKey(seed), or a fresh seed's.
+
+    Raises:
+        ValueError: both are given, or the seed is out of range.
+        TypeError: noise is not a NoiseKey, or seed not an integer.
+    """
+    if noise is None:
+        return NoiseKey(fresh_seed() if seed is None else seed)
+    if seed is not None:
+        raise ValueError(f"seed: got {seed} beside noise, expected one of the two")
+    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
+    return noise

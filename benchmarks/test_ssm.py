@@ -1,0 +1,65 @@
+"""A training step (forward, backward) by sliced against denoising score matching, same network.
+
+dsm        score_kernels.dsm_loss
+by hand    sliced score matching with double backward as one writes it in PyTorch
+double, jvp, fd   score_kernels.sliced_score_loss by its three methods
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import compare
+from score_kernels import NoiseKey, dsm_loss, sliced_score_loss
+
+MLP = ((4096, 2), lambda: nn.Sequential(
+    nn.Linear(2, 128), nn.Softplus(), nn.Linear(128, 128), nn.Softplus(), nn.Linear(128, 2)))  # fmt: skip
+CONV = ((64, 1, 28, 28), lambda: nn.Sequential(
+    nn.Conv2d(1, 32, 3, padding=1), nn.Softplus(), nn.Conv2d(32, 32, 3, padding=1), nn.Softplus(),
+    nn.Conv2d(32, 1, 3, padding=1)))  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape, make", [MLP, CONV], ids=["mlp", "conv"])
+def test_ssm(benchmark: Any, shape: tuple[int, ...], make: Any, threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    net, x, noise = make(), torch.randn(shape), NoiseKey(1)
+    parameters = list(net.parameters())
+
+    def by_hand() -> Tensor:
+        leaf = x.detach().requires_grad_()
+        v = torch.randint_like(x, 2) * 2 - 1
+        s = net(leaf)
+        slope = torch.autograd.grad((v * s).sum(), leaf, create_graph=True)[0]
+        return ((v * slope).flatten(1).sum(1) + 0.5 * s.square().flatten(1).sum(1)).mean()
+
+    def step(loss: Tensor) -> Any:
+        return torch.autograd.grad(loss, parameters)
+
+    def sliced(method: str) -> Any:
+        return lambda: step(sliced_score_loss(net, x, noise=noise, method=method))
+
+    compare(
+        benchmark,
+        {
+            "dsm": lambda: step(dsm_loss(lambda y, sigma: net(y), x, [0.5], noise=noise)),
+            "by hand": lambda: step(by_hand()),
+            "double": sliced("double_backward"),
+            "jvp": sliced("jvp"),
+            "fd": sliced("finite_difference"),
+        },
+        "fd",
+        {
+            "hand/dsm": ("by hand", "dsm"),
+            "double/dsm": ("double", "dsm"),
+            "jvp/dsm": ("jvp", "dsm"),
+            "fd/dsm": ("fd", "dsm"),
+        },
+        shape=shape,
+        threads=threads,
+    )

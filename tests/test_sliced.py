@@ -1,0 +1,216 @@
+"""Sliced and exact score matching: closed forms, agreement, gradients, fallbacks, wrong input."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import tolerances
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from score_kernels import NoiseKey, dsm_loss, exact_score_loss, sliced_score_loss
+
+METHODS = ["double_backward", "jvp", "finite_difference"]
+PROBES = ["rademacher", "gaussian", "sphere"]
+
+
+def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 16), nn.Softplus(), nn.Linear(16, 4)).to(dtype)
+
+
+def gradient(loss: Tensor, net: nn.Module) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("probe", ["rademacher", "sphere"])
+def test_the_gaussian_s_score_has_minus_half_the_dimension(
+    backend: str, method: str, probe: str
+) -> None:
+    """s = -x: v^T grad s v = -D for |v|^2 = D, and E 1/2 |x|^2 = D/2."""
+    dimension, batch = 12, 20_000
+    x = torch.randn(batch, dimension)
+    loss = float(sliced_score_loss(lambda y: -y, x, seed=1, probe=probe, method=method))
+    want = float((0.5 * x.double().square().sum(1)).mean()) - dimension
+    # The rest is fp32: differences divide a rounding of 1e-7 by 2 h = 0.02.
+    assert abs(loss - want) < 1e-3
+    score = (loss + dimension / 2) / math.sqrt(dimension / 2 / batch)
+    assert 2 * stats.norm.sf(abs(score)) > tolerances.ALPHA / 6
+
+
+def test_exact_loss_is_the_formula() -> None:
+    net, x = network(), torch.randn(6, 4, dtype=torch.float64)
+    jacobian = torch.func.vmap(torch.func.jacrev(net))(x)
+    want = (jacobian.diagonal(dim1=1, dim2=2).sum(1) + 0.5 * net(x).square().sum(1)).mean()
+    torch.testing.assert_close(exact_score_loss(net, x), want)
+    noisy = exact_score_loss(lambda y, s: net(y) / s[:, None], x, 2.0)
+    torch.testing.assert_close(
+        noisy,
+        (jacobian.diagonal(dim1=1, dim2=2).sum(1) / 2 + net(x).square().sum(1) / 8).mean(),
+    )
+
+
+@pytest.mark.parametrize("variance_reduced", [True, False])
+@pytest.mark.parametrize("probe", PROBES)
+def test_the_expectation_is_the_exact_loss(probe: str, variance_reduced: bool) -> None:
+    """64 probes over 2000 samples, each sample's own mean against its exact value."""
+    net, x = network(), torch.randn(2000, 4, dtype=torch.float64)
+    exact = float(exact_score_loss(net, x))
+    batches = [
+        float(
+            sliced_score_loss(
+                net, x, noise=NoiseKey(3).at(i), probe=probe, variance_reduced=variance_reduced
+            )
+        )
+        for i in range(40)
+    ]
+    mean, spread = torch.tensor(batches).mean(), torch.tensor(batches).std() / math.sqrt(40)
+    p = 2 * stats.t.sf(abs(float((mean - exact) / spread)), 39)
+    assert p > tolerances.ALPHA / 6
+
+
+@pytest.mark.parametrize("variance_reduced", [True, False])
+@pytest.mark.parametrize("probe", PROBES)
+def test_the_three_methods_agree(probe: str, variance_reduced: bool) -> None:
+    """Same probes: the first two to rounding, differences to h^2, gradients too."""
+    net, x = network(), torch.randn(50, 4, dtype=torch.float64)
+    sigma = torch.rand(50) + 0.5
+
+    def score(y: Tensor, s: Tensor) -> Tensor:
+        return net(y) / s[:, None]
+
+    losses = {}
+    for method in METHODS:
+        loss = sliced_score_loss(
+            score, x, sigma, seed=4, probe=probe, probes=3, method=method, fd_step=1e-3,
+            variance_reduced=variance_reduced,
+        )  # fmt: skip
+        losses[method] = (loss.detach(), gradient(loss, net))
+    for got, want in zip(losses["jvp"], losses["double_backward"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    for got, want in zip(losses["finite_difference"], losses["double_backward"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_native_equals_reference(method: str) -> None:
+    from conftest import BACKENDS, on_backend
+
+    net, x = network(dtype=torch.float32), torch.randn(50, 4)
+    results = []
+    for name in BACKENDS:
+        with on_backend(name):
+            loss = sliced_score_loss(net, x, seed=4, probes=2, method=method)
+            results.append((loss.detach(), gradient(loss, net)))
+    for loss, grad in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad, results[0][1], rtol=1e-4, atol=1e-4)
+
+
+def test_denoising_and_exact_gradients_agree_in_expectation() -> None:
+    """Vincent (2011): sigma^2 times the explicit objective on the noisy data has the gradient of
+    the denoising loss. Data N(0, 1), s = w x: explicit on N(0, 1 + sigma^2) in closed form."""
+    sigma, w, batch = 0.7, -0.4, 4000
+    weight = torch.tensor(w, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(batch, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for i in range(50):
+        loss = dsm_loss(lambda y, s: weight * y, x, [sigma], noise=NoiseKey(5).at(i))
+        grads.append(float(torch.autograd.grad(loss, weight)[0]))
+    # d/dw E[w + w^2 y^2 / 2], y = x + sigma z, over the x at hand.
+    want = sigma**2 * (1 + w * (float(x.square().mean()) + sigma**2))
+    mean, spread = torch.tensor(grads).mean(), torch.tensor(grads).std() / math.sqrt(50)
+    assert 2 * stats.t.sf(abs(float((mean - want) / spread)), 49) > tolerances.ALPHA
+
+
+def test_a_sample_s_probes_do_not_depend_on_its_batch() -> None:
+    net, x, key = network(), torch.randn(6, 4, dtype=torch.float64), NoiseKey(9, draw=2)
+    alone = [sliced_score_loss(net, x[i : i + 1], noise=key.for_samples(i)) for i in range(6)]
+    torch.testing.assert_close(torch.stack(alone).mean(), sliced_score_loss(net, x, noise=key))
+    torch.manual_seed(1)
+    first = sliced_score_loss(net, x)
+    torch.manual_seed(1)
+    assert first == sliced_score_loss(net, x)
+
+
+class Attention(nn.Module):
+    """Flash attention: its backward has no derivative, and it has no forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mix(x.view(-1, 4, 1, 8)).transpose(1, 2)
+        h = nn.functional.scaled_dot_product_attention(h, h, h)
+        return h.transpose(1, 2).reshape(x.shape)
+
+
+def test_a_missing_double_backward_is_noticed() -> None:
+    net, x = Attention(), torch.randn(5, 32)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            loss = sliced_score_loss(net, x, seed=1)
+            loss.backward()
+    mine = [w for w in said if "sliced_score_loss" in str(w.message)]
+    assert len(mine) == 1 and "finite_difference" in str(mine[0].message)
+    assert net.mix.weight.grad is not None and bool(net.mix.weight.grad.isfinite().all())
+    for method in ("double_backward", "jvp"):
+        with pytest.raises(RuntimeError, match=f"method: got '{method}'.*finite_difference"):
+            sliced_score_loss(net, x, seed=1, method=method)
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = sliced_score_loss(net, x, seed=1, method="double_backward")
+    assert abs(float(exact) - float(loss)) < 1e-2
+    # Without training no second derivative is needed.
+    with torch.no_grad():
+        first = sliced_score_loss(net, x, seed=1, method="double_backward")
+    assert not first.requires_grad
+    torch.testing.assert_close(first, exact.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_reach_the_data_when_asked(method: str) -> None:
+    net = network()
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    loss = sliced_score_loss(net, x, seed=2, method=method)
+    (got,) = torch.autograd.grad(loss, x)
+    assert got.shape == x.shape and bool((got != 0).any())
+
+
+GOOD = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"probes": 0}, ValueError, "probes: got 0"),
+        ({"probes": 65}, ValueError, "probes: got 65"),
+        ({"probes": 1.5}, TypeError, "probes: got float"),
+        ({"fd_step": 0.0}, ValueError, "fd_step: got 0.0"),
+        ({"fd_step": math.nan}, ValueError, "fd_step: got nan"),
+        ({"method": "magic"}, ValueError, "method: got 'magic'"),
+        ({"probe": "cauchy"}, ValueError, "probe: got 'cauchy'"),
+        ({"x": GOOD.int()}, TypeError, "x: got dtype"),
+        ({"x": GOOD[:0]}, ValueError, r"x: got shape \(0, 3\)"),
+        ({"sigma": torch.ones(3)}, ValueError, r"sigma: got shape \(3,\)"),
+        ({"sigma": -1.0}, ValueError, "sigma: got -1.0"),
+        ({"score": 3}, TypeError, "score: got int"),
+        ({"score": lambda x: x[:1]}, ValueError, r"score: got shape \(1, 3\)"),
+        ({"noise": NoiseKey(1), "seed": 1}, ValueError, "seed: got 1 beside noise"),
+        ({"seed": -1}, ValueError, "seed: got -1"),
+    ],
+)
+def test_wrong_inputs_are_named(
+    options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    arguments = {"score": lambda x: -x, "x": GOOD, **options}
+    score, x = arguments.pop("score"), arguments.pop("x")
+    with pytest.raises(error, match=match):
+        sliced_score_loss(score, x, **arguments)
