@@ -16,15 +16,22 @@ from torch import Tensor, nn
 from benchmarks.harness import compare
 from score_kernels import NoiseKey, dsm_loss, sliced_score_loss
 
-MLP = ((4096, 2), lambda: nn.Sequential(
-    nn.Linear(2, 128), nn.Softplus(), nn.Linear(128, 128), nn.Softplus(), nn.Linear(128, 2)))  # fmt: skip
-CONV = ((64, 1, 28, 28), lambda: nn.Sequential(
-    nn.Conv2d(1, 32, 3, padding=1), nn.Softplus(), nn.Conv2d(32, 32, 3, padding=1), nn.Softplus(),
-    nn.Conv2d(32, 1, 3, padding=1)))  # fmt: skip
+
+def mlp() -> nn.Module:
+    hidden = [nn.Linear(2, 128), nn.Softplus(), nn.Linear(128, 128), nn.Softplus()]
+    return nn.Sequential(*hidden, nn.Linear(128, 2))
+
+
+def conv() -> nn.Module:
+    first, second, last = (nn.Conv2d(a, b, 3, padding=1) for a, b in ((1, 32), (32, 32), (32, 1)))
+    return nn.Sequential(first, nn.Softplus(), second, nn.Softplus(), last)
+
+
+NETS = [((4096, 2), mlp), ((64, 1, 28, 28), conv)]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shape, make", [MLP, CONV], ids=["mlp", "conv"])
+@pytest.mark.parametrize("shape, make", NETS, ids=["mlp", "conv"])
 def test_ssm(benchmark: Any, shape: tuple[int, ...], make: Any, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -86,9 +86,9 @@ def sliced_score_loss(
 
     - "double_backward": the gradient of ``v . s``, differentiated again in training.
     - "jvp": forward-mode differentiation along v.
-    - "finite_difference": ``v . (s(x + h v) - s(x - h v)) / (2 h)`` with both evaluations in one
-      batch of 2 B (Pang et al. 2020, arXiv 2007.03317); s becomes their mean. Its error is of the
-      order of h^2.
+    - "finite_difference": ``v . (s(x + h v) - s(x - h v)) / (2 h)`` (Pang et al. 2020, arXiv
+      2007.03317); s becomes the mean of the two, which are one batch of 2 B except on a CPU. Its
+      error is of the order of h^2.
     - "auto": double_backward; where the network's gradient has no derivative (flash attention),
       jvp, and where it has no forward mode either, finite_difference. It warns once per score.
 
@@ -226,11 +226,20 @@ def _by_differences(
     level = _levels(sigma, x)
     step = torch.full(x.shape[:1], fd_step, dtype=x.dtype, device=x.device)
     step = step if level is None else step * level.to(x.dtype)
-    call = _caller(score, torch.cat([x, x]), None if level is None else torch.cat([level, level]))
+    one = _caller(score, x, sigma)
+    # On a CPU two batches of B stay in the cache longer than one of 2 B (1.7-2.4 times a denoising
+    # step against 2.1-2.7); elsewhere fewer and larger kernels are better.
+    both = None
+    if x.device.type != "cpu":
+        twice = None if level is None else torch.cat([level, level])
+        both = _caller(score, torch.cat([x, x]), twice)
     losses = []
     for key in keys:
         shift = ops.probe_scale(step, x.shape, key, probe=probe)
-        above, below = call(torch.cat([x + shift, x - shift])).chunk(2)
+        if both is None:
+            above, below = one(x + shift), one(x - shift)
+        else:
+            above, below = both(torch.cat([x + shift, x - shift])).chunk(2)
         slope = (above - below) / (2 * step).view(-1, *[1] * (x.dim() - 1))
         losses.append(_reduce(slope, 0.5 * (above + below), key, probe, variance_reduced))
     return torch.stack(losses).mean()
