@@ -171,13 +171,17 @@ def _probe(
 
 
 _FLOAT32, _STRIDED = torch.float32, torch.strided
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _modes_active = torch._C._len_torch_dispatch_stack
 # A kernel that writes through a pointer must say so itself, or autograd would not notice that a
-# tensor it has saved has changed.
-_increment_version = torch.autograd.graph.increment_version
+# tensor it has saved has changed. The public function wraps this one, for a twentieth of a step.
+try:
+    _increment_version = torch._C._increment_version
+    _increment_version((torch.zeros(1),))
+except (AttributeError, TypeError):
+    _increment_version = torch.autograd.graph.increment_version  # type: ignore[assignment]
 
 
 # Whether quick_step may serve: the registry says so when native is the choice for the CPU.
