@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 import operator
@@ -14,9 +15,12 @@ from torch import Tensor
 
 def unsigned(name: str, value: Any, bits: int) -> int:
     """An integer in [0, 2**bits)."""
-    if type(value) is not int:
-        # bool is an int to Python, but a seed of True is a mistake.
-        if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+    # bool is an int to Python, but a seed of True is a mistake. Ints come first: under
+    # torch.compile they may be symbols that know little more than that.
+    if isinstance(value, enum.Enum):
+        value = value.value
+    elif isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
             raise TypeError(f"{name}: got {_kind(value)}, expected an integer")
         value = operator.index(value)
     if not 0 <= value < 1 << bits:

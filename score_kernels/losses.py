@@ -57,10 +57,12 @@ def dsm_loss(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: both noise and seed are given, sigmas do not decrease, labels are out of range,
-            a weight is not finite, or the network returns another shape.
+            a weight is not finite, or the network returns another shape. Under ``torch.compile``
+            the values of tensors are not looked at.
     """
     _check.state("x", x)
-    levels = _check.noise_levels(sigmas)
+    table = _table(sigmas, x)
+    levels = table.shape[0]
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
     batch = x.shape[0]
@@ -70,36 +72,39 @@ def dsm_loss(
     if labels is None:
         # floor(word * L / 2^32), exact in 64-bit integers.
         words = ops.words((batch, 1), noise.for_purpose(Purpose.DSM_LEVEL), device=x.device)
-        labels = words[:, 0] * len(levels) >> 32
+        labels = words[:, 0] * levels >> 32
     else:
-        _check_labels(labels, x, len(levels))
-    sigma = torch.tensor(levels, dtype=torch.float32).to(x.device)[labels]
-    weight = _weight(weighting, levels, labels, x)
+        _check_labels(labels, x, levels)
+    sigma = table[labels]
+    weight = _weight(weighting, sigma, x)
     key = noise.for_purpose(Purpose.DSM_NOISE)
     score = net(ops.perturb(x, sigma, key), sigma, **conditions)
     _check.score_like(x, score, "net")
     each = ops.dsm_loss_from_score(score, sigma, key, weight=weight)
     loss = each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
-    return (loss, _per_level(each.detach(), labels, len(levels))) if return_per_level else loss
+    return (loss, _per_level(each.detach(), labels, levels)) if return_per_level else loss
 
 
-def _weight(
-    weighting: float | Tensor, levels: list[float], labels: Tensor, x: Tensor
-) -> Tensor | None:
+def _table(sigmas: Any, x: Tensor) -> Tensor:
+    """The noise levels as float32 on x's device, checked."""
+    if isinstance(sigmas, Tensor) and torch.compiler.is_compiling():
+        return sigmas.to(x.device, torch.float32)
+    return torch.tensor(_check.noise_levels(sigmas), dtype=torch.float32).to(x.device)
+
+
+def _weight(weighting: float | Tensor, sigma: Tensor, x: Tensor) -> Tensor | None:
     """lambda(sigma) / sigma^2 per sample, None for ones."""
-    if isinstance(weighting, Tensor):
-        _check.per_sample("weighting", weighting, x)
+    if not isinstance(weighting, Tensor):
+        power = _check.number("weighting", weighting)
+        return None if power == 2.0 else sigma ** (power - 2.0)
+    _check.per_sample("weighting", weighting, x)
+    if not torch.compiler.is_compiling():
         low, high = (float(v) for v in torch.aminmax(weighting.detach()))
         if not (low >= 0 and high < math.inf):
             raise ValueError(
                 f"weighting: got values from {low} to {high}, expected finite ones of at least 0"
             )
-        return weighting
-    power = _check.number("weighting", weighting)
-    if power == 2.0:
-        return None
-    factors = torch.tensor([s ** (power - 2.0) for s in levels], dtype=torch.float32)
-    return factors.to(x.device)[labels]
+    return weighting
 
 
 def _per_level(each: Tensor, labels: Tensor, levels: int) -> Tensor:
@@ -120,6 +125,8 @@ def _check_labels(labels: Any, x: Tensor, levels: int) -> None:
         )
     if labels.device != x.device:
         raise ValueError(f"labels: got device {labels.device}, expected that of x, {x.device}")
+    if torch.compiler.is_compiling():
+        return
     low, high = (int(v) for v in torch.aminmax(labels))
     if low < 0 or high >= levels:
         raise ValueError(f"labels: got values from {low} to {high}, expected 0 to {levels - 1}")

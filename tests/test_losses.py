@@ -138,6 +138,26 @@ def test_levels_are_drawn_evenly() -> None:
     assert len(counts) == 10 and stats.chisquare(counts).pvalue > tolerances.ALPHA
 
 
+def test_compiled_whole() -> None:
+    net = nn.Linear(6, 6)
+    x, labels, weights = torch.randn(9, 6), torch.arange(9) % 5, torch.rand(9)
+
+    def loss(x: Tensor, noise: NoiseKey) -> Tensor:
+        plain = dsm_loss(lambda y, s: net(y), x, SIGMAS, noise=noise)
+        return plain + dsm_loss(
+            lambda y, s: net(y), x, SIGMAS, noise=noise, labels=labels, weighting=weights
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        got, want = compiled(x, NoiseKey(3).at(step)), loss(x, NoiseKey(3).at(step))
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, net.weight), torch.autograd.grad(want, net.weight)
+        )
+
+
 def test_seeds() -> None:
     x = torch.randn(5, 3)
     assert dsm_loss(zero, x, SIGMAS, seed=4) == dsm_loss(zero, x, SIGMAS, noise=NoiseKey(4))

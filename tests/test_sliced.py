@@ -176,6 +176,24 @@ def test_a_missing_double_backward_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_transforms(method: str) -> None:
+    """func.grad by every method; torch.compile where torch can trace it: not a gradient inside."""
+    net, x, key = network(), torch.randn(5, 4, dtype=torch.float64), NoiseKey(3)
+
+    def loss(x: Tensor) -> Tensor:
+        return sliced_score_loss(net, x, noise=key, method=method)
+
+    want = loss(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0])
+    if method != "double_backward":
+        torch._dynamo.reset()
+        got = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(gradient(got, net), gradient(want, net))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_the_data_when_asked(method: str) -> None:
     net = network()
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
