@@ -235,13 +235,11 @@ def _by_differences(
         both = _caller(score, torch.cat([x, x]), twice)
     losses = []
     for key in keys:
-        shift = ops.probe_scale(step, x.shape, key, probe=probe)
-        if both is None:
-            above, below = one(x + shift), one(x - shift)
-        else:
-            above, below = both(torch.cat([x + shift, x - shift])).chunk(2)
-        slope = (above - below) / (2 * step).view(-1, *[1] * (x.dim() - 1))
-        losses.append(_reduce(slope, 0.5 * (above + below), key, probe, variance_reduced))
+        pair = ops.fd_pair(x, step, key, probe=probe)
+        above, below = map(one, pair.chunk(2)) if both is None else both(pair).chunk(2)
+        losses.append(
+            ops.fd_reduce(above, below, step, key, probe=probe, variance_reduced=variance_reduced)
+        )
     return torch.stack(losses).mean()
 
 

@@ -67,6 +67,24 @@ def test_threads_and_instruction_sets_change_no_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PROBES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_differences_against_fp64(backend: str, shape: tuple[int, ...], kind: str) -> None:
+    v, x, step = probe(shape, kind), torch.randn(shape), torch.rand(shape[0]) + 0.1
+    wide = step.double().view(-1, *[1] * (len(shape) - 1))
+    pair = ops.fd_pair(x, step, KEY, probe=kind)
+    want = torch.cat([x.double() + wide * v, x.double() - wide * v])
+    torch.testing.assert_close(pair.double(), want, rtol=2e-6, atol=2e-6)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        above, below = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        slope = (above.double() - below.double()) / (2 * wide)
+        mean = 0.5 * (above.double() + below.double())
+        for reduced, second in ((True, sums(mean, mean)), (False, sums(v, mean).square())):
+            got = ops.fd_reduce(above, below, step, KEY, probe=kind, variance_reduced=reduced)
+            size = sums(v.abs(), slope.abs()) + second + sums(v.abs(), mean.abs()).square()
+            assert close(got, sums(v, slope) + 0.5 * second, size)
+
+
+@pytest.mark.parametrize("kind", PROBES)
 def test_each_is_the_other_s_adjoint(backend: str, kind: str) -> None:
     s, g = torch.randn(5, 70), torch.randn(5)
     left = float((ops.probe_dot(s, KEY, probe=kind).double() * g.double()).sum())
@@ -95,18 +113,32 @@ def test_gradcheck(kind: str) -> None:
     def plain(g: Tensor, s: Tensor) -> Tensor:
         return ops.ssm_reduce(g.sin(), s.sin(), KEY, probe=kind, variance_reduced=False)
 
+    step = torch.rand(3, dtype=torch.float64) + 0.1
+
+    def pair(s: Tensor) -> Tensor:
+        return ops.fd_pair(s.sin(), step, KEY, probe=kind)
+
+    def difference(g: Tensor, s: Tensor) -> Tensor:
+        reduced = ops.fd_reduce(g.sin(), s.sin(), step, KEY, probe=kind)
+        return reduced + ops.fd_reduce(
+            g.sin(), s.sin(), step, KEY, probe=kind, variance_reduced=False
+        )
+
     cases: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (pair, (s,)),
+        (difference, (g, s)),
         (dot, (s,)), (scale, (b,)), (reduced, (g, s)), (plain, (g, s))]  # fmt: skip
     for function, leaves in cases:
         assert torch.autograd.gradcheck(function, leaves)
         assert torch.autograd.gradgradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("name", ["probe_sums", "probe_scale"])
+@pytest.mark.parametrize("name", ["probe_sums", "probe_scale", "probe_shift"])
 def test_opcheck(backend: str, name: str) -> None:
     torch.use_deterministic_algorithms(False)
     arguments: dict[str, tuple[Any, ...]] = {
-        "probe_sums": ("normal", torch.randn(3, 5), torch.randn(3, 5)),
+        "probe_sums": ("normal", torch.randn(3, 5), torch.randn(3, 5), True),
+        "probe_shift": ("normal", torch.randn(3, 5), torch.randn(3)),
         "probe_scale": ("rademacher", torch.randn(3), [3, 5]),
     }
     op = getattr(torch.ops.score_kernels, name).default
@@ -129,6 +161,9 @@ def test_wrong_inputs_are_named() -> None:
         (lambda: ops.probe_scale(s[:, 0], (2, -3), KEY), ValueError, "shape: got -3"),
         (lambda: ops.ssm_reduce(s[:1], s, KEY), ValueError, r"g: got shape \(1, 3\)"),
         (lambda: ops.ssm_reduce(s.half(), s, KEY), ValueError, "g: got dtype torch.float16"),
+        (lambda: ops.fd_pair(s, s[:, 0].half(), KEY), TypeError, "step: got dtype"),
+        (lambda: ops.fd_pair(s, s[0], KEY), ValueError, r"step: got shape \(3,\)"),
+        (lambda: ops.fd_reduce(s, s[:1], s[:, 0], KEY), ValueError, r"below: got shape \(1, 3\)"),
     ]
     for call, error, match in cases:
         with pytest.raises(error, match=match):

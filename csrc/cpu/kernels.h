@@ -54,14 +54,17 @@ struct DsmArgs {
 };
 
 // A probe v per row, normals or random signs. Without factor: out is [4, rows], the sums v.v, v.a,
-// v.b and a.a (b may be null). With factor: out is factor v.
+// v.b and a.a (b may be null); with `differences` a and b are replaced by (a + b) / 2 and a - b.
+// With factor: out is factor v or, with x, the pair x + factor v, x - factor v, [2, rows, elements].
 struct ProbeArgs {
   float* out;
   Kind kind;
   const void* a;
   const void* b;
   Dtype dtype;
+  bool differences;
   const float* factor;
+  const float* x;
   uint64_t rows, elements;
   NoiseKey key;
 };

@@ -128,13 +128,14 @@ void dsm(uintptr_t loss, uintptr_t gradient, uintptr_t score, int score_dtype, u
   });
 }
 
-void probe(uintptr_t out, int kind, uintptr_t a, uintptr_t b, int dtype, uintptr_t factor,
-           uint64_t rows, uint64_t elements, uint64_t seed, uint32_t purpose, uint32_t draw,
+void probe(uintptr_t out, int kind, uintptr_t a, uintptr_t b, int dtype, bool differences,
+           uintptr_t factor, uintptr_t x, uint64_t rows, uint64_t elements, uint64_t seed, uint32_t purpose, uint32_t draw,
            uint64_t first_sample) {
   run(rows, elements, [&] {
     current.load()->probe({reinterpret_cast<float*>(out), sk::Kind(kind),
                            reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
-                           sk::Dtype(dtype), reinterpret_cast<const float*>(factor), rows, elements,
+                           sk::Dtype(dtype), differences, reinterpret_cast<const float*>(factor),
+                           reinterpret_cast<const float*>(x), rows, elements,
                            {seed, first_sample, draw, purpose}});
   });
 }

@@ -30,6 +30,26 @@ SK_INLINE Pieces sum_row(const float* v, const float* a, const float* b, uint64_
   return {{vv.total(), va.total(), vb.total(), aa.total()}};
 }
 
+// a and b become their mean and their difference, in the buffers.
+SK_INLINE void mean_and_difference(const float* a, const float* b, float* mean, float* difference,
+                                   uint64_t count) {
+#pragma omp simd
+  for (uint64_t i = 0; i < count; ++i) {
+    const float above = a[i], below = b[i];
+    mean[i] = 0.5f * (above + below);
+    difference[i] = above - below;
+  }
+}
+
+SK_INLINE void shift_row(float* above, float* below, const float* x, const float* v,
+                         uint64_t count, float step) {
+#pragma omp simd
+  for (uint64_t i = 0; i < count; ++i) {
+    above[i] = fma(step, v[i], x[i]);
+    below[i] = fma(-step, v[i], x[i]);
+  }
+}
+
 template <class Map>
 void sums(const ProbeArgs& args) {
   const uint64_t pieces = Tiling(args.rows, args.elements).tiles_per_row;
@@ -40,6 +60,10 @@ void sums(const ProbeArgs& args) {
     fill_tile<Map>(v, args.key, args.elements, tile);
     const float* a = score_tile(args.a, args.dtype, tile, a_tile);
     const float* b = args.b ? score_tile(args.b, args.dtype, tile, b_tile) : nullptr;
+    if (args.differences) {
+      mean_and_difference(a, b, a_tile, b_tile, tile.count);
+      a = a_tile, b = b_tile;
+    }
     for_each_row(tile, [&](uint64_t row, uint64_t first, uint64_t count) {
       to[row * pieces + tile.first / kTile] =
           sum_row(v + first, a + first, b ? b + first : nullptr, count);
@@ -59,7 +83,13 @@ void scale(const ProbeArgs& args) {
     alignas(64) float v[kTileBuffer];
     fill_tile<Map>(v, args.key, args.elements, tile);
     for_each_row(tile, [&](uint64_t row, uint64_t first, uint64_t count) {
-      scale_row(args.out + tile.offset + first, v + first, count, args.factor[row]);
+      float* out = args.out + tile.offset + first;
+      const float factor = args.factor[row];
+      if (args.x)
+        shift_row(out, out + args.rows * args.elements, args.x + tile.offset + first, v + first,
+                  count, factor);
+      else
+        scale_row(out, v + first, count, factor);
     });
   });
 }

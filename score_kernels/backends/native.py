@@ -140,34 +140,53 @@ def _dsm(
     )
 
 
-def probe_sums(kind: str, a: Tensor, b: Tensor | None, key: Key) -> Tensor:
+def probe_sums(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key) -> Tensor:
     rows = a.shape[0]
     # Samples without elements are not visited by the kernel: their sums are 0.
     out = a.new_empty((4, rows), dtype=torch.float32) if a.numel() else torch.zeros(4, rows)
-    _probe(out, kind, a, b, None, rows, a.numel() // rows if rows else 0, key)
+    _probe(out, kind, rows, a.numel(), key, a=a, b=b, differences=differences)
     return out
 
 
 def probe_scale(kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
     out = factor.new_empty(shape)
-    rows = shape[0]
-    _probe(out, kind, None, None, factor, rows, out.numel() // rows if rows else 0, key)
+    _probe(out, kind, shape[0], out.numel(), key, factor=factor)
+    return out
+
+
+def probe_shift(kind: str, x: Tensor, factor: Tensor, key: Key) -> Tensor:
+    out = x.new_empty((2, *x.shape))
+    _probe(out, kind, x.shape[0], x.numel(), key, factor=factor, x=x)
     return out
 
 
 def _probe(
     out: Tensor,
     kind: str,
-    a: Tensor | None,
-    b: Tensor | None,
-    factor: Tensor | None,
     rows: int,
-    elements: int,
+    count: int,
     key: Key,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    differences: bool = False,
+    factor: Tensor | None = None,
+    x: Tensor | None = None,
 ) -> None:
-    a_at, b_at, factor_at = (0 if t is None else t.data_ptr() for t in (a, b, factor))
-    dtype = 0 if a is None else _DTYPES[a.dtype]
-    _cpu.probe(out.data_ptr(), _KINDS[kind], a_at, b_at, dtype, factor_at, rows, elements, *key)
+    a_at, b_at, factor_at, x_at = (0 if t is None else t.data_ptr() for t in (a, b, factor, x))
+    _cpu.probe(
+        out.data_ptr(),
+        _KINDS[kind],
+        a_at,
+        b_at,
+        0 if a is None else _DTYPES[a.dtype],
+        differences,
+        factor_at,
+        x_at,
+        rows,
+        count // rows if rows else 0,
+        *key,
+    )
 
 
 _FLOAT32, _STRIDED = torch.float32, torch.strided

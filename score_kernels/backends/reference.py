@@ -128,12 +128,14 @@ def dsm_gradient(
     return (_per_sample(scale, score) * _residual(score, sigma, key)).to(score.dtype)
 
 
-def probe_sums(kind: str, a: Tensor, b: Tensor | None, key: Key) -> Tensor:
+def probe_sums(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key) -> Tensor:
     wide = torch.float32 if a.device.type == "mps" else torch.float64
     rows, elements = a.shape[0], math.prod(a.shape[1:])
     v = _noise_like(kind, a, key).to(wide).reshape(rows, elements)
     a2 = a.to(wide).reshape(rows, elements)
     b2 = torch.zeros_like(a2) if b is None else b.to(wide).reshape(rows, elements)
+    if differences:
+        a2, b2 = 0.5 * (a2 + b2), a2 - b2
     sums = torch.stack([(p * q).sum(1) for p, q in ((v, v), (v, a2), (v, b2), (a2, a2))])
     return sums.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
 
@@ -141,6 +143,11 @@ def probe_sums(kind: str, a: Tensor, b: Tensor | None, key: Key) -> Tensor:
 def probe_scale(kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
     like = factor.new_empty(()).expand(shape)
     return _per_sample(factor, like) * _noise_like(kind, like, key).to(factor.dtype)
+
+
+def probe_shift(kind: str, x: Tensor, factor: Tensor, key: Key) -> Tensor:
+    shift = probe_scale(kind, factor, tuple(x.shape), key)
+    return torch.stack([x + shift, x - shift])
 
 
 def _residual(score: Tensor, sigma: Tensor, key: Key) -> Tensor:

@@ -62,12 +62,18 @@ class Backend(Protocol):
     ) -> Tensor:
         """upstream weight sigma (sigma score + z) in the score's dtype; upstream [B] float32."""
 
-    def probe_sums(self, kind: str, a: Tensor, b: Tensor | None, key: Key) -> Tensor:
+    def probe_sums(
+        self, kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key
+    ) -> Tensor:
         """[4, B]: v.v, v.a, v.b (0 without b) and a.a over each sample, for a probe v of a kind,
-        "normal" or "rademacher"; a and b contiguous and of one dtype."""
+        "normal" or "rademacher"; a and b contiguous and of one dtype. With differences, of
+        (a + b) / 2 and a - b in place of a and b."""
 
     def probe_scale(self, kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
         """factor v; factor [B] float32 (or float64, which the result then has)."""
+
+    def probe_shift(self, kind: str, x: Tensor, factor: Tensor, key: Key) -> Tensor:
+        """[2, B, ...]: x + factor v and x - factor v; x contiguous, factor [B] of its dtype."""
 
 
 # In the order of preference.

@@ -18,7 +18,7 @@ from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
 from score_kernels.ops._library import KEY, library, signed, unsigned
 
-__all__ = ["probe_dot", "probe_scale", "ssm_reduce"]
+__all__ = ["fd_pair", "fd_reduce", "probe_dot", "probe_scale", "ssm_reduce"]
 
 # A point of the sphere is a normal probe, scaled.
 _KINDS = {"rademacher": "rademacher", "gaussian": "normal", "sphere": "normal"}
@@ -92,15 +92,79 @@ def ssm_reduce(
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
     _check_probe(s, noise, probe, "s")
-    _check.score("g", g)
-    for name, got, expected in (
-        ("shape", tuple(g.shape), tuple(s.shape)),
-        ("dtype", g.dtype, s.dtype),
-        ("device", g.device, s.device),
+    _check_like("g", g, "s", s)
+    return _Reduce.apply(g, s, noise, probe, bool(variance_reduced))
+
+
+def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tensor:
+    """The batch of 2 B of a central difference along the probe: ``x + h v``, then ``x - h v``.
+
+    Pang et al. (2020, arXiv 2007.03317).
+
+    Args:
+        x: ``[B, ...]`` float32, or float64 on the reference backend.
+        step: ``[B]``, the steps h in x's dtype, without gradient.
+        noise, probe: as in :func:`probe_dot`.
+
+    Returns:
+        ``[2 B, ...]``. Differentiable in x.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+    """
+    _check.state("x", x)
+    _check_probe(x, noise, probe, "x")
+    _check_steps(step, x)
+    return _Pair.apply(x, step, noise, probe)
+
+
+def fd_reduce(
+    above: Tensor,
+    below: Tensor,
+    step: Tensor,
+    noise: NoiseKey,
+    *,
+    probe: str = "rademacher",
+    variance_reduced: bool = True,
+) -> Tensor:
+    """:func:`ssm_reduce` of a central difference: ``g = (above - below) / (2 h)`` and
+    ``s = (above + below) / 2``, in one pass over the two scores.
+
+    Args:
+        above, below: ``[B, ...]``, the scores at ``x + h v`` and ``x - h v``.
+        step: ``[B]``, the steps h in the dtype of the result, without gradient.
+        noise, probe, variance_reduced: as in :func:`ssm_reduce`.
+
+    Returns:
+        ``[B]``. Differentiable in above and below any number of times.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+    """
+    _check_probe(above, noise, probe, "above")
+    _check_like("below", below, "above", above)
+    _check_steps(step, above)
+    return _Difference.apply(above, below, step, noise, probe, bool(variance_reduced))
+
+
+def _check_like(name: str, value: Tensor, other: str, like: Tensor) -> None:
+    _check.score(name, value)
+    for what, got, expected in (
+        ("shape", tuple(value.shape), tuple(like.shape)),
+        ("dtype", value.dtype, like.dtype),
+        ("device", value.device, like.device),
     ):
         if got != expected:
-            raise ValueError(f"g: got {name} {got}, expected that of s, {expected}")
-    return _Reduce.apply(g, s, noise, probe, bool(variance_reduced))
+            raise ValueError(f"{name}: got {what} {got}, expected that of {other}, {expected}")
+
+
+def _check_steps(step: Tensor, batch: Tensor) -> None:
+    _check.state("step", step)
+    if step.shape != batch.shape[:1] or step.device != batch.device:
+        raise ValueError(
+            f"step: got shape {tuple(step.shape)} on {step.device}, expected [B] = "
+            f"{tuple(batch.shape[:1])} on {batch.device}"
+        )
 
 
 def _check_probe(values: Tensor, noise: NoiseKey, probe: str, name: str) -> None:
@@ -113,16 +177,26 @@ def _check_probe(values: Tensor, noise: NoiseKey, probe: str, name: str) -> None
 
 
 def _sums(
-    a: Tensor, b: Tensor | None, noise: NoiseKey, probe: str
+    a: Tensor, b: Tensor | None, noise: NoiseKey, probe: str, differences: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v.a, v.b and a.a per sample."""
-    vv, va, vb, aa = torch.ops.score_kernels.probe_sums(
-        _KINDS[probe], a, b, *signed(noise.fields())
-    ).unbind(0)
+    """v.a, v.b and a.a per sample; with differences of (a + b) / 2 and a - b."""
+    key = signed(noise.fields())
+    sums = torch.ops.score_kernels.probe_sums(_KINDS[probe], a, b, differences, *key)
+    vv, va, vb, aa = sums.unbind(0)
     if probe == "sphere":
         radius = (math.prod(a.shape[1:]) / vv).sqrt()
         va, vb = radius * va, radius * vb
     return va, vb, aa
+
+
+def _factor(g: Tensor, shape: tuple[int, ...], noise: NoiseKey, probe: str) -> Tensor:
+    """What the kernel's probe is to be multiplied with for g times the probe asked for."""
+    if probe != "sphere":
+        return g
+    blank = g.new_zeros(()).expand(shape)
+    key = signed(noise.fields())
+    vv = torch.ops.score_kernels.probe_sums("normal", blank, None, False, *key)[0]
+    return g * (math.prod(shape[1:]) / vv).sqrt()
 
 
 class _Dot(torch.autograd.Function):
@@ -144,12 +218,8 @@ class _Dot(torch.autograd.Function):
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(g: Tensor, shape: tuple[int, ...], noise: NoiseKey, probe: str) -> Tensor:
+        factor = _factor(g, shape, noise, probe)
         key = signed(noise.fields())
-        factor = g
-        if probe == "sphere":
-            blank = g.new_zeros(()).expand(shape)
-            vv = torch.ops.score_kernels.probe_sums("normal", blank, None, *key)[0]
-            factor = g * (math.prod(shape[1:]) / vv).sqrt()
         return torch.ops.score_kernels.probe_scale(_KINDS[probe], factor, shape, *key)
 
     @staticmethod
@@ -187,15 +257,72 @@ class _Reduce(torch.autograd.Function):
         return to_g, to_s.to(s.dtype), None, None, None
 
 
-def _probe_sums(kind: str, a: Tensor, b: Tensor | None, *key: int) -> Tensor:
+class _Pair(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+        factor = _factor(step, tuple(x.shape), noise, probe)
+        pair = torch.ops.score_kernels.probe_shift(
+            _KINDS[probe], x, factor, *signed(noise.fields())
+        )
+        return pair.flatten(0, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        above, below = grad.chunk(2)
+        return above + below, None, None, None
+
+
+class _Difference(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        above: Tensor,
+        below: Tensor,
+        step: Tensor,
+        noise: NoiseKey,
+        probe: str,
+        variance_reduced: bool,
+    ) -> Tensor:
+        vs, vg, ss = _sums(above, below, noise, probe, differences=True)
+        return vg / (2 * step) + 0.5 * (ss if variance_reduced else vs.square())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        above, below, step, ctx.noise, ctx.probe, ctx.variance_reduced = inputs
+        ctx.save_for_backward(above, below, step)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        above, below, step = ctx.saved_tensors
+        shape = tuple(above.shape)
+        slope = _Scale.apply(grad / (2 * step), shape, ctx.noise, ctx.probe)
+        half = 0.25 * (above + below)
+        if ctx.variance_reduced:
+            mean = grad.view(-1, *[1] * (above.dim() - 1)) * half
+        else:
+            along = _Dot.apply(half, ctx.noise, ctx.probe)
+            mean = _Scale.apply(grad * along, shape, ctx.noise, ctx.probe)
+        to = above.dtype
+        return (mean + slope).to(to), (mean - slope).to(to), None, None, None, None
+
+
+def _probe_sums(kind: str, a: Tensor, b: Tensor | None, differences: bool, *key: int) -> Tensor:
     b = None if b is None else b.contiguous()
     state = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return choose(a.device, state).probe_sums(kind, a.contiguous(), b, unsigned(key))
+    return choose(a.device, state).probe_sums(kind, a.contiguous(), b, differences, unsigned(key))
 
 
 def _probe_scale(kind: str, factor: Tensor, shape: list[int], *key: int) -> Tensor:
     backend = choose(factor.device, factor.dtype)
     return backend.probe_scale(kind, factor.contiguous(), tuple(shape), unsigned(key))
+
+
+def _probe_shift(kind: str, x: Tensor, factor: Tensor, *key: int) -> Tensor:
+    backend = choose(x.device, x.dtype)
+    return backend.probe_shift(kind, x.contiguous(), factor.contiguous(), unsigned(key))
 
 
 def _fake_sums(kind: str, a: Tensor, *_: Any) -> Tensor:
@@ -207,9 +334,14 @@ def _fake_scale(kind: str, factor: Tensor, shape: list[int], *_: Any) -> Tensor:
     return factor.new_empty(shape)
 
 
-library.define(f"probe_sums(str kind, Tensor a, Tensor? b, {KEY}) -> Tensor")
+library.define(f"probe_sums(str kind, Tensor a, Tensor? b, bool differences, {KEY}) -> Tensor")
 library.define(f"probe_scale(str kind, Tensor factor, SymInt[] shape, {KEY}) -> Tensor")
 library.impl("probe_sums", _probe_sums, "CompositeExplicitAutograd")
 library.impl("probe_scale", _probe_scale, "CompositeExplicitAutograd")
 torch.library.register_fake("score_kernels::probe_sums", _fake_sums)
 torch.library.register_fake("score_kernels::probe_scale", _fake_scale)
+library.define(f"probe_shift(str kind, Tensor x, Tensor factor, {KEY}) -> Tensor")
+library.impl("probe_shift", _probe_shift, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "score_kernels::probe_shift", lambda kind, x, *_: x.new_empty((2, *x.shape))
+)
