@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from torch.profiler import ProfilerActivity, profile
+
 Step = Callable[[], Any]
 ROUNDS = 31
 # A round of a variant lasts at least this long, in seconds: the clock's own cost does not count.
@@ -26,6 +28,21 @@ def calls_per_round(step: Step) -> int:
     for _ in range(3):
         step()
     return max(1, math.ceil(ROUND / timed(step, 1)))
+
+
+def peak_bytes(step: Step) -> int:
+    """The most bytes that torch held at once during a step, on top of what was there before."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    if kept is None or not events:
+        raise RuntimeError("step: returned nothing or allocated nothing, expected results to hold")
+    return most
 
 
 def compare(

@@ -2,6 +2,7 @@
 
 eager      the formula as one writes it
 compiled   torch.compile of it, its own generator
+fallback   torch.compile of it with PyTorch's generator (inductor's fallback_random)
 careful    a hand-written autograd.Function that keeps one residual and scales it in place
 ours       ops.perturb and ops.dsm_loss_from_score
 """
@@ -54,6 +55,7 @@ def test_dsm(benchmark: Any, shape: tuple[int, ...], threads: int) -> None:
         return ops.perturb(x, sigma, noise), ops.dsm_loss_from_score(score, sigma, noise).mean()
 
     compiled = torch.compile(formula)
+    fallback = torch.compile(formula, options={"fallback_random": True})
 
     def step(forward: Any, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         noisy, loss = forward(*arguments)
@@ -64,6 +66,7 @@ def test_dsm(benchmark: Any, shape: tuple[int, ...], threads: int) -> None:
         {
             "eager": lambda: step(formula, x, score),
             "compiled": lambda: step(compiled, x, score),
+            "fallback": lambda: step(fallback, x, score),
             "careful": lambda: step(careful),
             "ours": lambda: step(ours),
         },
@@ -71,6 +74,7 @@ def test_dsm(benchmark: Any, shape: tuple[int, ...], threads: int) -> None:
         {
             "eager/ours": ("eager", "ours"),
             "comp./ours": ("compiled", "ours"),
+            "fallb./ours": ("fallback", "ours"),
             "careful/ours": ("careful", "ours"),
         },
         shape=shape,

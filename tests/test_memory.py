@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.harness import peak_bytes
 from score_kernels import NoiseKey, ops
 
 SHAPE = (16, 3, 64, 64)
-
-
-def peak(step: Callable[[], object]) -> float:
-    """Largest number of bytes held at once on top of what was there, over x's bytes."""
-    step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    assert events and kept is not None
-    return most / (torch.Size(SHAPE).numel() * 4)
 
 
 def test_noisy_input_and_gradient_are_all_that_is_held() -> None:
@@ -43,7 +27,8 @@ def test_noisy_input_and_gradient_are_all_that_is_held() -> None:
         loss = ops.dsm_loss_from_score(score, sigma, key).mean()
         return noisy, torch.autograd.grad(loss, score)[0]
 
-    held = {"eager": peak(eager), "ours": peak(ours)}
+    size = x.numel() * x.element_size()
+    held = {"eager": peak_bytes(eager) / size, "ours": peak_bytes(ours) / size}
     print(f"x-sized tensors held at most: {held}")
     # The [B] losses and their gradients are the rest.
     assert 2.0 <= held["ours"] < 2.01
