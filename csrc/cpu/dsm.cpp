@@ -24,6 +24,7 @@ SK_INLINE void residual_row(float* z, const float* score, uint64_t count, float 
 }
 
 SK_INLINE double squares_of_row(const float* values, uint64_t count) {
+  if (count <= kSumLanes) return short_sum(values, values, count);
   LaneSums sums;
   uint64_t i = 0;
   for (; i + kSumLanes <= count; i += kSumLanes) sums.add(values + i, values + i, kSumLanes);

@@ -17,6 +17,9 @@ struct Pieces {
 
 // The sums of a piece of a row. A null b counts as zeros.
 SK_INLINE Pieces sum_row(const float* v, const float* a, const float* b, uint64_t count) {
+  if (count <= kSumLanes)
+    return {{short_sum(v, v, count), short_sum(v, a, count), b ? short_sum(v, b, count) : 0.0,
+             short_sum(a, a, count)}};
   LaneSums vv, va, vb, aa;
   const auto add = [&](uint64_t first, uint64_t n) SK_LAMBDA_INLINE {
     vv.add(v + first, v + first, n);

@@ -55,6 +55,14 @@ class LaneSums {
 #endif
 };
 
+// What LaneSums gives for at most kSumLanes elements, one a lane, without the lanes: short rows spend
+// their time on setting those up.
+SK_INLINE double short_sum(const float* a, const float* b, uint64_t count) {
+  double sum = 0.0;
+  for (uint64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
 SK_INLINE void scale_row(float* out, const float* values, uint64_t count, float factor) {
 #pragma omp simd
   for (uint64_t i = 0; i < count; ++i) out[i] = factor * values[i];
