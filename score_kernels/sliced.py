@@ -111,7 +111,8 @@ def sliced_score_loss(
 
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
-        RuntimeError: the method named cannot be done on this network; the message names others.
+        RuntimeError: the method cannot be done on this network, or finite differences got scores
+            in half precision; the message names the way out.
     """
     call = _caller(score, x, sigma)
     noise = resolve(noise, seed)
@@ -237,6 +238,12 @@ def _by_differences(
     for key in keys:
         pair = ops.fd_pair(x, step, key, probe=probe)
         above, below = map(one, pair.chunk(2)) if both is None else both(pair).chunk(2)
+        if above.dtype.itemsize < 4:
+            raise RuntimeError(
+                f"method: finite differences got scores of {above.dtype}, whose rounding drowns "
+                "the difference, expected torch.float32; leave autocast for the score or use "
+                "method='double_backward' or 'jvp'"
+            )
         losses.append(
             ops.fd_reduce(above, below, step, key, probe=probe, variance_reduced=variance_reduced)
         )

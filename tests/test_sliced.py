@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from score_kernels import NoiseKey, dsm_loss, exact_score_loss, sliced_score_loss
 
@@ -176,6 +177,38 @@ def test_a_missing_double_backward_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_gradcheck(method: str) -> None:
+    """First and second derivatives by the parameters, through the public functions."""
+    weight = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(4, 3, dtype=torch.float64)
+
+    def sliced(weight: Tensor) -> Tensor:
+        return sliced_score_loss(lambda y: torch.tanh(y @ weight), x, seed=1, method=method)
+
+    def exact(weight: Tensor) -> Tensor:
+        return exact_score_loss(lambda y: torch.tanh(y @ weight), x)
+
+    def denoising(weight: Tensor) -> Tensor:
+        return dsm_loss(lambda y, s: torch.tanh(y @ weight), x, [1.0, 0.5], seed=1)
+
+    for function in (sliced, exact, denoising):
+        assert torch.autograd.gradcheck(function, (weight,))
+        assert torch.autograd.gradgradcheck(function, (weight,))
+
+
+def test_autocast() -> None:
+    """Half-precision scores serve where no small difference of them is taken."""
+    net, x = network(dtype=torch.float32), torch.randn(200, 4)
+    want = float(sliced_score_loss(net, x, seed=1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sliced_score_loss(net, x, seed=1, method="double_backward")
+        with pytest.raises(RuntimeError, match="got scores of torch.bfloat16.*double_backward"):
+            sliced_score_loss(net, x, seed=1, method="finite_difference")
+    assert loss.dtype == torch.float32 and abs(float(loss) - want) < 0.02
+    assert bool(gradient(loss, net).isfinite().all())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_transforms(method: str) -> None:
     """func.grad by every method; torch.compile where torch can trace it: not a gradient inside."""
     net, x, key = network(), torch.randn(5, 4, dtype=torch.float64), NoiseKey(3)
@@ -186,6 +219,8 @@ def test_transforms(method: str) -> None:
     want = loss(x)
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0])
+    again = checkpoint(loss, x, use_reentrant=False)
+    torch.testing.assert_close(gradient(again, net), gradient(loss(x), net))
     if method != "double_backward":
         torch._dynamo.reset()
         got = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
