@@ -146,7 +146,11 @@ def _first_that_works(run: Callable[[str], Tensor], score: Any) -> Tensor:
         reason = str(missing)
     try:
         loss, method = run("jvp"), "jvp"
-    except (NotImplementedError, RuntimeError):
+    except torch.cuda.OutOfMemoryError:
+        raise
+    # What torch raises where forward mode is missing: its functions the first, others' the second.
+    except (NotImplementedError, RuntimeError) as missing_too:
+        reason = f"{reason}; in forward mode: {missing_too}"
         loss, method = run("finite_difference"), "finite_difference"
     _found[score] = method
     warnings.warn(

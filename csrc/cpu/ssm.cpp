@@ -53,10 +53,15 @@ SK_INLINE void shift_row(float* above, float* below, const float* x, const float
   }
 }
 
+SK_INLINE void store_sums(const ProbeArgs& args, uint64_t row, const Pieces& pieces) {
+  for (int k = 0; k < kSums; ++k) args.out[k * args.rows + row] = float(pieces.sum[k]);
+}
+
 template <class Map>
 void sums(const ProbeArgs& args) {
   const uint64_t pieces = Tiling(args.rows, args.elements).tiles_per_row;
-  std::vector<Pieces> partial(args.rows * pieces);
+  // Rows of one piece need no second stage, and no memory for it.
+  std::vector<Pieces> partial(pieces > 1 ? args.rows * pieces : 0);
   Pieces* const to = partial.data();
   for_each_tile(args.rows, args.elements, [args, pieces, to](const Tile& tile) {
     alignas(64) float v[kTileBuffer], a_tile[kTile], b_tile[kTile];
@@ -68,16 +73,20 @@ void sums(const ProbeArgs& args) {
       a = a_tile, b = b_tile;
     }
     for_each_row(tile, [&](uint64_t row, uint64_t first, uint64_t count) {
-      to[row * pieces + tile.first / kTile] =
-          sum_row(v + first, a + first, b ? b + first : nullptr, count);
+      const Pieces piece = sum_row(v + first, a + first, b ? b + first : nullptr, count);
+      if (pieces == 1)
+        store_sums(args, row, piece);
+      else
+        to[row * pieces + tile.first / kTile] = piece;
     });
   });
-  for (uint64_t row = 0; row < args.rows; ++row)
-    for (int k = 0; k < kSums; ++k) {
-      double total = 0.0;
-      for (uint64_t i = 0; i < pieces; ++i) total += to[row * pieces + i].sum[k];
-      args.out[k * args.rows + row] = float(total);
-    }
+  if (pieces == 1) return;
+  for (uint64_t row = 0; row < args.rows; ++row) {
+    Pieces total = {};
+    for (uint64_t i = 0; i < pieces; ++i)
+      for (int k = 0; k < kSums; ++k) total.sum[k] += to[row * pieces + i].sum[k];
+    store_sums(args, row, total);
+  }
 }
 
 template <class Map>

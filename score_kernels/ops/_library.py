@@ -1,8 +1,16 @@
-"""The torch library that every op is registered in, and noise keys as its schemas take them."""
+"""The torch library that every op is registered in, and the short ways into it.
+
+A small batch spends its time in Python and in torch's dispatcher. `register` and `apply` go past
+what only tracing, transforms and tensor subclasses need whenever nothing of the kind is there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from score_kernels.noise import Key
 
@@ -10,6 +18,12 @@ library = torch.library.Library("score_kernels", "DEF")
 
 # The last four arguments of every op.
 KEY = "SymInt seed, SymInt purpose, SymInt draw, SymInt first_sample"
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling = torch.compiler.is_dynamo_compiling
+_transforms_active = torch._C._are_functorch_transforms_active
+_modes_active = torch._C._len_torch_dispatch_stack
+_profiler_enabled = torch.autograd._profiler_enabled
 
 
 def signed(key: Key) -> Key:
@@ -20,3 +34,36 @@ def signed(key: Key) -> Key:
 def unsigned(key: Key) -> Key:
     """The key again, from an op's arguments."""
     return (key[0] & (2**64 - 1), *key[1:])
+
+
+def register(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register an op for every device, and return it as a function.
+
+    The function calls the implementation itself unless something listens at torch's dispatcher:
+    a trace, a transform, a mode, a profiler, or a tensor of another class.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema)
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"score_kernels::{name}", fake)
+    op = getattr(torch.ops.score_kernels, name)
+
+    def call(*arguments: Any) -> Any:
+        if _is_compiling() or _transforms_active() or _modes_active() or _profiler_enabled():
+            return op(*arguments)
+        for value in arguments:
+            if isinstance(value, Tensor) and (type(value) not in _PLAIN or value.is_neg()):
+                return op(*arguments)
+        return implementation(*arguments)
+
+    return call
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """function.apply. Torch's own looks up forward's default values in every call, which takes
+    longer than a small step, and ours have none."""
+    if _is_compiling() or _transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]

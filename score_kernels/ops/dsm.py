@@ -11,7 +11,7 @@ from torch import Tensor
 from score_kernels import _check
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import KEY, library, signed, unsigned
+from score_kernels.ops._library import KEY, apply, register, signed, unsigned
 from score_kernels.ops.fill import normal
 
 __all__ = ["dsm_loss_from_score", "perturb"]
@@ -42,7 +42,7 @@ def perturb(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     _check.per_sample("sigma", sigma, x)
     if _transforms_active() or (torch.is_grad_enabled() and sigma.requires_grad):
         return x + _spread(sigma, x) * normal(x.shape, noise, dtype=x.dtype, device=x.device)
-    return _Perturb.apply(x, sigma, noise)
+    return apply(_Perturb, x, sigma, noise)
 
 
 def dsm_loss_from_score(
@@ -81,7 +81,7 @@ def dsm_loss_from_score(
         and (sigma.requires_grad or (weight is not None and weight.requires_grad))
     ):
         return _loss_formula(score, sigma, weight, noise)
-    return _DsmLoss.apply(score, sigma, weight, noise)
+    return apply(_DsmLoss, score, sigma, weight, noise)
 
 
 def _spread(values: Tensor, like: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _loss_formula(score: Tensor, sigma: Tensor, weight: Tensor | None, noise: No
 class _Perturb(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
-        return torch.ops.score_kernels.perturb(x, sigma, *signed(noise.fields()))
+        return _perturb_op(x, sigma, *signed(noise.fields()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -126,9 +126,7 @@ class _DsmLoss(torch.autograd.Function):
     ) -> Tensor:
         eager = not torch.compiler.is_compiling()
         keep = eager and ctx.needs_input_grad[0] and score.is_cpu and score.dtype == torch.float32
-        loss, gradient = torch.ops.score_kernels.dsm_loss(
-            score, sigma, weight, keep, *signed(noise.fields())
-        )
+        loss, gradient = _dsm_loss_op(score, sigma, weight, keep, *signed(noise.fields()))
         ctx.save_for_backward(score, sigma, weight)
         ctx.noise, ctx.gradient = noise, gradient if keep else None
         return loss
@@ -144,7 +142,7 @@ class _DsmLoss(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None:
             return gradient.mul_(_spread(grad, score)), None, None, None
-        gradient = torch.ops.score_kernels.dsm_gradient(
+        gradient = _dsm_gradient_op(
             score, sigma, weight, grad.contiguous(), *signed(ctx.noise.fields())
         )
         return gradient, None, None, None
@@ -191,12 +189,12 @@ def _fake_loss(
 
 
 _SCORE = "Tensor score, Tensor sigma, Tensor? weight"
-for _schema, _implementation, _fake in (
-    (f"perturb(Tensor x, Tensor sigma, {KEY}) -> Tensor", _perturb, _contiguous_like),
-    (f"dsm_loss({_SCORE}, bool with_gradient, {KEY}) -> (Tensor, Tensor)", _dsm_loss, _fake_loss),
-    (f"dsm_gradient({_SCORE}, Tensor upstream, {KEY}) -> Tensor", _dsm_gradient, _contiguous_like),
-):
-    library.define(_schema)
-    _name = _schema.partition("(")[0]
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"score_kernels::{_name}", _fake)
+_perturb_op = register(
+    f"perturb(Tensor x, Tensor sigma, {KEY}) -> Tensor", _perturb, _contiguous_like
+)
+_dsm_loss_op = register(
+    f"dsm_loss({_SCORE}, bool with_gradient, {KEY}) -> (Tensor, Tensor)", _dsm_loss, _fake_loss
+)
+_dsm_gradient_op = register(
+    f"dsm_gradient({_SCORE}, Tensor upstream, {KEY}) -> Tensor", _dsm_gradient, _contiguous_like
+)

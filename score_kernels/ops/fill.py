@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from score_kernels import _check
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import KEY, library, signed, unsigned
+from score_kernels.ops._library import KEY, register, signed, unsigned
 
 __all__ = ["normal", "rademacher", "uniform", "words"]
 
@@ -91,13 +91,10 @@ def _fill(
     if kind != "words" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
     home = None if device is None else torch.device(device)
-    op = getattr(torch.ops.score_kernels, kind)
-    return op(list(sizes), home, *signed(noise.fields())).to(dtype)
+    return _OPS[kind](list(sizes), home, *signed(noise.fields())).to(dtype)
 
 
-def _register_fill(kind: str) -> None:
-    library.define(f"{kind}(SymInt[] shape, Device? device, {KEY}) -> Tensor")
-
+def _register_fill(kind: str) -> Callable[..., Any]:
     def fill(shape: list[int], device: torch.device | None, *key: int) -> Tensor:
         seed, purpose, draw, first_sample = unsigned(key)
         noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
@@ -108,9 +105,7 @@ def _register_fill(kind: str) -> None:
         dtype = torch.int64 if kind == "words" else torch.float32
         return torch.empty(shape, dtype=dtype, device=device)
 
-    library.impl(kind, fill, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"score_kernels::{kind}", fake)
+    return register(f"{kind}(SymInt[] shape, Device? device, {KEY}) -> Tensor", fill, fake)
 
 
-for _kind in ("words", "normal", "uniform", "rademacher"):
-    _register_fill(_kind)
+_OPS = {kind: _register_fill(kind) for kind in ("words", "normal", "uniform", "rademacher")}

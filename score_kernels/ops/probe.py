@@ -16,7 +16,7 @@ from torch import Tensor
 from score_kernels import _check
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import KEY, library, signed, unsigned
+from score_kernels.ops._library import KEY, apply, register, signed, unsigned
 
 __all__ = ["fd_pair", "fd_reduce", "probe_dot", "probe_scale", "ssm_reduce"]
 
@@ -39,7 +39,7 @@ def probe_dot(s: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tenso
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
     _check_probe(s, noise, probe, "s")
-    return _Dot.apply(s, noise, probe)
+    return apply(_Dot, s, noise, probe)
 
 
 def probe_scale(
@@ -64,7 +64,7 @@ def probe_scale(
     if g.shape != sizes[:1]:
         raise ValueError(f"g: got shape {tuple(g.shape)}, expected [B] = {sizes[:1]}")
     _check_probe(g, noise, probe, "g")
-    return _Scale.apply(g, sizes, noise, probe)
+    return apply(_Scale, g, sizes, noise, probe)
 
 
 def ssm_reduce(
@@ -93,7 +93,7 @@ def ssm_reduce(
     """
     _check_probe(s, noise, probe, "s")
     _check_like("g", g, "s", s)
-    return _Reduce.apply(g, s, noise, probe, bool(variance_reduced))
+    return apply(_Reduce, g, s, noise, probe, bool(variance_reduced))
 
 
 def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tensor:
@@ -115,7 +115,7 @@ def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademache
     _check.state("x", x)
     _check_probe(x, noise, probe, "x")
     _check_steps(step, x)
-    return _Pair.apply(x, step, noise, probe)
+    return apply(_Pair, x, step, noise, probe)
 
 
 def fd_reduce(
@@ -144,7 +144,7 @@ def fd_reduce(
     _check_probe(above, noise, probe, "above")
     _check_like("below", below, "above", above)
     _check_steps(step, above)
-    return _Difference.apply(above, below, step, noise, probe, bool(variance_reduced))
+    return apply(_Difference, above, below, step, noise, probe, bool(variance_reduced))
 
 
 def _check_like(name: str, value: Tensor, other: str, like: Tensor) -> None:
@@ -181,7 +181,7 @@ def _sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v.a, v.b and a.a per sample; with differences of (a + b) / 2 and a - b."""
     key = signed(noise.fields())
-    sums = torch.ops.score_kernels.probe_sums(_KINDS[probe], a, b, differences, *key)
+    sums = _sums_op(_KINDS[probe], a, b, differences, *key)
     vv, va, vb, aa = sums.unbind(0)
     if probe == "sphere":
         radius = (math.prod(a.shape[1:]) / vv).sqrt()
@@ -195,7 +195,7 @@ def _factor(g: Tensor, shape: tuple[int, ...], noise: NoiseKey, probe: str) -> T
         return g
     blank = g.new_zeros(()).expand(shape)
     key = signed(noise.fields())
-    vv = torch.ops.score_kernels.probe_sums("normal", blank, None, False, *key)[0]
+    vv = _sums_op("normal", blank, None, False, *key)[0]
     return g * (math.prod(shape[1:]) / vv).sqrt()
 
 
@@ -211,7 +211,7 @@ class _Dot(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = _Scale.apply(grad, ctx.shape, ctx.noise, ctx.probe)
+        scaled = apply(_Scale, grad, ctx.shape, ctx.noise, ctx.probe)
         return scaled.to(ctx.dtype), None, None
 
 
@@ -220,7 +220,7 @@ class _Scale(torch.autograd.Function):
     def forward(g: Tensor, shape: tuple[int, ...], noise: NoiseKey, probe: str) -> Tensor:
         factor = _factor(g, shape, noise, probe)
         key = signed(noise.fields())
-        return torch.ops.score_kernels.probe_scale(_KINDS[probe], factor, shape, *key)
+        return _scale_op(_KINDS[probe], factor, shape, *key)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -228,7 +228,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Dot.apply(grad, ctx.noise, ctx.probe), None, None, None
+        return apply(_Dot, grad, ctx.noise, ctx.probe), None, None, None
 
 
 class _Reduce(torch.autograd.Function):
@@ -248,12 +248,12 @@ class _Reduce(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (s,) = ctx.saved_tensors
         shape = tuple(s.shape)
-        to_g = _Scale.apply(grad, shape, ctx.noise, ctx.probe).to(s.dtype)
+        to_g = apply(_Scale, grad, shape, ctx.noise, ctx.probe).to(s.dtype)
         if ctx.variance_reduced:
             to_s = grad.view(-1, *[1] * (s.dim() - 1)) * s
         else:
-            along = _Dot.apply(s, ctx.noise, ctx.probe)
-            to_s = _Scale.apply(grad * along, shape, ctx.noise, ctx.probe)
+            along = apply(_Dot, s, ctx.noise, ctx.probe)
+            to_s = apply(_Scale, grad * along, shape, ctx.noise, ctx.probe)
         return to_g, to_s.to(s.dtype), None, None, None
 
 
@@ -261,9 +261,7 @@ class _Pair(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
         factor = _factor(step, tuple(x.shape), noise, probe)
-        pair = torch.ops.score_kernels.probe_shift(
-            _KINDS[probe], x, factor, *signed(noise.fields())
-        )
+        pair = _shift_op(_KINDS[probe], x, factor, *signed(noise.fields()))
         return pair.flatten(0, 1)
 
     @staticmethod
@@ -298,13 +296,13 @@ class _Difference(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         above, below, step = ctx.saved_tensors
         shape = tuple(above.shape)
-        slope = _Scale.apply(grad / (2 * step), shape, ctx.noise, ctx.probe)
+        slope = apply(_Scale, grad / (2 * step), shape, ctx.noise, ctx.probe)
         half = 0.25 * (above + below)
         if ctx.variance_reduced:
             mean = grad.view(-1, *[1] * (above.dim() - 1)) * half
         else:
-            along = _Dot.apply(half, ctx.noise, ctx.probe)
-            mean = _Scale.apply(grad * along, shape, ctx.noise, ctx.probe)
+            along = apply(_Dot, half, ctx.noise, ctx.probe)
+            mean = apply(_Scale, grad * along, shape, ctx.noise, ctx.probe)
         to = above.dtype
         return (mean + slope).to(to), (mean - slope).to(to), None, None, None, None
 
@@ -334,14 +332,18 @@ def _fake_scale(kind: str, factor: Tensor, shape: list[int], *_: Any) -> Tensor:
     return factor.new_empty(shape)
 
 
-library.define(f"probe_sums(str kind, Tensor a, Tensor? b, bool differences, {KEY}) -> Tensor")
-library.define(f"probe_scale(str kind, Tensor factor, SymInt[] shape, {KEY}) -> Tensor")
-library.impl("probe_sums", _probe_sums, "CompositeExplicitAutograd")
-library.impl("probe_scale", _probe_scale, "CompositeExplicitAutograd")
-torch.library.register_fake("score_kernels::probe_sums", _fake_sums)
-torch.library.register_fake("score_kernels::probe_scale", _fake_scale)
-library.define(f"probe_shift(str kind, Tensor x, Tensor factor, {KEY}) -> Tensor")
-library.impl("probe_shift", _probe_shift, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "score_kernels::probe_shift", lambda kind, x, *_: x.new_empty((2, *x.shape))
+_sums_op = register(
+    f"probe_sums(str kind, Tensor a, Tensor? b, bool differences, {KEY}) -> Tensor",
+    _probe_sums,
+    _fake_sums,
+)
+_scale_op = register(
+    f"probe_scale(str kind, Tensor factor, SymInt[] shape, {KEY}) -> Tensor",
+    _probe_scale,
+    _fake_scale,
+)
+_shift_op = register(
+    f"probe_shift(str kind, Tensor x, Tensor factor, {KEY}) -> Tensor",
+    _probe_shift,
+    lambda kind, x, *_: x.new_empty((2, *x.shape)),
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from score_kernels import _check
 from score_kernels.backends import choose, native
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import KEY, library, signed, unsigned
+from score_kernels.ops._library import KEY, apply, register, signed, unsigned
 
 __all__ = ["affine_step_", "langevin_step", "langevin_step_"]
 
@@ -80,7 +80,7 @@ def _step(
     if out is not None:
         return out
     _check_step(x, score, noise)
-    return (_AffineStepInPlace if in_place else _AffineStep).apply(x, score, a, b, c, noise)
+    return apply(_AffineStepInPlace if in_place else _AffineStep, x, score, a, b, c, noise)
 
 
 def _check_step(x: Tensor, score: Tensor, noise: NoiseKey) -> None:
@@ -96,7 +96,7 @@ class _AffineStep(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
-        return torch.ops.score_kernels.affine_step(x, score, a, b, c, *signed(noise.fields()))
+        return _step_op(x, score, a, b, c, *signed(noise.fields()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -119,7 +119,7 @@ class _AffineStep(torch.autograd.Function):
 class _AffineStepInPlace(_AffineStep):
     @staticmethod
     def forward(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
-        torch.ops.score_kernels.affine_step_(x, score, a, b, c, *signed(noise.fields()))
+        _in_place_op(x, score, a, b, c, *signed(noise.fields()))
         return x
 
     @staticmethod
@@ -166,9 +166,7 @@ def _fake_step(x: Tensor, *_: Any) -> Tensor:
 
 
 _STEP = f"Tensor score, float a, float b, float c, {KEY}"
-library.define(f"affine_step(Tensor x, {_STEP}) -> Tensor")
-library.define(f"affine_step_(Tensor(a!) x, {_STEP}) -> ()")
-library.impl("affine_step", _affine_step, "CompositeExplicitAutograd")
-library.impl("affine_step_", _affine_step_, "CompositeExplicitAutograd")
-torch.library.register_fake("score_kernels::affine_step", _fake_step)
-torch.library.register_fake("score_kernels::affine_step_", lambda *_: None)
+_step_op = register(f"affine_step(Tensor x, {_STEP}) -> Tensor", _affine_step, _fake_step)
+_in_place_op = register(
+    f"affine_step_(Tensor(a!) x, {_STEP}) -> ()", _affine_step_, lambda *_: None
+)
