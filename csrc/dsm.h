@@ -6,7 +6,10 @@
 
 namespace sk {
 
-SK_INLINE float perturbed(float x, float sigma, float z) { return fma(sigma, z, x); }
+template <class F>
+SK_INLINE F perturbed(F x, F sigma, F z) {
+  return fma(sigma, z, x);
+}
 
 template <class F>
 SK_INLINE F dsm_residual(F score, F sigma, F z) {

@@ -6,9 +6,13 @@
 
 namespace sk {
 
-SK_INLINE float affine(float a, float x, float b, float score) { return fma(b, score, a * x); }
+template <class F>
+SK_INLINE F affine(F a, F x, F b, F score) {
+  return fma(b, score, a * x);
+}
 
-SK_INLINE float affine(float a, float x, float b, float score, float c, float z) {
+template <class F>
+SK_INLINE F affine(F a, F x, F b, F score, F c, F z) {
   return fma(c, z, affine(a, x, b, score));
 }
 

@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     _why = f"score_kernels._cpu was not built or does not load ({error})"
 
-# The numbers of sk::Kind and sk::Dtype in csrc/cpu/kernels.h.
+# The numbers of sk::Kind and sk::Dtype in csrc/args.h.
 _KINDS = {"words": 0, "normal": 1, "uniform": 2, "rademacher": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
