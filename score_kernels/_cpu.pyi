@@ -22,6 +22,8 @@ def affine_step(
     a: float,
     b: float,
     c: float,
+    table: int,
+    step: int,
     seed: int,
     purpose: int,
     draw: int,
@@ -41,6 +43,7 @@ def perturb(
 def dsm(
     loss: int,
     gradient: int,
+    partial: int,
     score: int,
     score_dtype: int,
     sigma: int,
@@ -55,6 +58,7 @@ def dsm(
 ) -> None: ...
 def probe(
     out: int,
+    partial: int,
     kind: int,
     a: int,
     b: int,

@@ -9,7 +9,7 @@ import score_kernels
 from score_kernels.backends import native
 
 # "native-avx512", "native-avx2", ... for every instruction set of this machine, and the reference.
-NATIVE = [] if native.unavailable() else [f"native-{isa}" for isa in native._cpu.isas()]
+NATIVE = [] if native.backend.unavailable() else [f"native-{isa}" for isa in native._cpu.isas()]
 BACKENDS = ["reference", *NATIVE]
 
 

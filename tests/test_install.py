@@ -104,7 +104,7 @@ def test_the_readme_s_table_lists_every_variable() -> None:
 def test_the_environment_forces_backend_and_instruction_set() -> None:
     code = (
         "import torch, score_kernels; from score_kernels.backends import choose, native;"
-        "print(choose(torch.device('cpu'), torch.float32).__name__, native._cpu.isa())"
+        "print(choose(torch.device('cpu'), torch.float32).name, native._cpu.isa())"
     )
     assert "reference" in run_python(code, SCORE_KERNELS_BACKEND="reference").stdout
     for isa in native._cpu.isas():

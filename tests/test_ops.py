@@ -410,10 +410,10 @@ def test_use_backend_is_also_a_setter() -> None:
     cpu = torch.device("cpu")
     try:
         score_kernels.use_backend("reference")
-        assert choose(cpu, torch.float32) is reference
+        assert choose(cpu, torch.float32) is reference.backend
         with score_kernels.use_backend(None):
-            assert choose(cpu, torch.float32) is native
-        assert choose(cpu, torch.float32) is reference
+            assert choose(cpu, torch.float32) is native.backend
+        assert choose(cpu, torch.float32) is reference.backend
     finally:
         score_kernels.use_backend(None)
-    assert choose(cpu, torch.float32) is native
+    assert choose(cpu, torch.float32) is native.backend

@@ -94,8 +94,14 @@ void fill(uintptr_t out, uint64_t rows, uint64_t elements, int kind, uint64_t se
 }
 
 void affine_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, uint64_t rows,
-                 uint64_t elements, float a, float b, float c, uint64_t seed, uint32_t purpose,
-                 uint32_t draw, uint64_t first_sample) {
+                 uint64_t elements, float a, float b, float c, uintptr_t table, uintptr_t step,
+                 uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample) {
+  if (table) {
+    const int64_t at = *reinterpret_cast<const int64_t*>(step);
+    const float* row = reinterpret_cast<const float*>(table) + 3 * at;
+    a = row[0], b = row[1], c = row[2];
+    draw += uint32_t(at);
+  }
   run(rows, elements, [&] {
     current.load()->affine_step({reinterpret_cast<float*>(out), reinterpret_cast<const float*>(x),
                                  reinterpret_cast<const void*>(score), sk::Dtype(score_dtype),
@@ -112,8 +118,9 @@ void perturb(uintptr_t out, uintptr_t x, uintptr_t sigma, uint64_t rows, uint64_
   });
 }
 
-// With an upstream gradient: dsm_gradient; without: dsm_loss.
-void dsm(uintptr_t loss, uintptr_t gradient, uintptr_t score, int score_dtype, uintptr_t sigma,
+// With an upstream gradient: dsm_gradient; without: dsm_loss. Sums of two stages find their own
+// memory here: the third address is for kernels that cannot.
+void dsm(uintptr_t loss, uintptr_t gradient, uintptr_t, uintptr_t score, int score_dtype, uintptr_t sigma,
          uintptr_t weight, uintptr_t upstream, uint64_t rows, uint64_t elements, uint64_t seed,
          uint32_t purpose, uint32_t draw, uint64_t first_sample) {
   const sk::DsmArgs args = {reinterpret_cast<float*>(loss), reinterpret_cast<float*>(gradient),
@@ -128,9 +135,9 @@ void dsm(uintptr_t loss, uintptr_t gradient, uintptr_t score, int score_dtype, u
   });
 }
 
-void probe(uintptr_t out, int kind, uintptr_t a, uintptr_t b, int dtype, bool differences,
-           uintptr_t factor, uintptr_t x, uint64_t rows, uint64_t elements, uint64_t seed, uint32_t purpose, uint32_t draw,
-           uint64_t first_sample) {
+void probe(uintptr_t out, uintptr_t, int kind, uintptr_t a, uintptr_t b, int dtype,
+           bool differences, uintptr_t factor, uintptr_t x, uint64_t rows, uint64_t elements,
+           uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample) {
   run(rows, elements, [&] {
     current.load()->probe({reinterpret_cast<float*>(out), sk::Kind(kind),
                            reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),

@@ -1,4 +1,6 @@
 // Sliced score matching: sums over a probe v that is made in the kernel, and the probe scaled.
+#include "../ssm.h"
+
 #include <vector>
 
 #include "score.h"
@@ -9,10 +11,8 @@ namespace SK_ISA {
 
 namespace {
 
-enum Sum { kVV, kVA, kVB, kAA, kSums };
-
 struct Pieces {
-  double sum[kSums];
+  double sum[kProbeSums];
 };
 
 // The sums of a piece of a row. A null b counts as zeros.
@@ -39,7 +39,7 @@ SK_INLINE void mean_and_difference(const float* a, const float* b, float* mean, 
 #pragma omp simd
   for (uint64_t i = 0; i < count; ++i) {
     const float above = a[i], below = b[i];
-    mean[i] = 0.5f * (above + below);
+    mean[i] = mean_of(above, below);
     difference[i] = above - below;
   }
 }
@@ -48,13 +48,13 @@ SK_INLINE void shift_row(float* above, float* below, const float* x, const float
                          uint64_t count, float step) {
 #pragma omp simd
   for (uint64_t i = 0; i < count; ++i) {
-    above[i] = fma(step, v[i], x[i]);
-    below[i] = fma(-step, v[i], x[i]);
+    above[i] = shifted(x[i], step, v[i]);
+    below[i] = shifted(x[i], -step, v[i]);
   }
 }
 
 SK_INLINE void store_sums(const ProbeArgs& args, uint64_t row, const Pieces& pieces) {
-  for (int k = 0; k < kSums; ++k) args.out[k * args.rows + row] = float(pieces.sum[k]);
+  for (int k = 0; k < kProbeSums; ++k) args.out[k * args.rows + row] = float(pieces.sum[k]);
 }
 
 template <class Map>
@@ -84,7 +84,7 @@ void sums(const ProbeArgs& args) {
   for (uint64_t row = 0; row < args.rows; ++row) {
     Pieces total = {};
     for (uint64_t i = 0; i < pieces; ++i)
-      for (int k = 0; k < kSums; ++k) total.sum[k] += to[row * pieces + i].sum[k];
+      for (int k = 0; k < kProbeSums; ++k) total.sum[k] += to[row * pieces + i].sum[k];
     store_sums(args, row, total);
   }
 }

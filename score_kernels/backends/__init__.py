@@ -1,4 +1,4 @@
-"""The backends: native (C++ on CPU) and reference (plain torch), and the choice between them."""
+"""The backends: cuda (CUDA C++), native (C++ on CPU), reference (plain torch), and the choice."""
 
 from score_kernels.backends.registry import Backend, backends, choose, use_backend
 

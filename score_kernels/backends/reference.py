@@ -38,116 +38,129 @@ _TWO_LN2 = float.fromhex("-0x1.62e43p-23")
 _PIECE = 1 << 15
 
 
-def unavailable() -> str | None:
-    return None
+class Reference:
+    """Plain torch on any device."""
 
+    name = "reference"
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None
+    def unavailable(self) -> str | None:
+        return None
 
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
 
-def describe() -> str:
-    return "plain torch on any device, float32 and float64"
+    def describe(self) -> str:
+        return "plain torch on any device, float32 and float64"
 
+    def fill(
+        self, kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.device
+    ) -> Tensor:
+        # MPS has no fp64; the noise is then made on the CPU and moved.
+        home = torch.device("cpu") if device.type == "mps" else device
+        rows, elements = shape[0], math.prod(shape[1:])
+        blocks = -(-elements // 4)
+        dtype = torch.int64 if kind == "words" else torch.float32
+        out = torch.empty((rows, blocks * 4), dtype=dtype, device=home)
+        flat = out.view(-1, 4)
+        for piece in _pieces(rows * blocks, _PIECE):
+            index = torch.arange(piece.start, piece.stop, dtype=torch.int64, device=home)
+            words = _philox(index % blocks, noise.first_sample + index // blocks, noise)
+            flat[piece] = _MAPS[kind](words)
+        return out[:, :elements].reshape(shape).contiguous().to(device)
 
-def fill(kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.device) -> Tensor:
-    # MPS has no fp64; the noise is then made on the CPU and moved.
-    home = torch.device("cpu") if device.type == "mps" else device
-    rows, elements = shape[0], math.prod(shape[1:])
-    blocks = -(-elements // 4)
-    dtype = torch.int64 if kind == "words" else torch.float32
-    out = torch.empty((rows, blocks * 4), dtype=dtype, device=home)
-    flat = out.view(-1, 4)
-    for piece in _pieces(rows * blocks, _PIECE):
-        index = torch.arange(piece.start, piece.stop, dtype=torch.int64, device=home)
-        words = _philox(index % blocks, noise.first_sample + index // blocks, noise)
-        flat[piece] = _MAPS[kind](words)
-    return out[:, :elements].reshape(shape).contiguous().to(device)
+    def affine_step(
+        self,
+        out: Tensor,
+        x: Tensor,
+        score: Tensor,
+        a: float,
+        b: float,
+        c: float,
+        key: Key,
+    ) -> None:
+        if x.numel() == 0:
+            return
+        z = None
+        if c != 0:
+            z = _normal_like(x, key)
+        if x.dtype == torch.float64:
+            result = a * x + b * score.double()
+            out.copy_(result if z is None else result + c * z.double())
+            return
+        home = "cpu" if x.device.type == "mps" else x.device
+        # Coefficients enter an fp32 kernel rounded to fp32, once.
+        a, b, c = torch.tensor([a, b, c], dtype=torch.float32).double().tolist()
+        source, scores, target = x.view(-1), score.reshape(-1), out.view(-1)
+        for piece in _pieces(x.numel(), 4 * _PIECE):
+            step = _fma(
+                b, scores[piece].to(home).double(), _round(a * source[piece].to(home).double())
+            )
+            if z is not None:
+                step = _fma(c, z.view(-1)[piece].to(home).double(), step)
+            target[piece] = step.float().to(x.device)
 
+    def table_step(
+        self, out: Tensor, x: Tensor, score: Tensor, table: Tensor, step: Tensor, key: Key
+    ) -> None:
+        at = int(step)
+        a, b, c = table[at].tolist()
+        seed, purpose, draw, first_sample = key
+        self.affine_step(out, x, score, a, b, c, (seed, purpose, draw + at, first_sample))
 
-def affine_step(
-    out: Tensor,
-    x: Tensor,
-    score: Tensor,
-    a: float,
-    b: float,
-    c: float,
-    key: Key,
-) -> None:
-    if x.numel() == 0:
-        return
-    z = None
-    if c != 0:
+    def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
         z = _normal_like(x, key)
-    if x.dtype == torch.float64:
-        result = a * x + b * score.double()
-        out.copy_(result if z is None else result + c * z.double())
-        return
-    home = "cpu" if x.device.type == "mps" else x.device
-    # Coefficients enter an fp32 kernel rounded to fp32, once.
-    a, b, c = torch.tensor([a, b, c], dtype=torch.float32).double().tolist()
-    source, scores, target = x.view(-1), score.reshape(-1), out.view(-1)
-    for piece in _pieces(x.numel(), 4 * _PIECE):
-        step = _fma(b, scores[piece].to(home).double(), _round(a * source[piece].to(home).double()))
-        if z is not None:
-            step = _fma(c, z.view(-1)[piece].to(home).double(), step)
-        target[piece] = step.float().to(x.device)
+        spread = _per_sample(sigma, x)
+        if x.dtype == torch.float64:
+            return x + spread.double() * z.double()
+        home = "cpu" if x.device.type == "mps" else x.device
+        result = _fma(spread.to(home).double(), z.to(home).double(), x.to(home).double())
+        return result.float().to(x.device)
+
+    def dsm_loss(
+        self, score: Tensor, sigma: Tensor, weight: Tensor | None, key: Key, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        residual = _residual(score, sigma, key)
+        factor = 0.5 if weight is None else 0.5 * weight
+        loss = (
+            factor * residual.square().flatten(1).sum(1)
+            if score.dim() > 1
+            else (factor * residual.square())
+        )
+        dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
+        if not with_gradient:
+            return loss.to(dtype), score.new_empty(0, dtype=dtype)
+        scale = sigma if weight is None else sigma * weight
+        return loss.to(dtype), (_per_sample(scale, score) * residual).to(dtype)
+
+    def dsm_gradient(
+        self, score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, key: Key
+    ) -> Tensor:
+        scale = upstream * (sigma if weight is None else sigma * weight)
+        return (_per_sample(scale, score) * _residual(score, sigma, key)).to(score.dtype)
+
+    def probe_sums(
+        self, kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key
+    ) -> Tensor:
+        wide = torch.float32 if a.device.type == "mps" else torch.float64
+        rows, elements = a.shape[0], math.prod(a.shape[1:])
+        v = _noise_like(kind, a, key).to(wide).reshape(rows, elements)
+        a2 = a.to(wide).reshape(rows, elements)
+        b2 = torch.zeros_like(a2) if b is None else b.to(wide).reshape(rows, elements)
+        if differences:
+            a2, b2 = 0.5 * (a2 + b2), a2 - b2
+        sums = torch.stack([(p * q).sum(1) for p, q in ((v, v), (v, a2), (v, b2), (a2, a2))])
+        return sums.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
+
+    def probe_scale(self, kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
+        like = factor.new_empty(()).expand(shape)
+        return _per_sample(factor, like) * _noise_like(kind, like, key).to(factor.dtype)
+
+    def probe_shift(self, kind: str, x: Tensor, factor: Tensor, key: Key) -> Tensor:
+        shift = self.probe_scale(kind, factor, tuple(x.shape), key)
+        return torch.stack([x + shift, x - shift])
 
 
-def perturb(x: Tensor, sigma: Tensor, key: Key) -> Tensor:
-    z = _normal_like(x, key)
-    spread = _per_sample(sigma, x)
-    if x.dtype == torch.float64:
-        return x + spread.double() * z.double()
-    home = "cpu" if x.device.type == "mps" else x.device
-    result = _fma(spread.to(home).double(), z.to(home).double(), x.to(home).double())
-    return result.float().to(x.device)
-
-
-def dsm_loss(
-    score: Tensor, sigma: Tensor, weight: Tensor | None, key: Key, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    residual = _residual(score, sigma, key)
-    factor = 0.5 if weight is None else 0.5 * weight
-    loss = (
-        factor * residual.square().flatten(1).sum(1)
-        if score.dim() > 1
-        else (factor * residual.square())
-    )
-    dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
-    if not with_gradient:
-        return loss.to(dtype), score.new_empty(0, dtype=dtype)
-    scale = sigma if weight is None else sigma * weight
-    return loss.to(dtype), (_per_sample(scale, score) * residual).to(dtype)
-
-
-def dsm_gradient(
-    score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, key: Key
-) -> Tensor:
-    scale = upstream * (sigma if weight is None else sigma * weight)
-    return (_per_sample(scale, score) * _residual(score, sigma, key)).to(score.dtype)
-
-
-def probe_sums(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key) -> Tensor:
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
-    rows, elements = a.shape[0], math.prod(a.shape[1:])
-    v = _noise_like(kind, a, key).to(wide).reshape(rows, elements)
-    a2 = a.to(wide).reshape(rows, elements)
-    b2 = torch.zeros_like(a2) if b is None else b.to(wide).reshape(rows, elements)
-    if differences:
-        a2, b2 = 0.5 * (a2 + b2), a2 - b2
-    sums = torch.stack([(p * q).sum(1) for p, q in ((v, v), (v, a2), (v, b2), (a2, a2))])
-    return sums.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
-
-
-def probe_scale(kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
-    like = factor.new_empty(()).expand(shape)
-    return _per_sample(factor, like) * _noise_like(kind, like, key).to(factor.dtype)
-
-
-def probe_shift(kind: str, x: Tensor, factor: Tensor, key: Key) -> Tensor:
-    shift = probe_scale(kind, factor, tuple(x.shape), key)
-    return torch.stack([x + shift, x - shift])
+backend = Reference()
 
 
 def _residual(score: Tensor, sigma: Tensor, key: Key) -> Tensor:
@@ -164,7 +177,7 @@ def _normal_like(x: Tensor, key: Key) -> Tensor:
 def _noise_like(kind: str, x: Tensor, key: Key) -> Tensor:
     seed, purpose, draw, first_sample = key
     noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
-    return fill(kind, tuple(x.shape), noise, x.device)
+    return backend.fill(kind, tuple(x.shape), noise, x.device)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

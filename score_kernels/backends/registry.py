@@ -1,6 +1,6 @@
 """The choice between the backends.
 
-A backend is a module with the functions of :class:`Backend`. The first one in the order of
+A backend is an object with the functions of :class:`Backend`. The first one in the order of
 preference that serves a tensor's device and dtype is used; ``use_backend`` forces one.
 """
 
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from score_kernels.backends import native, reference
+from score_kernels.backends import cuda, native, reference
 from score_kernels.noise import Key, NoiseKey
 
 __all__ = ["Backend", "backends", "choose", "use_backend"]
 
 
 class Backend(Protocol):
-    """What a backend module provides. Arguments have been checked by ``score_kernels.ops``."""
+    """What a backend provides. Arguments have been checked by ``score_kernels.ops``."""
+
+    name: str
 
     def unavailable(self) -> str | None:
         """Why the backend cannot be used on this machine, or None."""
@@ -47,6 +49,12 @@ class Backend(Protocol):
         key: Key,
     ) -> None:
         """out = a x + b score + c z, all contiguous; out may be x; c = 0 draws no noise."""
+
+    def table_step(
+        self, out: Tensor, x: Tensor, score: Tensor, table: Tensor, step: Tensor, key: Key
+    ) -> None:
+        """affine_step with (a, b, c) = table[step] and draw + step, read where the tensors are:
+        table [steps, 3] float32 and step, int64 without dimensions, contiguous, on x's device."""
 
     def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
         """x + sigma z; x contiguous, sigma [B] float32."""
@@ -77,10 +85,8 @@ class Backend(Protocol):
 
 
 # In the order of preference.
-_BACKENDS: dict[str, Backend] = {
-    "native": cast(Backend, native),
-    "reference": cast(Backend, reference),
-}
+_ALL: tuple[Backend, ...] = (cuda.backend, native.backend, reference.backend)
+_BACKENDS = {backend.name: backend for backend in _ALL}
 _forced: str | None = None
 _choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
 
@@ -107,7 +113,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
 
 def _choose_anew() -> None:
     _choices.clear()
-    native.quick = _forced in (None, "native") and not native.unavailable()
+    native.quick = _forced in (None, "native") and not native.backend.unavailable()
 
 
 def _search(device: torch.device, dtype: torch.dtype) -> Backend:
