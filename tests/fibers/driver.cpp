@@ -1,0 +1,133 @@
+// Runs every launcher over sizes, dtypes and alignments on buffers of exactly their size, and prints
+// a line with a checksum of what it wrote. For sanitizers and planted defects; no Python in it.
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "half.h"
+
+namespace {
+
+using sk::Dtype;
+using sk::Kind;
+
+const sk::NoiseKey kKey = {0x8000000000000005u, 0xFFFFFFFEu, 9, 3};
+const sk::cuda::Place kPlace = {0, nullptr};
+
+// `count` elements of `size` bytes each, `shift` elements away from an aligned address.
+class Buffer {
+ public:
+  Buffer(uint64_t count, uint64_t size, uint64_t shift)
+      : bytes_((count + shift) * size), storage_(new char[bytes_ ? bytes_ : 1]),
+        data_(storage_.get() + shift * size) {
+    memset(storage_.get(), 0xFF, bytes_);
+  }
+  template <class T>
+  T* at() { return reinterpret_cast<T*>(data_); }
+  uint64_t checksum() const {
+    uint64_t sum = 14695981039346656037u;
+    for (uint64_t i = 0; i < bytes_; ++i) sum = (sum ^ uint8_t(storage_[i])) * 1099511628211u;
+    return sum;
+  }
+
+ private:
+  uint64_t bytes_;
+  std::unique_ptr<char[]> storage_;
+  char* data_;
+};
+
+float value(uint64_t i) { return float(int64_t(i * 2654435761u % 2001) - 1000) * 0x1p-9f; }
+
+Buffer floats(uint64_t count, uint64_t shift) {
+  Buffer buffer(count, 4, shift);
+  for (uint64_t i = 0; i < count; ++i) buffer.at<float>()[i] = value(i);
+  return buffer;
+}
+
+Buffer scores(uint64_t count, Dtype dtype, uint64_t shift) {
+  if (dtype == Dtype::kFloat32) return floats(count, shift);
+  Buffer buffer(count, 2, shift);
+  for (uint64_t i = 0; i < count; ++i)
+    buffer.at<uint16_t>()[i] =
+        dtype == Dtype::kBFloat16 ? sk::to_bfloat16(value(i)) : sk::to_float16(value(i));
+  return buffer;
+}
+
+void report(const char* op, int variant, uint64_t rows, uint64_t elements, uint64_t shift,
+            const Buffer& out) {
+  printf("%s %d rows %" PRIu64 " elements %" PRIu64 " shift %" PRIu64 " %016" PRIx64 "\n", op,
+         variant, rows, elements, shift, out.checksum());
+}
+
+void run(uint64_t rows, uint64_t elements, uint64_t shift) {
+  const uint64_t count = rows * elements;
+  Buffer x = floats(count, shift), sigma = floats(rows, 0), weight = floats(rows, 0);
+  Buffer partial(4 * rows * sk::cuda::partials(elements), 4, 0);
+  for (int kind = 0; kind < 4; ++kind) {
+    Buffer out(count, kind == 0 ? 8 : 4, shift);
+    sk::cuda::fill({out.at<void>(), rows, elements, Kind(kind), kKey}, kPlace);
+    report("fill", kind, rows, elements, shift, out);
+  }
+  Buffer noisy(count, 4, shift);
+  sk::cuda::perturb({noisy.at<float>(), x.at<float>(), sigma.at<float>(), rows, elements, kKey},
+                    kPlace);
+  report("perturb", 0, rows, elements, shift, noisy);
+  const float table[6] = {1.0f, 0.5f, 0.25f, 0.9f, 0.4f, 0.3f};
+  const int64_t step = 1;
+  for (int d = 0; d < 3; ++d) {
+    const Dtype dtype = Dtype(d);
+    Buffer score = scores(count, dtype, shift), other = scores(count, dtype, shift);
+    for (const float c : {0.0f, 0.3f}) {
+      Buffer out(count, 4, shift);
+      sk::cuda::affine_step({out.at<float>(), x.at<float>(), score.at<void>(), dtype, rows,
+                             elements, 0.9f, 0.4f, c, kKey},
+                            {nullptr, nullptr}, kPlace);
+      report("affine", d, rows, elements, shift, out);
+    }
+    Buffer stepped = floats(count, shift);
+    sk::cuda::affine_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows,
+                           elements, 0.0f, 0.0f, 0.0f, kKey},
+                          {table, &step}, kPlace);
+    report("table", d, rows, elements, shift, stepped);
+    Buffer loss(rows, 4, 0), gradient(count, d == 0 ? 4 : 2, shift);
+    sk::DsmArgs dsm = {loss.at<float>(), gradient.at<float>(), score.at<void>(), dtype,
+                       sigma.at<float>(), weight.at<float>(), sigma.at<float>(), rows, elements,
+                       kKey};
+    sk::cuda::dsm_loss(dsm, partial.at<float>(), kPlace);
+    report("loss", d, rows, elements, shift, loss);
+    sk::cuda::dsm_gradient(dsm, kPlace);
+    report("gradient", d, rows, elements, shift, gradient);
+    for (const Kind kind : {Kind::kNormal, Kind::kRademacher})
+      for (const bool differences : {false, true}) {
+        Buffer sums(4 * rows, 4, 0);
+        sk::cuda::probe({sums.at<float>(), kind, score.at<void>(), other.at<void>(), dtype,
+                         differences, nullptr, nullptr, rows, elements, kKey},
+                        partial.at<float>(), kPlace);
+        report("sums", d, rows, elements, shift, sums);
+      }
+  }
+  for (const bool pair : {false, true}) {
+    Buffer out((pair ? 2 : 1) * count, 4, shift);
+    sk::cuda::probe({out.at<float>(), Kind::kNormal, nullptr, nullptr, Dtype::kFloat32, false,
+                     sigma.at<float>(), pair ? x.at<float>() : nullptr, rows, elements, kKey},
+                    nullptr, kPlace);
+    report("scale", pair, rows, elements, shift, out);
+  }
+}
+
+}  // namespace
+
+int main() {
+  try {
+    for (const uint64_t elements : {0, 1, 3, 4, 5, 64, 132, 255, 1023, 4103, 8704})
+      for (const uint64_t shift : {0, 1}) run(elements < 64 ? 37 : 3, elements, shift);
+  } catch (const std::exception& error) {
+    printf("failed: %s\n", error.what());
+    return 1;
+  }
+}
