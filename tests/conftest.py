@@ -1,16 +1,28 @@
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from fibers.build import COMPILER, Fibers, build_module
 
 import score_kernels
-from score_kernels.backends import native
+from score_kernels.backends import native, registry
 
 # "native-avx512", "native-avx2", ... for every instruction set of this machine, and the reference.
 NATIVE = [] if native.backend.unavailable() else [f"native-{isa}" for isa in native._cpu.isas()]
-BACKENDS = ["reference", *NATIVE]
+# The CUDA kernels on CPU tensors.
+FIBERS = ["fibers"] if COMPILER else []
+BACKENDS = ["reference", *NATIVE, *FIBERS]
+
+
+@cache
+def _fibers() -> Fibers:
+    with tempfile.TemporaryDirectory() as folder:
+        return Fibers(build_module(Path(folder)))
 
 
 class _Backend:
@@ -23,10 +35,13 @@ class _Backend:
         if self.isa:
             self.before = native._cpu.isa()
             native._cpu.set_isa(self.isa)
+        if self.name == "fibers":
+            registry._BACKENDS["fibers"] = _fibers()
         self.forced = score_kernels.use_backend(self.name)
 
     def __exit__(self, *_: object) -> None:
         self.forced.__exit__(None, None, None)
+        registry._BACKENDS.pop("fibers", None)
         if self.isa:
             native._cpu.set_isa(self.before)
 
