@@ -24,7 +24,7 @@ bench: .venv/ready
 	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
 
 # Made anew when what is installed may have changed; the kernels are compiled here.
-.venv/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.h csrc/cpu/*)
+.venv/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \

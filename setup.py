@@ -1,8 +1,13 @@
-"""Builds score_kernels._cpu with ninja: each kernel source once per instruction set.
+"""Builds score_kernels._cpu and score_kernels._cuda with ninja.
 
-Needs a C++17 compiler and nothing of torch. Without a compiler the package installs all the same
-and the pure-torch reference serves. SCORE_KERNELS_NATIVE=0 skips the build, =1 makes a missing
-compiler an error.
+_cpu: each kernel source once per instruction set. Needs a C++17 compiler and nothing of torch.
+Without a compiler the package installs all the same and the pure-torch reference serves.
+SCORE_KERNELS_NATIVE=0 skips it, =1 makes a missing compiler an error.
+
+_cuda: built where there is nvcc, with the CUDA runtime linked in; it needs neither a GPU nor a
+torch with CUDA. SCORE_KERNELS_CUDA=0 skips it, =1 makes a missing nvcc an error.
+SCORE_KERNELS_CUDA_ARCHS lists compute capabilities, "80;90;100" by default: machine code for each,
+and PTX of the last for GPUs to come.
 """
 
 from __future__ import annotations
@@ -14,13 +19,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CPU = Path("csrc/cpu")
+CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
 KERNELS = ("noise", "update", "dsm", "ssm")
 FLAGS = [
     "-O3",
@@ -38,6 +44,8 @@ X86_ISAS = {
     "avx2": "-mavx2 -mfma",
     "portable": "",
 }
+NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+DEFAULT_ARCHS = "80;90;100"
 
 
 def find_compiler() -> list[str] | None:
@@ -47,9 +55,32 @@ def find_compiler() -> list[str] | None:
     return next((c for c in candidates if shutil.which(c[0])), None)
 
 
+def find_nvcc() -> str | None:
+    """nvcc: $CUDACXX, else on PATH, else in $CUDA_HOME or the usual folder."""
+    if named := os.environ.get("CUDACXX"):
+        return shutil.which(named)
+    homes = [os.environ.get("CUDA_HOME") or "/usr/local/cuda"]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{homes[0]}/bin")
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The compute capabilities to build for. Defaults that this nvcc does not know are left out."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = [line.strip().removeprefix("compute_") for line in listed.stdout.split()]
+    asked = os.environ.get("SCORE_KERNELS_CUDA_ARCHS")
+    if not asked:
+        return [arch for arch in DEFAULT_ARCHS.split(";") if arch in known]
+    archs = sorted(asked.replace(".", "").split(";"), key=lambda arch: (len(arch), arch))
+    if unknown := [arch for arch in archs if arch not in known]:
+        raise SystemExit(
+            f"SCORE_KERNELS_CUDA_ARCHS: got {asked!r}, expected capabilities that {nvcc} knows "
+            f"({', '.join(known)}), separated by semicolons; it does not know {', '.join(unknown)}"
+        )
+    return archs
+
+
 def openmp_flags(compiler: list[str], scratch: Path) -> list[str]:
     """-fopenmp where the compiler can link it; without it the kernels run on one thread."""
-    scratch.mkdir(parents=True, exist_ok=True)
     source = scratch / "openmp.cpp"
     source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
     command = [*compiler, "-fopenmp", str(source), "-o", str(scratch / "openmp")]
@@ -57,79 +88,119 @@ def openmp_flags(compiler: list[str], scratch: Path) -> list[str]:
     return ["-fopenmp"] if works else ["-fopenmp-simd"]
 
 
-def ninja_file(compiler: list[str], target: Path, scratch: Path) -> str:
+def includes() -> str:
     import pybind11
 
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = X86_ISAS if x86 else {"portable": ""}
-    openmp = openmp_flags(compiler, scratch)
-    includes = [f"-I{p}" for p in (sysconfig.get_path("include"), pybind11.get_include())]
-    flags = FLAGS + openmp + (["-DSK_X86"] if x86 else [])
-    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    paths = (sysconfig.get_path("include"), pybind11.get_include())
+    return shlex.join(f"-I{path}" for path in paths)
 
-    def escape(path: Path | str) -> str:
+
+def ninja_file(compile: str, link: str, objects: dict[Path, tuple[Path, str]], target: Path) -> str:
+    """One compile rule and one link rule; `objects`: what to make of which source with what."""
+
+    def escape(path: Path) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    objects = {scratch / "module.o": ("module.cpp", shlex.join(includes))}
-    for isa, isa_flags in isas.items():
-        for kernel in KERNELS:
-            objects[scratch / f"{kernel}.{isa}.o"] = (
-                f"{kernel}.cpp",
-                f"-DSK_ISA={isa} {isa_flags}",
-            )
     lines = [
         "rule compile",
-        f"  command = {shlex.join(compiler + flags)} $extra -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compile} $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {shlex.join([*compiler, '-shared', *openmp, *undefined])} $in -o $out",
+        f"  command = {link} $in -o $out",
     ]
     for output, (source, extra) in objects.items():
-        lines += [
-            f"build {escape(output)}: compile {escape(ROOT / CPU / source)}",
-            f"  extra = {extra}",
-        ]
+        lines += [f"build {escape(output)}: compile {escape(ROOT / source)}", f"  extra = {extra}"]
     lines.append(f"build {escape(target)}: link {' '.join(map(escape, objects))}")
     return "\n".join(lines) + "\n"
 
 
+def cpu_build(compiler: list[str], target: Path, scratch: Path) -> str:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    isas = X86_ISAS if x86 else {"portable": ""}
+    openmp = openmp_flags(compiler, scratch)
+    flags = FLAGS + openmp + (["-DSK_X86"] if x86 else [])
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    objects = {scratch / "module.o": (CPU / "module.cpp", includes())}
+    for isa, isa_flags in isas.items():
+        for kernel in KERNELS:
+            extra = f"-DSK_ISA={isa} {isa_flags}"
+            objects[scratch / f"{kernel}.{isa}.o"] = (CPU / f"{kernel}.cpp", extra)
+    link = shlex.join([*compiler, "-shared", *openmp, *undefined])
+    return ninja_file(shlex.join(compiler + flags), link, objects, target)
+
+
+def cuda_build(nvcc: str, target: Path, scratch: Path) -> str:
+    archs = cuda_archs(nvcc)
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    named = os.environ.get("CXX")
+    host = [f"-ccbin={shlex.split(named)[0]}"] if named else []
+    defines = shlex.quote(f'-DSK_CUDA_ARCHS="{";".join(archs)}"')
+    objects = {scratch / "module.o": (CUDA / "module.cpp", f"{defines} {includes()}")}
+    for kernel in KERNELS:
+        objects[scratch / f"{kernel}.o"] = (CUDA / f"{kernel}.cu", shlex.join(codes))
+    # torch brings a CUDA runtime of its own: the one linked in must stay out of its sight.
+    link = [nvcc, *host, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
+    return ninja_file(shlex.join([nvcc, *host, *NVCC_FLAGS]), shlex.join(link), objects, target)
+
+
+def choice(variable: str) -> str:
+    wanted = os.environ.get(variable, "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"{variable}: got {wanted!r}, expected auto, 0 or 1")
+    return wanted
+
+
 class BuildKernels(build_ext):
-    """One line when there is nothing to build with; otherwise ninja."""
+    """One line for what there is nothing to build with; ninja for the rest."""
 
     def run(self) -> None:
-        wanted = os.environ.get("SCORE_KERNELS_NATIVE", "auto")
-        if wanted not in ("auto", "0", "1"):
-            raise SystemExit(f"SCORE_KERNELS_NATIVE: got {wanted!r}, expected auto, 0 or 1")
-        self.compiler_command = find_compiler()
-        if self.compiler_command is None and wanted == "1":
+        compiler, nvcc = find_compiler(), find_nvcc()
+        self.writers: dict[str, Callable[[Path, Path], str]] = {}
+        native, cuda = choice("SCORE_KERNELS_NATIVE"), choice("SCORE_KERNELS_CUDA")
+        if compiler is None and native == "1":
             raise SystemExit(
                 "SCORE_KERNELS_NATIVE=1 but no C++ compiler was found: install g++ or "
                 "clang++, or name one in CXX"
             )
-        if self.compiler_command is None or wanted == "0":
-            why = "SCORE_KERNELS_NATIVE=0" if wanted == "0" else "no C++ compiler found"
+        if nvcc is None and cuda == "1":
+            raise SystemExit(
+                "SCORE_KERNELS_CUDA=1 but no nvcc was found: install NVIDIA's CUDA toolkit "
+                "(12.8 or later for sm_100), put nvcc on PATH or name it in CUDACXX"
+            )
+        if compiler is None or native == "0":
+            why = "SCORE_KERNELS_NATIVE=0" if native == "0" else "no C++ compiler found"
             print(f"score_kernels: {why}; the pure-torch reference will serve", file=sys.stderr)
-            self.extensions = []
+        else:
+            self.writers["score_kernels._cpu"] = lambda *to: cpu_build(compiler, *to)
+        if nvcc is None or compiler is None or cuda == "0":
+            why = "SCORE_KERNELS_CUDA=0" if cuda == "0" else "no nvcc or no C++ compiler found"
+            print(f"score_kernels: {why}; built without CUDA kernels", file=sys.stderr)
+        else:
+            self.writers["score_kernels._cuda"] = lambda *to: cuda_build(nvcc, *to)
+        self.extensions = [e for e in self.extensions if e.name in self.writers]
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
         import ninja
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        scratch = Path(self.build_temp).resolve() / "score_kernels_cpu"
+        scratch = Path(self.build_temp).resolve() / ext.name.replace(".", "")
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
         build_file = scratch / "build.ninja"
-        build_file.write_text(ninja_file(self.compiler_command, target, scratch))
+        build_file.write_text(self.writers[ext.name](target, scratch))
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(build_file)]
         if subprocess.run(command, cwd=scratch, check=False).returncode:
+            variable = "NATIVE" if ext.name.endswith("_cpu") else "CUDA"
             raise SystemExit(
-                "score_kernels: the kernels did not compile (above); "
-                "SCORE_KERNELS_NATIVE=0 installs without them"
+                f"score_kernels: {ext.name} did not compile (above); "
+                f"SCORE_KERNELS_{variable}=0 installs without it"
             )
 
 
 setup(
-    ext_modules=[Extension("score_kernels._cpu", sources=[])], cmdclass={"build_ext": BuildKernels}
+    ext_modules=[Extension(f"score_kernels.{name}", sources=[]) for name in ("_cpu", "_cuda")],
+    cmdclass={"build_ext": BuildKernels},
 )

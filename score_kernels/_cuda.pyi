@@ -26,6 +26,7 @@ def affine_step(
     c: float,
     table: int,
     step: int,
+    steps: int,
     seed: int,
     purpose: int,
     draw: int,

@@ -1,4 +1,4 @@
-"""The command ``score-kernels``: info, demo."""
+"""The command ``score-kernels``: info, selfcheck, demo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ import torch
 import score_kernels
 
 # Every environment variable the library reads, as in the README's table.
-VARIABLES = ("SCORE_KERNELS_BACKEND", "SCORE_KERNELS_ISA", "SCORE_KERNELS_NATIVE")
+VARIABLES = (
+    "SCORE_KERNELS_BACKEND",
+    "SCORE_KERNELS_ISA",
+    "SCORE_KERNELS_NATIVE",
+    "SCORE_KERNELS_CUDA",
+    "SCORE_KERNELS_CUDA_ARCHS",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=score_kernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="which backends this machine has, and why others are missing")
+    check = commands.add_parser(
+        "selfcheck", help="whether the kernels compute what they should (under a minute)"
+    )
+    check.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    check.add_argument("--quick", action="store_true", help="a tenth of the numbers, in seconds")
     demo = commands.add_parser(
         "demo", help="train on real digits, sample new ones, and write a report (a few minutes)"
     )
@@ -38,6 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "info":
         print(info())
         return 0
+    if arguments.command == "selfcheck":
+        from score_kernels import selfcheck
+
+        print(info())
+        try:
+            return selfcheck.run(arguments.device, quick=arguments.quick)
+        except ValueError as error:
+            print(f"score-kernels selfcheck: {error}", file=sys.stderr)
+            return 1
     from score_kernels.demo import run
 
     try:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels import _check, ops
-from score_kernels.backends import choose
+from score_kernels import _capture, _check, ops
+from score_kernels.backends import Backend, choose
 from score_kernels.noise import NoiseKey, Purpose, fresh_seed
 
 __all__ = ["Progress", "annealed_langevin", "langevin"]
@@ -48,6 +48,16 @@ class _Level:
     alpha: float
     steps: int
 
+    @property
+    def score(self) -> float:
+        """What the score is multiplied with."""
+        return 0.5 * self.alpha
+
+    @property
+    def noise(self) -> float:
+        """What the noise is multiplied with."""
+        return math.sqrt(self.alpha)
+
 
 def langevin(
     score: Score,
@@ -64,6 +74,7 @@ def langevin(
     record_every: int | None = None,
     progress: bool = False,
     device: torch.device | str | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Langevin dynamics, ``x <- x + (step_size/2) score(x) + sqrt(step_size) z``.
 
@@ -76,8 +87,8 @@ def langevin(
         steps: number of update steps of the whole chain.
         sigma: a noise level handed to the score as ``[B]``, for networks that want one.
         init: how a shape is filled: "normal" (standard normals) or "uniform" on [0, 1].
-        shape_or_init, seed, first_sample, first_step, callback, record_every, progress, device:
-            as in `annealed_langevin`.
+        shape_or_init, seed, first_sample, first_step, callback, record_every, progress, device,
+            cuda_graph: as in `annealed_langevin`.
 
     Returns:
         ``x``, or the recorded states; see ``record_every``.
@@ -98,6 +109,7 @@ def langevin(
         record_every=record_every,
         progress=progress,
         device=device,
+        cuda_graph=cuda_graph,
         denoise=False,
     )
 
@@ -118,6 +130,7 @@ def annealed_langevin(
     record_every: int | None = None,
     progress: bool = False,
     device: torch.device | str | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Annealed Langevin dynamics (Algorithm 1 of Song and Ermon 2019, arXiv 1907.05600).
 
@@ -153,14 +166,19 @@ def annealed_langevin(
             and, last, the result.
         progress: show a progress bar.
         device: where to start from a shape; default: torch's default device.
+        cuda_graph: capture one call of score and one update as a CUDA graph and replay it for
+            every step: for small networks, whose time goes into launches. The noise is the same
+            bits. score must do the same work on the same memory at every call, whatever sigma
+            holds, and not wait for the device.
 
     Returns:
         ``x``, or the recorded states; see ``record_every``.
 
     Raises:
         TypeError: an argument, or what score returns, is of the wrong kind or dtype.
-        ValueError: sigmas do not decrease, a number is out of range, or score returns another
-            shape or device.
+        ValueError: sigmas do not decrease, a number is out of range, score returns another shape
+            or device, or cuda_graph is asked for where there is no CUDA kernel.
+        RuntimeError: cuda_graph is asked for and score cannot be captured.
     """
     levels = _check.noise_levels(sigmas)
     steps = _check.count("steps_per_level", steps_per_level, least=1)
@@ -179,6 +197,7 @@ def annealed_langevin(
         record_every=record_every,
         progress=progress,
         device=device,
+        cuda_graph=cuda_graph,
         denoise=denoise,
     )
 
@@ -197,6 +216,7 @@ def _chain(
     record_every: int | None,
     progress: bool,
     device: torch.device | str | None,
+    cuda_graph: bool,
     denoise: bool,
 ) -> Tensor:
     if not callable(score):
@@ -222,20 +242,30 @@ def _chain(
                 f"first_step: got {first_step} with a shape, expected the state after "
                 "that many steps as shape_or_init"
             )
-        step = choose(x.device, x.dtype).affine_step
+        backend = choose(x.device, x.dtype)
+        step = backend.affine_step
         seed, purpose, _, first_sample = noise.fields()
         sigma = x.new_empty(x.shape[0], dtype=torch.float32)
         film = x.new_empty((_frame_count(record_every, first_step, total), *x.shape), device="cpu")
         frames = iter(film)
         seen = Progress(step=0, level=-1, sigma=math.nan, x=x)
+        replay = None
+        if cuda_graph:
+            _capture.check(backend, x)
+            if first_step < total:
+                replay = _replay(score, x, sigma, plan, noise, first_step, backend)
         for t, index in _steps(plan, first_step, progress):
             level = plan[index]
-            if index != seen.level:
+            if replay is not None:
                 seen.level, seen.sigma = index, level.sigma
-                sigma.fill_(level.sigma)
-                b, c = 0.5 * level.alpha, math.sqrt(level.alpha)
-            value = _evaluate(score, x, sigma, level.sigma)
-            step(x, x, value, 1.0, b, c, (seed, purpose, t, first_sample))
+                replay()
+            else:
+                if index != seen.level:
+                    seen.level, seen.sigma = index, level.sigma
+                    sigma.fill_(level.sigma)
+                    b, c = level.score, level.noise
+                value = _evaluate(score, x, sigma, level.sigma)
+                step(x, x, value, 1.0, b, c, (seed, purpose, t, first_sample))
             # A score that is itself a gradient may have saved x: let autograd notice the change.
             torch.autograd.graph.increment_version(x)
             if callback is not None:
@@ -251,6 +281,34 @@ def _chain(
             return x
         next(frames).copy_(x)
         return film
+
+
+def _replay(
+    score: Score,
+    x: Tensor,
+    sigma: Tensor,
+    plan: list[_Level],
+    noise: NoiseKey,
+    first_step: int,
+    backend: Backend,
+) -> Callable[[], None]:
+    """One step of the chain as a captured graph. What changes from step to step is in tables."""
+    steps = torch.tensor([level.steps for level in plan])
+    rows = torch.tensor(
+        [(level.sigma, 1.0, level.score, level.noise) for level in plan], dtype=torch.float32
+    )
+    rows = rows.repeat_interleave(steps, 0).to(x.device)
+    sigmas, table = rows[:, 0].contiguous(), rows[:, 1:].contiguous()
+    counter = torch.full((), first_step, dtype=torch.int64, device=x.device)
+    level = plan[0].sigma
+
+    def step() -> None:
+        sigma.copy_(sigmas.index_select(0, counter.view(1)).expand_as(sigma))
+        value = _evaluate(score, x, sigma, level)
+        backend.table_step(x, x, value, table, counter, noise.fields())
+        counter.add_(1)
+
+    return _capture.captured(step, x, counter)
 
 
 def _frame_count(record_every: int | None, first_step: int, total: int) -> int:

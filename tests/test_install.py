@@ -46,7 +46,7 @@ def build(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **environment},
+        env={**os.environ, "SCORE_KERNELS_CUDA": "0", **environment},
     )
 
 
@@ -91,11 +91,41 @@ def test_info_names_every_backend_and_variable(capsys: pytest.CaptureFixture[str
     assert native._cpu.isa() in text
 
 
+def test_without_nvcc_the_build_says_so(sources: Path) -> None:
+    nowhere = {"CUDACXX": "no-such-nvcc", "SCORE_KERNELS_NATIVE": "0"}
+    done = build(sources, SCORE_KERNELS_CUDA="auto", **nowhere)
+    assert done.returncode == 0, done.stderr
+    assert "no nvcc or no C++ compiler found; built without CUDA kernels" in done.stderr
+    done = build(sources, SCORE_KERNELS_CUDA="1", **nowhere)
+    assert done.returncode != 0
+    assert "no nvcc was found: install NVIDIA's CUDA toolkit" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_compute_capabilities_that_nvcc_does_not_know_are_refused(sources: Path) -> None:
+    done = build(sources, SCORE_KERNELS_CUDA="1", SCORE_KERNELS_CUDA_ARCHS="80;7")
+    assert done.returncode != 0
+    assert "SCORE_KERNELS_CUDA_ARCHS: got '80;7', expected" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_the_cuda_module_loads_without_a_driver() -> None:
+    from score_kernels import _cuda
+    from score_kernels.backends import backends, cuda
+
+    assert _cuda.archs.split(";")[0] == "80"
+    count, why = _cuda.devices()
+    if count == 0:
+        assert why
+        assert cuda.backend.unavailable()
+        assert backends()["cuda"].startswith("unavailable: ")
+
+
 def test_the_readme_s_table_lists_every_variable() -> None:
     readme = (ROOT / "README.md").read_text()
     sources = [*ROOT.glob("score_kernels/**/*.py"), ROOT / "setup.py"]
     used = {
-        name for path in sources for name in re.findall(r"SCORE_KERNELS_[A-Z]+", path.read_text())
+        name for path in sources for name in re.findall(r"SCORE_KERNELS_[A-Z_]+", path.read_text())
     }
     assert used == set(VARIABLES)
     assert all(f"`{name}`" in readme for name in VARIABLES)

@@ -95,9 +95,10 @@ void fill(uintptr_t out, uint64_t rows, uint64_t elements, int kind, uint64_t se
 
 void affine_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, uint64_t rows,
                  uint64_t elements, float a, float b, float c, uintptr_t table, uintptr_t step,
-                 uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample) {
+                 uint64_t steps, uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample) {
   if (table) {
     const int64_t at = *reinterpret_cast<const int64_t*>(step);
+    if (uint64_t(at) >= steps) throw py::value_error("step: points past the table");
     const float* row = reinterpret_cast<const float*>(table) + 3 * at;
     a = row[0], b = row[1], c = row[2];
     draw += uint32_t(at);

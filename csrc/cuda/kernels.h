@@ -13,10 +13,12 @@ struct Place {
 };
 
 // Coefficients and draw read on the device, so that a captured graph goes on from replay to replay:
-// (a, b, c) = table[*step] and draw = key.draw + *step. A null table stands for args' own.
+// (a, b, c) = table[*step] and draw = key.draw + *step, *step < steps; past the table they are NaN.
+// A null table stands for args' own.
 struct StepTable {
   const float* table;
   const int64_t* step;
+  uint64_t steps;
 };
 
 void fill(const FillArgs& args, const Place& place);

@@ -32,12 +32,12 @@ void fill(uintptr_t out, uint64_t rows, uint64_t elements, int kind, uint64_t se
 
 void affine_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, uint64_t rows,
                  uint64_t elements, float a, float b, float c, uintptr_t table, uintptr_t step,
-                 uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample, int device,
+                 uint64_t steps, uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample, int device,
                  uintptr_t stream) {
   sk::cuda::affine_step(
       {at<float>(out), at<const float>(x), at<const void>(score), Dtype(score_dtype), rows,
        elements, a, b, c, {seed, first_sample, draw, purpose}},
-      {at<const float>(table), at<const int64_t>(step)}, place_of(device, stream));
+      {at<const float>(table), at<const int64_t>(step), steps}, place_of(device, stream));
 }
 
 void perturb(uintptr_t out, uintptr_t x, uintptr_t sigma, uint64_t rows, uint64_t elements,

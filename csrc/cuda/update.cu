@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(AffineArgs args, StepT
   if (steps.table) {
     const int64_t step = *steps.step;
     const float* row = steps.table + 3 * step;
-    k = {row[0], row[1], row[2]};
+    const bool inside = uint64_t(step) < steps.steps;
+    k = inside ? Coefficients{row[0], row[1], row[2]} : Coefficients{NAN, NAN, NAN};
     draw += uint32_t(step);
   }
   if (k.c == 0.0f)

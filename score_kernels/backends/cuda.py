@@ -37,6 +37,7 @@ class Cuda(PointerKernels):
     """CUDA C++ on CUDA tensors."""
 
     name = "cuda"
+    capturable = True
     kernels: Any = None if _why else _cuda
 
     def place(self, device: torch.device) -> tuple[int, ...]:

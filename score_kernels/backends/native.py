@@ -29,6 +29,7 @@ class Native(PointerKernels):
     """C++ on CPU tensors."""
 
     name = "native"
+    capturable = False
     kernels: Any = None if _why else _cpu
 
     def unavailable(self) -> str | None:
@@ -121,6 +122,7 @@ def quick_step(
         a,
         b,
         c,
+        0,
         0,
         0,
         noise.seed,

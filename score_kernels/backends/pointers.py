@@ -45,12 +45,13 @@ class PointerKernels:
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
     ) -> None:
-        self._step(out, x, score, (a, b, c, 0, 0), key)
+        self._step(out, x, score, (a, b, c, 0, 0, 0), key)
 
     def table_step(
         self, out: Tensor, x: Tensor, score: Tensor, table: Tensor, step: Tensor, key: Key
     ) -> None:
-        self._step(out, x, score, (0.0, 0.0, 0.0, table.data_ptr(), step.data_ptr()), key)
+        at = table.data_ptr(), step.data_ptr(), table.shape[0]
+        self._step(out, x, score, (0.0, 0.0, 0.0, *at), key)
 
     def _step(
         self, out: Tensor, x: Tensor, score: Tensor, coefficients: tuple[float, ...], key: Key

@@ -42,6 +42,7 @@ class Reference:
     """Plain torch on any device."""
 
     name = "reference"
+    capturable = False
 
     def unavailable(self) -> str | None:
         return None

@@ -23,6 +23,8 @@ class Backend(Protocol):
     """What a backend provides. Arguments have been checked by ``score_kernels.ops``."""
 
     name: str
+    # Whether its steps can be part of a CUDA graph.
+    capturable: bool
 
     def unavailable(self) -> str | None:
         """Why the backend cannot be used on this machine, or None."""

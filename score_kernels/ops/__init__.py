@@ -14,7 +14,7 @@ Noise is named by a :class:`score_kernels.NoiseKey` and made inside the kernel. 
 from score_kernels.ops.dsm import dsm_loss_from_score, perturb
 from score_kernels.ops.fill import normal, rademacher, uniform, words
 from score_kernels.ops.probe import fd_pair, fd_reduce, probe_dot, probe_scale, ssm_reduce
-from score_kernels.ops.update import affine_step_, langevin_step, langevin_step_
+from score_kernels.ops.update import affine_step_, langevin_step, langevin_step_, table_step_
 
 __all__ = [
     "affine_step_",
@@ -29,6 +29,7 @@ __all__ = [
     "probe_scale",
     "rademacher",
     "ssm_reduce",
+    "table_step_",
     "uniform",
     "words",
 ]

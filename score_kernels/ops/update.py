@@ -13,7 +13,7 @@ from score_kernels.backends import choose, native
 from score_kernels.noise import NoiseKey
 from score_kernels.ops._library import KEY, apply, register, signed, unsigned
 
-__all__ = ["affine_step_", "langevin_step", "langevin_step_"]
+__all__ = ["affine_step_", "langevin_step", "langevin_step_", "table_step_"]
 
 
 def affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
@@ -71,6 +71,52 @@ def langevin_step(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Te
         # Only what is not plainly right is checked in full: that costs a tenth of a small step.
         alpha = _check.not_negative("alpha", alpha)
     return _step(x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise, in_place=False)
+
+
+def table_step_(x: Tensor, score: Tensor, table: Tensor, step: Tensor, noise: NoiseKey) -> Tensor:
+    """:func:`affine_step_` with ``a, b, c = table[step]`` and the noise's draw moved on by `step`.
+
+    Both are read where the tensors are, so that a captured CUDA graph that ends with
+    ``step.add_(1)`` does the next step of a chain at each replay. Not differentiable.
+
+    Args:
+        x: ``[B, ...]`` float32 (or float64 on the reference backend), contiguous.
+        score: x's shape and device; float32, bfloat16 or float16.
+        table: ``[steps, 3]`` float32 on x's device, contiguous.
+        step: int64 without dimensions, on x's device, ``0 <= step < steps``. On a GPU, where a
+            look at it would wait for the device, a step outside makes x NaN.
+        noise: names the noise of step 0; see :class:`score_kernels.NoiseKey`.
+
+    Returns:
+        x.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, shape or device, or out of range.
+    """
+    _check_step(x, score, noise)
+    _check.instance("table", table, Tensor, "a tensor")
+    _check.instance("step", step, Tensor, "a tensor")
+    for name, value, dtype, shape in (
+        ("table", table, torch.float32, (*table.shape[:1], 3)),
+        ("step", step, torch.int64, ()),
+    ):
+        if value.dtype != dtype or value.device != x.device:
+            raise TypeError(
+                f"{name}: got {value.dtype} on {value.device}, expected {dtype} on {x.device}"
+            )
+        if value.shape != shape or not value.is_contiguous():
+            wanted = "[steps, 3]" if name == "table" else "no dimensions"
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)} and strides {value.stride()}, "
+                f"expected {wanted}, contiguous"
+            )
+    if not x.is_contiguous() or x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"x: got strides {x.stride()} and requires_grad={x.requires_grad}, expected a "
+            "contiguous tensor without gradient"
+        )
+    _table_op(x, score, table, step, *signed(noise.fields()))
+    return x
 
 
 def _step(
@@ -161,6 +207,14 @@ def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: 
     x.copy_(dense)
 
 
+def _table_step_(x: Tensor, score: Tensor, table: Tensor, step: Tensor, *key: int) -> None:
+    if step.is_cpu and not 0 <= int(step) < len(table):
+        raise ValueError(f"step: got {int(step)}, expected 0 <= step < {len(table)}")
+    backend = choose(x.device, x.dtype)
+    backend.table_step(x, x, _contiguous_score(x, score), table, step, unsigned(key))
+    torch.autograd.graph.increment_version(x)
+
+
 def _fake_step(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -169,4 +223,9 @@ _STEP = f"Tensor score, float a, float b, float c, {KEY}"
 _step_op = register(f"affine_step(Tensor x, {_STEP}) -> Tensor", _affine_step, _fake_step)
 _in_place_op = register(
     f"affine_step_(Tensor(a!) x, {_STEP}) -> ()", _affine_step_, lambda *_: None
+)
+_table_op = register(
+    f"table_step_(Tensor(a!) x, Tensor score, Tensor table, Tensor step, {KEY}) -> ()",
+    _table_step_,
+    lambda *_: None,
 )

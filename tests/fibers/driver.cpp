@@ -86,13 +86,13 @@ void run(uint64_t rows, uint64_t elements, uint64_t shift) {
       Buffer out(count, 4, shift);
       sk::cuda::affine_step({out.at<float>(), x.at<float>(), score.at<void>(), dtype, rows,
                              elements, 0.9f, 0.4f, c, kKey},
-                            {nullptr, nullptr}, kPlace);
+                            {nullptr, nullptr, 0}, kPlace);
       report("affine", d, rows, elements, shift, out);
     }
     Buffer stepped = floats(count, shift);
     sk::cuda::affine_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows,
                            elements, 0.0f, 0.0f, 0.0f, kKey},
-                          {table, &step}, kPlace);
+                          {table, &step, 2}, kPlace);
     report("table", d, rows, elements, shift, stepped);
     Buffer loss(rows, 4, 0), gradient(count, d == 0 ? 4 : 2, shift);
     sk::DsmArgs dsm = {loss.at<float>(), gradient.at<float>(), score.at<void>(), dtype,

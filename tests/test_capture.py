@@ -1,0 +1,173 @@
+"""Chains by tables and step counters, as a CUDA graph replays them, on the CUDA kernels' fibers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIBERS, on_backend
+from torch import Tensor
+
+import score_kernels
+from score_kernels import NoiseKey, _capture, ops
+from score_kernels.backends import choose
+from score_kernels.networks import MLPScore
+
+KEY = NoiseKey(11, purpose=2, draw=5)
+SIGMAS = [2.0, 1.0, 0.3]
+TABLE = torch.tensor([[1.0, 0.5, 0.7], [0.9, 0.1, 0.2], [0.8, 0.3, 0.0]])
+
+
+def test_a_table_s_steps_are_affine_steps(backend: str) -> None:
+    x, step = torch.randn(3, 13), torch.zeros((), dtype=torch.int64)
+    want = x.clone()
+    for t in range(3):
+        score = torch.randn(3, 13)
+        assert ops.table_step_(x, score, TABLE, step, KEY) is x
+        ops.affine_step_(want, score, *TABLE[t].tolist(), KEY.at(5 + t))
+        assert torch.equal(x, want)
+        step += 1
+    with pytest.raises(ValueError, match="step: got 3, expected 0 <= step < 3"):
+        ops.table_step_(x, x, TABLE, step, KEY)
+
+
+@pytest.mark.skipif(not FIBERS, reason="needs a C++ compiler")
+def test_past_the_table_a_kernel_s_state_is_nan() -> None:
+    x, step = torch.randn(2, 5), torch.full((), 3)
+    with on_backend("fibers"):
+        choose(x.device, x.dtype).table_step(x, x, x.clone(), TABLE, step, KEY.fields())
+    assert x.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"table": torch.ones(3, 2)}, r"table: got shape \(3, 2\).*expected \[steps, 3\]"),
+        ({"table": TABLE.double()}, "table: got torch.float64 on cpu, expected torch.float32"),
+        ({"step": torch.zeros(1, dtype=torch.int64)}, r"step: got shape \(1,\).*no dimensions"),
+        ({"step": torch.zeros(())}, "step: got torch.float32 on cpu, expected torch.int64"),
+        ({"step": 0}, "step: got int 0, expected a tensor"),
+        ({"x": torch.randn(4, 3).t()}, "x: got strides .* expected a contiguous tensor"),
+    ],
+)
+def test_wrong_input_is_named(change: dict[str, Any], message: str) -> None:
+    zero = torch.zeros((), dtype=torch.int64)
+    good = {"x": torch.randn(3, 4), "score": torch.randn(3, 4), "table": TABLE, "step": zero}
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.table_step_(**{**good, **change}, noise=KEY)
+
+
+def eagerly(step: Callable[[], None], x: Tensor, counter: Tensor) -> Callable[[], None]:
+    return step
+
+
+@pytest.mark.skipif(not FIBERS, reason="needs a C++ compiler")
+@pytest.mark.parametrize("record", [None, 2])
+def test_a_replayed_chain_is_the_chain(monkeypatch: pytest.MonkeyPatch, record: int | None) -> None:
+    monkeypatch.setattr(_capture, "captured", eagerly)
+    torch.manual_seed(0)
+    net = MLPScore(2)
+    settings: dict[str, Any] = {
+        "steps_per_level": 3,
+        "step_size": 0.01,
+        "seed": 4,
+        "record_every": record,
+    }
+    with on_backend("fibers"):
+        seen: list[tuple[int, int, float]] = []
+
+        def see(p: score_kernels.Progress) -> None:
+            seen.append((p.step, p.level, p.sigma))
+
+        want = score_kernels.annealed_langevin(net, (5, 2), SIGMAS, callback=see, **settings)
+        plain, seen = seen, []
+        got = score_kernels.annealed_langevin(
+            net, (5, 2), SIGMAS, callback=see, cuda_graph=True, **settings
+        )
+        assert torch.equal(got, want)
+        assert seen == plain
+        settings.update(record_every=None, denoise=False)
+        half = score_kernels.annealed_langevin(net, (5, 2), SIGMAS, **settings)
+        frames = score_kernels.annealed_langevin(
+            net, (5, 2), SIGMAS, **{**settings, "record_every": 4}
+        )
+        resumed = score_kernels.annealed_langevin(
+            net, frames[0], SIGMAS, first_step=4, cuda_graph=True, **settings
+        )
+        assert torch.equal(resumed, half)
+        flat = score_kernels.langevin(lambda x: -x, (4, 3), step_size=0.1, steps=5, seed=1)
+        graph = score_kernels.langevin(
+            lambda x: -x, (4, 3), step_size=0.1, steps=5, seed=1, cuda_graph=True
+        )
+        assert torch.equal(graph, flat)
+
+
+def test_a_graph_needs_a_device_with_kernels() -> None:
+    message = "cuda_graph: got True with a state of torch.float32 on cpu, which the backend"
+    with pytest.raises(ValueError, match=message):
+        score_kernels.langevin(lambda x: -x, (4, 3), step_size=0.1, steps=5, cuda_graph=True)
+
+
+class Stream:
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+class Graph:
+    """What torch.cuda does, less the GPU: inside `graph` work is recorded, not done."""
+
+    tensors: tuple[Tensor, ...] = ()
+
+    @classmethod
+    @contextlib.contextmanager
+    def recording(cls, graph: Any) -> Iterator[None]:
+        before = [t.clone() for t in cls.tensors]
+        yield
+        for tensor, value in zip(cls.tensors, before, strict=True):
+            tensor.copy_(value)
+
+    def replay(self) -> None:
+        for tensor in self.tensors:
+            tensor.add_(1)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Graph.recording)
+
+
+def test_warming_up_and_capturing_leave_the_chain_where_it_was(no_gpu: None) -> None:
+    x, counter, calls = torch.zeros(3), torch.full((), 7), []
+
+    def step() -> None:
+        calls.append(int(counter))
+        x.add_(1)
+        counter.add_(1)
+
+    Graph.tensors = (x, counter)
+    replay = _capture.captured(step, x, counter)
+    assert calls == [7, 7, 7, 7]
+    assert torch.equal(x, torch.zeros(3)) and int(counter) == 7
+    replay()
+    assert torch.equal(x, torch.ones(3)) and int(counter) == 8
+
+
+def test_a_score_that_cannot_be_captured_is_told_so(no_gpu: None) -> None:
+    x, counter, calls = torch.zeros(3), torch.zeros(()), []
+
+    def step() -> None:
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    Graph.tensors = ()
+    with pytest.raises(RuntimeError, match="cuda_graph: the score cannot be captured .operation"):
+        _capture.captured(step, x, counter)
