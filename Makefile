@@ -14,6 +14,7 @@ demo: .venv/ready
 
 test: lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -11,6 +12,9 @@ from fibers.build import COMPILER, Fibers, build_module
 
 import score_kernels
 from score_kernels.backends import native, registry
+
+# Triton's interpreter is chosen when Triton is imported: its tests have a run of their own.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 # "native-avx512", "native-avx2", ... for every instruction set of this machine, and the reference.
 NATIVE = [] if native.backend.unavailable() else [f"native-{isa}" for isa in native._cpu.isas()]

@@ -215,5 +215,5 @@ def test_torch_s_seed_rules_the_default_seed() -> None:
 
 
 def test_the_reference_stands_for_a_missing_native_backend() -> None:
-    assert set(score_kernels.backends()) == {"cuda", "native", "reference"}
+    assert set(score_kernels.backends()) == {"cuda", "native", "triton", "reference"}
     assert BACKENDS[0] == "reference"

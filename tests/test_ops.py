@@ -392,8 +392,8 @@ def test_more_wrong_inputs_are_named() -> None:
 
 
 def test_backends_are_forced_and_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="name: got 'triton'.*native.*reference"):
-        score_kernels.use_backend("triton")
+    with pytest.raises(ValueError, match="name: got 'tpu'.*native.*reference"):
+        score_kernels.use_backend("tpu")
     with pytest.raises(TypeError, match="name: got int 3"):
         score_kernels.use_backend(3)  # type: ignore[arg-type]
     x64 = torch.zeros(2, 3, dtype=torch.float64)

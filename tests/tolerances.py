@@ -1,5 +1,9 @@
 """Every tolerance of the tests, with its reason. Bit-exact comparisons have none."""
 
+from __future__ import annotations
+
+import torch
+
 # Normals against the exact function of u and the angle: the contract's bound. The radius is within
 # 5.6e-7, cos and sin within 1.9e-7, times a radius of up to 6.8, and the product rounds.
 NORMAL = 2e-6
@@ -18,3 +22,6 @@ TOY_ANNEALED, TOY_ANNEALED_TOLERANCE = 0.783, 0.0066
 # Plain Langevin keeps what its start gave it, half of a uniform start on either side; the published
 # figure is about 0.52. Deviation at 20,000 chains 0.0035.
 TOY_PLAIN, TOY_PLAIN_TOLERANCE = 0.52, 0.03
+
+# Triton's interpreter truncates fp32 to bfloat16 where a GPU rounds: one unit in the last place.
+INTERPRETER_ROUNDING = {torch.float32: FP32_RELATIVE, torch.float16: 1e-6, torch.bfloat16: 2**-7}

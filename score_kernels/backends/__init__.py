@@ -1,4 +1,4 @@
-"""The backends: cuda (CUDA C++), native (C++ on CPU), reference (plain torch), and the choice."""
+"""The backends: CUDA C++, C++ on CPUs, Triton, plain torch; and the choice between them."""
 
 from score_kernels.backends.registry import Backend, backends, choose, use_backend
 

@@ -21,7 +21,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # csrc/noise.h's polynomials, lowest order first.
-_LOG = (
+LOG = (
     "-0x1p+1",
     "0x1.0002e2p+0",
     "-0x1.5528f8p-1",
@@ -30,9 +30,9 @@ _LOG = (
     "0x1.82eb24p-2",
     "-0x1.f4fap-3",
 )
-_COS = ("0x1p+0", "-0x1.3bd3bp+0", "0x1.03bd9ap-2", "-0x1.55020cp-6", "0x1.c2939ap-11")
-_SIN = ("0x1.921fb4p+0", "-0x1.4abba2p-1", "0x1.466504p-4", "-0x1.31fbf4p-8", "0x1.3912a8p-13")
-_TWO_LN2 = float.fromhex("-0x1.62e43p-23")
+COS = ("0x1p+0", "-0x1.3bd3bp+0", "0x1.03bd9ap-2", "-0x1.55020cp-6", "0x1.c2939ap-11")
+SIN = ("0x1.921fb4p+0", "-0x1.4abba2p-1", "0x1.466504p-4", "-0x1.31fbf4p-8", "0x1.3912a8p-13")
+TWO_LN2 = float.fromhex("-0x1.62e43p-23")
 
 # Blocks of four elements a piece: some megabytes of temporaries.
 _PIECE = 1 << 15
@@ -235,13 +235,13 @@ def _normal(words: Tensor) -> Tensor:
     bits = _uniform(w0).float().view(torch.int32)
     exponent = bits - 0x3F3504F3 & -0x800000
     f = (bits - exponent).view(torch.float32).double() - 1.0
-    scaled = _round(exponent.double() * _TWO_LN2 + 2**-44)
-    radius = _round(torch.sqrt(_round(f * _horner(f, _LOG) + scaled)))
+    scaled = _round(exponent.double() * TWO_LN2 + 2**-44)
+    radius = _round(torch.sqrt(_round(f * _horner(f, LOG) + scaled)))
     radius = radius * _rademacher(w1)
     g = _signed(w1 << 1 & _MASK) * 2**-31
     q = _round(g * g)
-    z0 = radius * _horner(q, _COS)
-    z1 = radius * _round(g * _horner(q, _SIN))
+    z0 = radius * _horner(q, COS)
+    z1 = radius * _round(g * _horner(q, SIN))
     return torch.stack((z0, z1), dim=-1).flatten(1).float()
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from score_kernels.backends import cuda, native, reference
+from score_kernels.backends import cuda, native, reference, triton
 from score_kernels.noise import Key, NoiseKey
 
 __all__ = ["Backend", "backends", "choose", "use_backend"]
@@ -87,7 +87,12 @@ class Backend(Protocol):
 
 
 # In the order of preference.
-_ALL: tuple[Backend, ...] = (cuda.backend, native.backend, reference.backend)
+_ALL: tuple[Backend, ...] = (
+    cuda.backend,
+    native.backend,
+    triton.backend,
+    reference.backend,
+)
 _BACKENDS = {backend.name: backend for backend in _ALL}
 _forced: str | None = None
 _choices: dict[tuple[torch.device, torch.dtype], Backend] = {}

@@ -1,0 +1,221 @@
+"""The kernels in Triton, for GPUs whose machine has no CUDA toolkit, and for AMD's and Intel's.
+
+Tiles are fixed by the length of a row alone (`_geometry`); nothing is tuned at run time, and no
+argument that changes from step to step is specialised on, so that a chain compiles a kernel once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_kernels.noise import Key, NoiseKey
+
+# Rows times quads of a tile, and the warps that share it: a thread has 16 elements, the four of a
+# quad side by side, so that fp32 is read and written 128 bits at a time. Products and sums stay
+# apart unless written fma.
+TILE = 256
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
+# Tiles of a row that one program sums up.
+TURNS = 4
+# Blocks along a grid's second axis.
+_MOST = 65535
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _search() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return "torch sees no GPU"
+
+
+class Triton:
+    """Triton on the tensors of a GPU, or on a CPU's in its interpreter (TRITON_INTERPRET=1)."""
+
+    name = "triton"
+    capturable = True
+
+    def __init__(self) -> None:
+        self._why = _search()
+        self._packed: dict[torch.device, bool] = {}
+
+    def unavailable(self) -> str | None:
+        return self._why
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if self._why is not None:
+            return self._why
+        types = ("cpu",) if _interpreted() else ("cuda", "xpu")
+        if device.type not in types:
+            return f"serves tensors on {' and '.join(types)}, not {device}"
+        if dtype != torch.float32:
+            return f"serves states of torch.float32, not {dtype}"
+        return None
+
+    def describe(self) -> str:
+        import triton
+
+        where = "its interpreter, on CPU tensors" if _interpreted() else "GPU tensors"
+        return f"Triton {triton.__version__} on {where}"
+
+    def fill(
+        self, kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.device
+    ) -> Tensor:
+        out = torch.empty(
+            shape, dtype=torch.int64 if kind == "words" else torch.float32, device=device
+        )
+        self._launch(_kernels().fill.fill_kernel, out, (out,), noise.fields(), KIND=kind)
+        return out
+
+    def affine_step(
+        self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
+    ) -> None:
+        arguments = (out, x, score, a, b, c, None, None, 0)
+        self._launch(_kernels().update.step_kernel, x, arguments, key, NOISE=c != 0)
+
+    def table_step(
+        self, out: Tensor, x: Tensor, score: Tensor, table: Tensor, step: Tensor, key: Key
+    ) -> None:
+        arguments = (out, x, score, 0.0, 0.0, 0.0, table, step, len(table))
+        self._launch(_kernels().update.step_kernel, x, arguments, key, NOISE=True)
+
+    def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
+        out = torch.empty_like(x)
+        self._launch(_kernels().dsm.perturb_kernel, x, (out, x, sigma), key)
+        return out
+
+    def dsm_loss(
+        self, score: Tensor, sigma: Tensor, weight: Tensor | None, key: Key, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        squares = self._sums(_kernels().dsm.squares_kernel, 1, score, (score, sigma), key)[0]
+        factor = 0.5 if weight is None else 0.5 * weight.double()
+        gradient = score.new_empty(0, dtype=torch.float32)
+        if with_gradient:
+            ones = torch.ones_like(sigma)
+            gradient = self.dsm_gradient(score, sigma, weight, ones, key).float()
+        return (factor * squares).float(), gradient
+
+    def dsm_gradient(
+        self, score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, key: Key
+    ) -> Tensor:
+        scale = upstream * (sigma if weight is None else weight * sigma)
+        gradient = torch.empty_like(score)
+        arguments = (gradient, score, sigma, scale)
+        self._launch(_kernels().dsm.gradient_kernel, score, arguments, key)
+        return gradient
+
+    def probe_sums(
+        self, kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key
+    ) -> Tensor:
+        kernel = _kernels().ssm.sums_kernel
+        sums = self._sums(kernel, 4, a, (a, b), key, KIND=kind, DIFFERENCES=differences)
+        return sums.float()
+
+    def probe_scale(self, kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
+        out = factor.new_empty(shape)
+        self._launch(_kernels().ssm.scale_kernel, out, (out, None, factor), key, KIND=kind)
+        return out
+
+    def probe_shift(self, kind: str, x: Tensor, factor: Tensor, key: Key) -> Tensor:
+        out = x.new_empty((2, *x.shape))
+        self._launch(_kernels().ssm.scale_kernel, x, (out, x, factor), key, KIND=kind)
+        return out
+
+    def _sums(
+        self,
+        kernel: Any,
+        count: int,
+        batch: Tensor,
+        arguments: tuple[Any, ...],
+        key: Key,
+        **constants: Any,
+    ) -> Tensor:
+        """[count, rows] in fp64: a kernel's sums over pieces of rows, added up."""
+        rows, elements = _sizes(batch)
+        pieces = -(-elements // (4 * _geometry(elements)[1] * TURNS))
+        partial = batch.new_empty((count, rows, pieces), dtype=torch.float32)
+        self._launch(kernel, batch, (partial, *arguments), key, turns=TURNS, **constants)
+        return partial.double().sum(2)
+
+    def _launch(
+        self,
+        kernel: Any,
+        batch: Tensor,
+        arguments: tuple[Any, ...],
+        key: Key,
+        *,
+        turns: int = 1,
+        **constants: Any,
+    ) -> None:
+        rows, elements = _sizes(batch)
+        if not rows or not elements:
+            return
+        height, width = _geometry(elements)
+        if turns > 1:
+            constants["TURNS"] = turns
+        pieces = -(-elements // (4 * width * turns))
+        grid = (-(-rows // height), min(pieces, _MOST), -(-pieces // _MOST))
+        seed, purpose, draw, first_sample = key
+        with _on(batch.device):
+            kernel[grid](
+                *arguments,
+                rows,
+                elements,
+                seed,
+                purpose,
+                draw,
+                first_sample,
+                R=height,
+                Q=width,
+                WHOLE=elements % 4 == 0,
+                PACKED=self._has_pairs(batch.device),
+                **constants,
+                **OPTIONS,
+            )
+
+    def _has_pairs(self, device: torch.device) -> bool:
+        """Whether the GPU has instructions on two fp32 numbers."""
+        found = self._packed.get(device)
+        if found is None:
+            nvidia = device.type == "cuda" and torch.version.hip is None
+            found = nvidia and torch.cuda.get_device_capability(device) >= (10, 0)
+            self._packed[device] = found
+        return found
+
+
+def _geometry(elements: int) -> tuple[int, int]:
+    """(rows, quads) of a tile: as many quads of a row as there are, up to the whole tile."""
+    quads = -(-elements // 4)
+    width = min(TILE, 1 << max(0, quads - 1).bit_length())
+    return TILE // width, width
+
+
+def _sizes(batch: Tensor) -> tuple[int, int]:
+    return batch.shape[0], math.prod(batch.shape[1:])
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _kernels() -> ModuleType:
+    """The kernels' modules. Importing them imports Triton, which takes a while."""
+    from score_kernels.backends.triton import kernels
+
+    return kernels
+
+
+backend = Triton()

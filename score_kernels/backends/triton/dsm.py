@@ -1,0 +1,93 @@
+"""Denoising score matching: noisy data, sums of squared residuals, the gradient by the score."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from score_kernels.backends.triton.fill import KEY
+from score_kernels.backends.triton.noise import fma, like, mul, noise, piece_of_grid, tile
+
+
+@triton.jit(do_not_specialize=KEY)
+def perturb_kernel(
+    out,
+    x,
+    sigma,
+    rows: tl.int64,
+    elements: tl.int64,
+    seed: tl.uint64,
+    purpose: tl.uint32,
+    draw: tl.uint32,
+    first_sample: tl.uint64,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
+    spread = tl.load(sigma + row, mask=row < rows, other=0.0)
+    z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
+    before = tl.load(x + offset, mask=mask, other=0.0)
+    tl.store(out + offset, fma(like(z, spread), z, before, PACKED), mask=mask)
+
+
+@triton.jit(do_not_specialize=KEY)
+def squares_kernel(
+    partial,
+    score,
+    sigma,
+    rows: tl.int64,
+    elements: tl.int64,
+    seed: tl.uint64,
+    purpose: tl.uint32,
+    draw: tl.uint32,
+    first_sample: tl.uint64,
+    TURNS: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """partial [rows, pieces]: the sum of (sigma score + z)^2 over each piece of TURNS tiles."""
+    piece = piece_of_grid()
+    pieces = tl.cdiv(elements, 4 * Q * TURNS)
+    sums = tl.zeros((R, 4 * Q), tl.float32)
+    for turn in tl.static_range(TURNS):
+        row, quad, offset, mask = tile(rows, elements, piece * TURNS + turn, R, Q, WHOLE)
+        spread = tl.load(sigma + row, mask=row < rows, other=0.0)
+        z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
+        slope = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.where(mask, fma(like(slope, spread), slope, z, PACKED), 0.0)
+        sums = fma(residual, residual, sums, PACKED)
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    at = partial + row.to(tl.int64) * pieces + piece
+    tl.store(at, tl.sum(sums, 1), mask=row < tl.where(piece < pieces, rows, 0))
+
+
+@triton.jit(do_not_specialize=KEY)
+def gradient_kernel(
+    gradient,
+    score,
+    sigma,
+    scale,
+    rows: tl.int64,
+    elements: tl.int64,
+    seed: tl.uint64,
+    purpose: tl.uint32,
+    draw: tl.uint32,
+    first_sample: tl.uint64,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """scale (sigma score + z) in the score's dtype."""
+    row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
+    spread = tl.load(sigma + row, mask=row < rows, other=0.0)
+    factor = tl.load(scale + row, mask=row < rows, other=0.0)
+    z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
+    slope = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
+    residual = fma(like(slope, spread), slope, z, PACKED)
+    values = mul(like(residual, factor), residual, PACKED)
+    tl.store(gradient + offset, values.to(gradient.dtype.element_ty), mask=mask)

@@ -1,0 +1,188 @@
+"""csrc/noise.h in Triton: the contract's words, and normals as the same IEEE operations.
+
+Tiles are [rows, quads], a quad being the four elements of one Philox block. Launches pin fp fusion
+off, so that a multiplication and an addition stay two operations; what is fused is written fma.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from score_kernels.backends import reference
+
+
+def _constants(coefficients: tuple[str, ...]) -> list[tl.constexpr]:
+    return [tl.constexpr(float.fromhex(c)) for c in coefficients]
+
+
+_L0, _L1, _L2, _L3, _L4, _L5, _L6 = _constants(reference.LOG)
+_C0, _C1, _C2, _C3, _C4 = _constants(reference.COS)
+_S0, _S1, _S2, _S3, _S4 = _constants(reference.SIN)
+_TWO_LN2 = tl.constexpr(reference.TWO_LN2)
+
+# fma, and a product, of two elements at a time, as sm_100 has them.
+_FMA = tl.constexpr(
+    "{.reg .b64 x, y, z, r; mov.b64 x, {$2, $3}; mov.b64 y, {$4, $5}; mov.b64 z, {$6, $7};"
+    " fma.rn.f32x2 r, x, y, z; mov.b64 {$0, $1}, r;}"
+)
+_MUL = tl.constexpr(
+    "{.reg .b64 x, y, r; mov.b64 x, {$2, $3}; mov.b64 y, {$4, $5};"
+    " mul.rn.f32x2 r, x, y; mov.b64 {$0, $1}, r;}"
+)
+
+
+@triton.jit
+def like(x, value):
+    """A number in the shape of x, fp32."""
+    return tl.full(x.shape, 0.0, tl.float32) + value
+
+
+@triton.jit
+def fma(x, y, z, PACKED: tl.constexpr):
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            _FMA, "=r,=r,r,r,r,r,r,r", [x, y, z], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
+def mul(x, y, PACKED: tl.constexpr):
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            _MUL, "=r,=r,r,r,r,r", [x, y], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x * y
+
+
+@triton.jit
+def horner(x, c0, c1, c2, c3, c4, PACKED: tl.constexpr):
+    """Lowest order first, one fma a term."""
+    value = fma(x, like(x, c4), like(x, c3), PACKED)
+    value = fma(x, value, like(x, c2), PACKED)
+    value = fma(x, value, like(x, c1), PACKED)
+    return fma(x, value, like(x, c0), PACKED)
+
+
+@triton.jit
+def multiply(x, FACTOR: tl.constexpr):
+    """The low and the high word of a product."""
+    product = x.to(tl.uint64) * FACTOR
+    return product.to(tl.uint32), (product >> 32).to(tl.uint32)
+
+
+@triton.jit
+def words(seed, draw, purpose, first_sample, row, quad):
+    """Philox4x32-10: the four words of each quad of a tile; row [R, 1], quad [1, Q]."""
+    sample = first_sample.to(tl.uint64) + row.to(tl.uint64)
+    seed = seed.to(tl.uint64)
+    c0 = quad.to(tl.uint32)
+    c1 = draw.to(tl.uint32)
+    c2 = sample.to(tl.uint32)
+    c3 = (purpose.to(tl.uint32) << 24) | ((sample >> 32).to(tl.uint32) & 0xFFFFFF)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        low0, high0 = multiply(c0, 0xD2511F53)
+        low1, high1 = multiply(c2, 0xCD9E8D57)
+        c0 = high1 ^ c1 ^ k0
+        c2 = high0 ^ c3 ^ k1
+        c1 = low1
+        c3 = low0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def side_by_side(q0, q1, q2, q3):
+    """The elements [R, 4 Q] of quads given as four tiles [R, Q]."""
+    quads = tl.join(tl.join(q0, q2), tl.join(q1, q3))
+    return tl.reshape(quads, (q0.shape[0], 4 * q0.shape[1]))
+
+
+@triton.jit
+def uniform(word):
+    return tl.fma(word.to(tl.float32), like(word, 2.0**-32), like(word, 2.0**-33))
+
+
+@triton.jit
+def rademacher(word):
+    return ((word & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def square_root(x, PACKED: tl.constexpr):
+    """A reciprocal root and one Markstein step, which is what sqrt.rn is made of on a GPU."""
+    y = tl.rsqrt(x)
+    g = mul(x, y, PACKED)
+    h = mul(y, like(y, 0.5), PACKED)
+    return fma(fma(-g, g, x, PACKED), h, g, PACKED)
+
+
+@triton.jit
+def box_muller(w0, w1, PACKED: tl.constexpr):
+    u = fma(w0.to(tl.float32), like(w0, 2.0**-32), like(w0, 2.0**-33), PACKED)
+    bits = u.to(tl.uint32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) & 0xFF800000
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    k = exponent.to(tl.int32, bitcast=True).to(tl.float32)
+    scaled = fma(k, like(k, _TWO_LN2), like(k, 2.0**-44), PACKED)
+    p = horner(f, _L2, _L3, _L4, _L5, _L6, PACKED)
+    p = fma(f, fma(f, p, like(f, _L1), PACKED), like(f, _L0), PACKED)
+    r = square_root(fma(f, p, scaled, PACKED), PACKED)
+    r = (r.to(tl.uint32, bitcast=True) ^ (w1 & 0x80000000)).to(tl.float32, bitcast=True)
+    turn = (w1 << 1).to(tl.int32, bitcast=True).to(tl.float32)
+    g = mul(turn, like(turn, 2.0**-31), PACKED)
+    q = mul(g, g, PACKED)
+    cosine = horner(q, _C0, _C1, _C2, _C3, _C4, PACKED)
+    sine = mul(g, horner(q, _S0, _S1, _S2, _S3, _S4, PACKED), PACKED)
+    return mul(r, cosine, PACKED), mul(r, sine, PACKED)
+
+
+@triton.jit
+def noise(seed, draw, purpose, first_sample, row, quad, KIND: tl.constexpr, PACKED: tl.constexpr):
+    """A tile [R, 4 Q] of "normal", "uniform", "rademacher" or, as int64, "words"."""
+    w0, w1, w2, w3 = words(seed, draw, purpose, first_sample, row, quad)
+    if KIND == "normal":
+        z0, z1 = box_muller(w0, w1, PACKED)
+        z2, z3 = box_muller(w2, w3, PACKED)
+        return side_by_side(z0, z1, z2, z3)
+    elif KIND == "uniform":
+        return side_by_side(uniform(w0), uniform(w1), uniform(w2), uniform(w3))
+    elif KIND == "rademacher":
+        return side_by_side(rademacher(w0), rademacher(w1), rademacher(w2), rademacher(w3))
+    else:
+        return side_by_side(w0, w1, w2, w3).to(tl.int64)
+
+
+@triton.jit
+def length_of(elements, WHOLE: tl.constexpr):
+    """Elements of a row; of whole quads, in a form from which the compiler sees the factor 4."""
+    length = elements.to(tl.int64)
+    if WHOLE:
+        length = (length // 4) * 4
+    return length
+
+
+@triton.jit
+def tile(rows, elements, piece, R: tl.constexpr, Q: tl.constexpr, WHOLE: tl.constexpr):
+    """row [R, 1], quad [1, Q], offset [R, 4 Q], mask: this program's rows at a piece of Q quads.
+
+    WHOLE: rows are of whole quads, which lets four elements be read and written at once.
+    """
+    row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
+    quad = piece * Q + tl.arange(0, Q)[None, :]
+    element = piece.to(tl.int64) * (4 * Q) + tl.arange(0, 4 * Q)[None, :]
+    length = length_of(elements, WHOLE)
+    offset = row.to(tl.int64) * length + element
+    return row, quad, offset, (row < rows) & (element < length)
+
+
+@triton.jit
+def piece_of_grid():
+    """Pieces of a row run over the grid's second and third axis, each of which is short."""
+    return tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)

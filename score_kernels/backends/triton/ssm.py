@@ -1,0 +1,99 @@
+"""Sliced score matching: sums over a probe v that is made in the kernel, and the probe scaled."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from score_kernels.backends.triton.fill import KEY
+from score_kernels.backends.triton.noise import (
+    fma,
+    length_of,
+    like,
+    mul,
+    noise,
+    piece_of_grid,
+    tile,
+)
+
+
+@triton.jit(do_not_specialize=KEY)
+def sums_kernel(
+    partial,
+    a,
+    b,
+    rows: tl.int64,
+    elements: tl.int64,
+    seed: tl.uint64,
+    purpose: tl.uint32,
+    draw: tl.uint32,
+    first_sample: tl.uint64,
+    KIND: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    TURNS: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """partial [4, rows, pieces]: v.v, v.a, v.b (0 without b) and a.a of each piece; with
+    DIFFERENCES of (a + b) / 2 and a - b in place of a and b."""
+    piece = piece_of_grid()
+    pieces = tl.cdiv(elements, 4 * Q * TURNS)
+    vv = tl.zeros((R, 4 * Q), tl.float32)
+    va = tl.zeros((R, 4 * Q), tl.float32)
+    vb = tl.zeros((R, 4 * Q), tl.float32)
+    aa = tl.zeros((R, 4 * Q), tl.float32)
+    for turn in tl.static_range(TURNS):
+        row, quad, offset, mask = tile(rows, elements, piece * TURNS + turn, R, Q, WHOLE)
+        v = noise(seed, draw, purpose, first_sample, row, quad, KIND, PACKED)
+        v = tl.where(mask, v, 0.0)
+        p = tl.load(a + offset, mask=mask, other=0.0).to(tl.float32)
+        if b is not None:
+            q = tl.load(b + offset, mask=mask, other=0.0).to(tl.float32)
+            if DIFFERENCES:
+                above, below = p, q
+                p = 0.5 * (above + below)
+                q = above - below
+            vb = fma(v, q, vb, PACKED)
+        vv = fma(v, v, vv, PACKED)
+        va = fma(v, p, va, PACKED)
+        aa = fma(p, p, aa, PACKED)
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    at = partial + row.to(tl.int64) * pieces + piece
+    mask = row < tl.where(piece < pieces, rows, 0)
+    stride = rows.to(tl.int64) * pieces
+    tl.store(at, tl.sum(vv, 1), mask=mask)
+    tl.store(at + stride, tl.sum(va, 1), mask=mask)
+    tl.store(at + 2 * stride, tl.sum(vb, 1), mask=mask)
+    tl.store(at + 3 * stride, tl.sum(aa, 1), mask=mask)
+
+
+@triton.jit(do_not_specialize=KEY)
+def scale_kernel(
+    out,
+    x,
+    factor,
+    rows: tl.int64,
+    elements: tl.int64,
+    seed: tl.uint64,
+    purpose: tl.uint32,
+    draw: tl.uint32,
+    first_sample: tl.uint64,
+    KIND: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """factor v or, with x, the pair x + factor v, x - factor v."""
+    row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
+    size = tl.load(factor + row, mask=row < rows, other=0.0)
+    v = noise(seed, draw, purpose, first_sample, row, quad, KIND, PACKED)
+    if x is None:
+        tl.store(out + offset, mul(like(v, size), v, PACKED), mask=mask)
+    else:
+        middle = tl.load(x + offset, mask=mask, other=0.0)
+        tl.store(out + offset, fma(like(v, size), v, middle, PACKED), mask=mask)
+        below = out + rows.to(tl.int64) * length_of(elements, WHOLE)
+        tl.store(below + offset, fma(like(v, -size), v, middle, PACKED), mask=mask)

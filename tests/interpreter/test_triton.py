@@ -1,0 +1,157 @@
+"""The Triton kernels, run by Triton's interpreter on CPU tensors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import tolerances
+import torch
+from conftest import FIBERS, NATIVE, on_backend
+from torch import Tensor
+
+import score_kernels
+from score_kernels import NoiseKey, ops
+from score_kernels.backends import native, triton
+
+KEY = NoiseKey(2**63 + 5, purpose=3, draw=2**32 - 1, first_sample=2**32 - 2)
+SHAPES = [(1, 1), (5, 3), (2, 4), (300, 2), (2, 255), (2, 3, 32, 32), (1, 4099)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
+
+
+def test_the_interpreter_runs_the_kernels() -> None:
+    assert triton.backend.unavailable() is None
+    assert "interpreter" in score_kernels.backends()["triton"]
+
+
+@pytest.mark.parametrize("backend", ["reference", *NATIVE[:1], *FIBERS, "triton"])
+def test_all_backends_have_the_oracle_s_words(backend: str) -> None:
+    seed, purpose, draw, first_sample = KEY.fields()
+    with on_backend(backend):
+        for rows, elements in ((1, 1), (3, 5), (2, 1030)):
+            want = oracle.words(
+                rows, elements, seed=seed, purpose=purpose, draw=draw, first_sample=first_sample
+            )
+            got = ops.words((rows, elements), KEY)
+            assert np.array_equal(got.numpy(), want)
+            want = oracle.normals(
+                rows, elements, seed=seed, purpose=purpose, draw=draw, first_sample=first_sample
+            )
+            got = ops.normal((rows, elements), KEY)
+            assert np.abs(got.double().numpy() - want).max() <= tolerances.NORMAL
+
+
+def test_a_million_normals_are_native_s_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A program of the interpreter takes as long for a large tile as for a small one.
+    monkeypatch.setattr(triton, "TILE", 2**16)
+    got = triton.backend.fill("normal", (4, 250_000), KEY, CPU)
+    want = native.backend.fill("normal", (4, 250_000), KEY, CPU)
+    differ = int((got != want).sum())
+    print(f"normals: {differ} of {got.numel()} differ")
+    assert differ == 0
+
+
+@pytest.mark.parametrize("kind", ["uniform", "rademacher"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_noise_is_native_s_to_the_bit(shape: tuple[int, ...], kind: str) -> None:
+    got = triton.backend.fill(kind, shape, KEY, CPU)
+    assert torch.equal(got, native.backend.fill(kind, shape, KEY, CPU))
+
+
+def close(got: Tensor, want: Tensor, relative: float = tolerances.FP32_RELATIVE) -> None:
+    assert got.dtype == want.dtype
+    assert (got.double() - want.double()).norm() <= relative * want.double().norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_update(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, score = torch.randn(shape), torch.randn(shape).to(dtype)
+    key = KEY.fields()
+    table = torch.tensor([[1.0, 0.5, 0.7], [0.9, 0.2, 0.3], [0.9, 0.2, 0.0]])
+    earlier = (*key[:2], key[2] - 2, key[3])
+    for c in (0.3, 0.0):
+        got, want = torch.empty(shape), torch.empty(shape)
+        triton.backend.affine_step(got, x, score, 0.9, 0.2, c, key)
+        native.backend.affine_step(want, x, score, 0.9, 0.2, c, key)
+        close(got, want)
+    for t in range(3):
+        step = torch.full((), t)
+        triton.backend.table_step(got, x, score, table, step, earlier)
+        native.backend.table_step(want, x, score, table, step, earlier)
+        close(got, want)
+
+
+def test_past_the_table_the_state_is_nan() -> None:
+    x, table = torch.ones(2, 5), torch.ones(2, 3)
+    for t in (-1, 2):
+        out = torch.zeros(2, 5)
+        triton.backend.table_step(out, x, x, table, torch.full((), t), KEY.fields())
+        assert out.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_denoising_score_matching(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, score = torch.randn(shape), torch.randn(shape).to(dtype)
+    sigma, weight = torch.rand(shape[0]) + 0.1, torch.rand(shape[0])
+    ours, theirs, key = triton.backend, native.backend, KEY.fields()
+    close(ours.perturb(x, sigma, key), theirs.perturb(x, sigma, key))
+    for w in (None, weight):
+        close(
+            ours.dsm_loss(score, sigma, w, key, False)[0],
+            theirs.dsm_loss(score, sigma, w, key, False)[0],
+        )
+        close(
+            ours.dsm_gradient(score, sigma, w, weight, key),
+            theirs.dsm_gradient(score, sigma, w, weight, key),
+            tolerances.INTERPRETER_ROUNDING[dtype],
+        )
+    loss, gradient = ours.dsm_loss(score, sigma, weight, key, True)
+    close(gradient, theirs.dsm_loss(score, sigma, weight, key, True)[1], 2**-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["normal", "rademacher"])
+@pytest.mark.parametrize("shape", [(5, 3), (300, 2), (2, 4099)])
+def test_probes(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    x, factor = torch.randn(shape), torch.rand(shape[0]) + 0.1
+    a, b = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    ours, theirs, key = triton.backend, native.backend, KEY.fields()
+    for second, differences in ((None, False), (b, False), (b, True)):
+        got = ours.probe_sums(kind, a, second, differences, key)
+        want = theirs.probe_sums(kind, a, second, differences, key)
+        # Sums of terms of both signs: against the size of the terms, sqrt of D of order one.
+        size = max(1.0, math.sqrt(math.prod(shape[1:])))
+        assert ((got - want).abs() <= tolerances.FP32_RELATIVE * (want.abs() + size)).all()
+    close(ours.probe_scale(kind, factor, shape, key), theirs.probe_scale(kind, factor, shape, key))
+    close(ours.probe_shift(kind, x, factor, key), theirs.probe_shift(kind, x, factor, key))
+
+
+def test_empty_batches() -> None:
+    for shape in ((0, 3), (3, 0)):
+        x, sigma = torch.zeros(shape), torch.ones(shape[0])
+        assert triton.backend.fill("words", shape, KEY, CPU).shape == shape
+        assert triton.backend.perturb(x, sigma, KEY.fields()).shape == shape
+        loss = triton.backend.dsm_loss(x, sigma, None, KEY.fields(), False)[0]
+        assert torch.equal(loss, torch.zeros(shape[0]))
+
+
+def test_the_public_functions_on_the_forced_backend() -> None:
+    x, sigma = torch.randn(3, 5), torch.rand(3) + 0.1
+    score = torch.randn(3, 5, requires_grad=True)
+    results = []
+    for name in ("triton", "native"):
+        with score_kernels.use_backend(name):
+            loss = ops.dsm_loss_from_score(score, sigma, KEY).mean()
+            (gradient,) = torch.autograd.grad(loss, score)
+            sliced = score_kernels.sliced_score_loss(lambda y: -y, x, noise=KEY)
+            end = score_kernels.annealed_langevin(
+                lambda y, s: -y, (3, 5), [1.0, 0.5], steps_per_level=2, step_size=0.01, seed=1
+            )
+            results.append((loss.detach(), gradient, sliced.detach(), end))
+    for got, want in zip(*results, strict=True):
+        close(got, want)
