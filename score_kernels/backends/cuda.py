@@ -7,6 +7,7 @@ torch's caching allocator on that stream and is used on no other, so that nothin
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from score_kernels.backends.pointers import PointerKernels
 
 _why: str | None = None
 try:
-    from score_kernels import _cuda
+    _cuda = importlib.import_module("score_kernels._cuda")
 except ImportError as error:
     _why = f"score_kernels._cuda was not built or does not load ({error})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -14,7 +15,7 @@ from score_kernels.noise import NoiseKey
 _why: str | None = None
 # torch is imported above, so that the kernels share the OpenMP pool torch brought along.
 try:
-    from score_kernels import _cpu
+    _cpu = importlib.import_module("score_kernels._cpu")
 except ImportError as error:
     _why = f"score_kernels._cpu was not built or does not load ({error})"
 

@@ -1,0 +1,258 @@
+"""The selfcheck command: it passes here, and says so when a kernel is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIBERS, NATIVE, on_backend
+from scipy import stats
+from torch import Tensor
+
+import score_kernels
+from score_kernels import ops
+from score_kernels.backends import choose, native
+from score_kernels.cli import main
+from score_kernels.selfcheck import CHECKS, bits, gpu, kit, selfcheck
+from score_kernels.selfcheck.gpu import large_batch
+from score_kernels.selfcheck.kit import CPU, Kit, NotHere
+
+GPU_ONLY = ["CUDA graph", "another stream", "every GPU", "more than 2**31 elements"]
+needs_native = pytest.mark.skipif(not NATIVE, reason="needs the C++ kernels")
+
+
+def names(quick: bool = True, *, ok: bool | None) -> list[str]:
+    return [check.name for check in selfcheck(quick=quick) if check.ok is ok]
+
+
+@needs_native
+def test_a_full_run_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
+    before = native._cpu.isa(), torch.get_num_threads(), choose(CPU, torch.float32)
+    random = torch.random.get_rng_state()
+    assert main(["selfcheck"]) == 0
+    captured = capsys.readouterr()
+    for word in (torch.__version__, "checking native on cpu", *native._cpu.isas()):
+        assert word in captured.out
+    # Each once as it is done and once in the table.
+    assert all(captured.out.count(name) >= 2 for name in CHECKS)
+    assert f"{len(CHECKS) - 4} ok, 0 FAILED, 4 not here" in captured.out
+    assert captured.err == ""
+    assert (native._cpu.isa(), torch.get_num_threads(), choose(CPU, torch.float32)) == before
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+@needs_native
+def test_what_cannot_be_run_is_not_ok() -> None:
+    checks = {check.name: check for check in selfcheck("cpu", quick=True)}
+    assert list(checks) == list(CHECKS)
+    assert [name for name, check in checks.items() if check.ok is None] == GPU_ONLY
+    assert all(checks[name].figure == "for GPUs only" for name in GPU_ONLY)
+    with score_kernels.use_backend("reference"):
+        checks = {check.name: check for check in selfcheck(quick=True)}
+    assert not any(check.ok is False for check in checks.values())
+    assert checks["kernels"].ok is None
+    assert checks["kernels"].figure == "the reference serves this device: it is forced"
+    assert checks["noise against the reference"].ok is None
+    assert checks["golden normals"].ok
+
+
+@pytest.mark.skipif(not FIBERS, reason="needs a C++ compiler")
+def test_the_cuda_kernels_pass_on_fibers() -> None:
+    with on_backend("fibers"):
+        checks = selfcheck(quick=True)
+    assert [check for check in checks if check.ok is False] == []
+    assert checks[0].figure == "fibers"
+
+
+def last_bit(out: Tensor) -> Tensor:
+    """One element, one unit in the last place off."""
+    if out.numel():
+        out.view(-1)[-1:] = torch.nextafter(out.view(-1)[-1:], torch.tensor(torch.inf))
+    return out
+
+
+def one_bit_off(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: last_bit(right(*arguments))
+
+
+def draw_ignored(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, sigma, key: right(x, sigma, (*key[:2], 0, key[3]))
+
+
+def wide_normals(right: Callable[..., Any]) -> Callable[..., Any]:
+    def fill(kind: str, *arguments: Any) -> Tensor:
+        out = right(kind, *arguments)
+        return 1.05 * out if kind == "normal" else out
+
+    return fill
+
+
+def repeating_draws(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda kind, shape, noise, device: right(kind, shape, noise.at(0), device)
+
+
+def first_step_only(right: Callable[..., Any]) -> Callable[..., Any]:
+    def step(out: Tensor, x: Tensor, score: Tensor, table: Tensor, at: Tensor, key: Any) -> None:
+        right(out, x, score, table, torch.zeros_like(at), key)
+
+    return step
+
+
+def a_thousandth_off(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: 1.001 * right(*arguments)
+
+
+def last_sample_forgotten(right: Callable[..., Any]) -> Callable[..., Any]:
+    def loss(score: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        value, gradient = right(score, *arguments)
+        unwritten = torch.empty(1)
+        return torch.cat([value[:-1], unwritten[: len(value)]]), gradient
+
+    return loss
+
+
+def unsteady(right: Callable[..., Any]) -> Callable[..., Any]:
+    calls = iter(range(10**6))
+    return lambda *arguments: right(*arguments) * (1 + 2.0**-22 * (next(calls) % 2))
+
+
+def planted(right: Callable[..., Any]) -> Callable[..., Any]:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("planted\nin two lines")
+
+    return fail
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "method, defect, caught",
+    [
+        ("perturb", one_bit_off, ["sizes and alignments", "seeds, purposes, draws, samples"]),
+        ("perturb", draw_ignored, ["seeds, purposes, draws, samples"]),
+        ("fill", one_bit_off, ["golden normals", "batches in pieces"]),
+        ("fill", wide_normals, ["mean, variance, 4th moment", "Kolmogorov-Smirnov"]),
+        ("fill", repeating_draws, ["correlations of neighbours", "golden words"]),
+        ("table_step", first_step_only, ["steps from a table"]),
+        ("dsm_gradient", a_thousandth_off, ["its gradient, fp32, bf16, fp16"]),
+        ("dsm_loss", last_sample_forgotten, ["denoising loss", "training through dsm_loss"]),
+        (
+            "probe_sums",
+            a_thousandth_off,
+            ["probes, sliced and differences"],
+        ),
+        ("probe_sums", unsteady, ["ten runs of every reduction"]),
+        ("probe_shift", a_thousandth_off, ["probes, sliced and differences"]),
+    ],
+)
+def test_a_planted_defect_is_found(
+    method: str,
+    defect: Callable[..., Any],
+    caught: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native.backend, method, defect(getattr(native.backend, method)))
+    assert set(caught) <= set(names(ok=False))
+
+
+@needs_native
+def test_a_wrong_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The updates of plain tensors go past the backend's methods."""
+    right = native._cpu.affine_step
+
+    def noiseless(*arguments: Any) -> None:
+        right(*arguments[:8], 0.0, *arguments[9:])
+
+    monkeypatch.setattr(native._cpu, "affine_step", noiseless)
+    found = names(ok=False)
+    assert {"updates, scores of 3 dtypes", "variance of Langevin dynamics"} <= set(found)
+
+
+@needs_native
+def test_an_error_is_a_failure_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native.backend, "perturb", planted(native.backend.perturb))
+    assert main(["selfcheck", "--quick"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line for line in lines if line.startswith("training through dsm_loss"))
+    assert "FAILED" in row and "RuntimeError: planted in two lines" in row
+    assert any(line.startswith("sliced loss of a Gaussian") for line in lines)
+    assert "FAILED, 4 not here" in lines[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_the_reason_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cuda", "cuda:1"):
+        assert main(["selfcheck", "--device", device]) == 1
+        error = capsys.readouterr().err
+        assert f"device: got '{device}'" in error
+        assert score_kernels.backends()["cuda"] in error
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cpu:x", ""])
+def test_unknown_devices_are_refused_by_name(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=f"device: got '{device}', expected cpu, cuda"):
+        selfcheck(device)
+    assert main(["selfcheck", "--device", device]) == 1
+    assert f"got '{device}'" in capsys.readouterr().err
+
+
+def test_constants_are_the_golden_file_s() -> None:
+    golden = json.loads((Path(__file__).parent / "data/golden.json").read_text())
+    for (shape, key, words, normals), case in zip(bits._GOLDEN, golden[2:4], strict=True):
+        count = shape[0] * shape[1]
+        assert score_kernels.NoiseKey(**case["key"]) == key
+        assert [int(word, 16) for word in words.split()] == case["words"][:count]
+        assert normals.split() == [
+            z.replace("0000000p", "p").replace("0p", "p") for z in case["normals"][:count]
+        ]
+
+
+def test_the_statistics_share_one_level() -> None:
+    share = kit.ALPHA / kit.STATISTICS
+    assert kit.DEVIATIONS == pytest.approx(stats.norm.isf(share / 2), rel=1e-6)
+    assert kit.KOLMOGOROV == pytest.approx(stats.kstwobign.isf(share), rel=1e-6)
+
+
+@needs_native
+def test_what_only_a_gpu_runs_is_run_once_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, graphs = Kit(CPU), []
+    right = gpu.annealed_langevin
+
+    def sampler(*arguments: Any, cuda_graph: bool, **keywords: Any) -> Tensor:
+        graphs.append(cuda_graph)
+        return right(*arguments, **keywords)
+
+    for name in GPU_ONLY:
+        with pytest.raises(NotHere, match="for GPUs only"):
+            CHECKS[name](here)
+    monkeypatch.setattr(gpu, "require_gpu", lambda kit: None)
+    with pytest.raises(NotHere, match="native serves this device, and cannot be captured"):
+        CHECKS["CUDA graph"](here)
+    monkeypatch.setattr(native.backend, "capturable", True)
+    monkeypatch.setattr(gpu, "annealed_langevin", sampler)
+    assert CHECKS["CUDA graph"](here)[0] and graphs == [True, True, False, False]
+    assert CHECKS["another stream"](here)[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(NotHere, match="one GPU only"):
+        CHECKS["every GPU"](here)
+
+
+def test_large_batches_are_looked_at_in_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert large_batch(CPU, 999, 136) == (True, "0 of 52,992 values differ", "none differ")
+    right = ops.normal
+
+    def wraps(shape: Any, noise: Any, **options: Any) -> Tensor:
+        out = right(shape, noise, **options)
+        if len(out) in (1, 999):
+            out.view(-1)[2**16 :] = out.view(-1)[: out.numel() - 2**16].clone()
+        return out
+
+    monkeypatch.setattr(ops, "normal", wraps)
+    assert not large_batch(CPU, 999, 136)[0]
