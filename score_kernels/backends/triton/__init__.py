@@ -18,13 +18,13 @@ from torch import Tensor
 
 from score_kernels.noise import Key, NoiseKey
 
-# Rows times quads of a tile, and the warps that share it: a thread has 16 elements, the four of a
+# Rows times quads of a tile, and the warps that share it: a thread has 32 elements, the four of a
 # quad side by side, so that fp32 is read and written 128 bits at a time. Products and sums stay
 # apart unless written fma.
-TILE = 256
+TILE = 512
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
-# Tiles of a row that one program sums up.
-TURNS = 4
+# For sums: their tiles, which leave registers for the sums, and how many a program goes through.
+SUM_TILE, TURNS = 256, 4
 # Blocks along a grid's second axis.
 _MOST = 65535
 
@@ -144,7 +144,7 @@ class Triton:
     ) -> Tensor:
         """[count, rows] in fp64: a kernel's sums over pieces of rows, added up."""
         rows, elements = _sizes(batch)
-        pieces = -(-elements // (4 * _geometry(elements)[1] * TURNS))
+        pieces = -(-elements // (4 * _geometry(elements, SUM_TILE)[1] * TURNS))
         partial = batch.new_empty((count, rows, pieces), dtype=torch.float32)
         self._launch(kernel, batch, (partial, *arguments), key, turns=TURNS, **constants)
         return partial.double().sum(2)
@@ -162,7 +162,7 @@ class Triton:
         rows, elements = _sizes(batch)
         if not rows or not elements:
             return
-        height, width = _geometry(elements)
+        height, width = _geometry(elements, TILE if turns == 1 else SUM_TILE)
         if turns > 1:
             constants["TURNS"] = turns
         pieces = -(-elements // (4 * width * turns))
@@ -195,11 +195,11 @@ class Triton:
         return found
 
 
-def _geometry(elements: int) -> tuple[int, int]:
+def _geometry(elements: int, size: int) -> tuple[int, int]:
     """(rows, quads) of a tile: as many quads of a row as there are, up to the whole tile."""
     quads = -(-elements // 4)
-    width = min(TILE, 1 << max(0, quads - 1).bit_length())
-    return TILE // width, width
+    width = min(size, 1 << max(0, quads - 1).bit_length())
+    return size // width, width
 
 
 def _sizes(batch: Tensor) -> tuple[int, int]:

@@ -17,6 +17,11 @@ from score_kernels.backends.triton.noise import (
 )
 
 
+@triton.jit
+def add_four(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
 @triton.jit(do_not_specialize=KEY)
 def sums_kernel(
     partial,
@@ -63,10 +68,12 @@ def sums_kernel(
     at = partial + row.to(tl.int64) * pieces + piece
     mask = row < tl.where(piece < pieces, rows, 0)
     stride = rows.to(tl.int64) * pieces
-    tl.store(at, tl.sum(vv, 1), mask=mask)
-    tl.store(at + stride, tl.sum(va, 1), mask=mask)
-    tl.store(at + 2 * stride, tl.sum(vb, 1), mask=mask)
-    tl.store(at + 3 * stride, tl.sum(aa, 1), mask=mask)
+    # One reduction, so that all four sums keep the layout of what is loaded.
+    vv, va, vb, aa = tl.reduce((vv, va, vb, aa), 1, add_four)
+    tl.store(at, vv, mask=mask)
+    tl.store(at + stride, va, mask=mask)
+    tl.store(at + 2 * stride, vb, mask=mask)
+    tl.store(at + 3 * stride, aa, mask=mask)
 
 
 @triton.jit(do_not_specialize=KEY)
