@@ -106,7 +106,7 @@ KERNELS = (
     _step(BF16, "BFloat16"),
     _step(F16, "Float16"),
     Kernel(
-        "step fp32 by table",
+        "step by table fp32",
         kernels.update.step_kernel,
         (("out", F32), ("x", F32), ("score", F32), ("table", F32), ("step", I64)),
         (("NOISE", True),),

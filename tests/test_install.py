@@ -121,6 +121,20 @@ def test_the_cuda_module_loads_without_a_driver() -> None:
         assert backends()["cuda"].startswith("unavailable: ")
 
 
+def test_without_triton_everything_else_works() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, score_kernels as sk;"
+        "sk.ops.langevin_step(torch.zeros(2, 3), torch.zeros(2, 3), 0.1, sk.NoiseKey(0));"
+        "print(sk.backends()['triton'])"
+    )
+    assert run_python(code).stdout.strip() == "unavailable: triton is not installed"
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, score_kernels; score_kernels.backends(); print('triton' in sys.modules)"
+    assert run_python(code).stdout.strip() == "False"
+
+
 def test_the_readme_s_table_lists_every_variable() -> None:
     readme = (ROOT / "README.md").read_text()
     sources = [*ROOT.glob("score_kernels/**/*.py"), ROOT / "setup.py"]

@@ -246,14 +246,18 @@ def test_planted_local_memory_spills_and_costs_are_reported(tmp_path: Path) -> N
 def test_the_table_has_every_kernel_and_fails_over_budget(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    triton_code = pytest.importorskip("benchmarks.triton_code")
     monkeypatch.setattr(sass, "PEER_ROWS", ())
     assert sass.main() == 0
     table = capsys.readouterr().out
     for row in sass.ROWS:
         assert table.count(row.kernel) == len(sass.CARDS)
     assert "eager PyTorch: 5 kernels, 44 bytes per element" in table
+    for kernel in triton_code.KERNELS:
+        assert table.count(f"\n{kernel.name} ") == len(sass.CARDS)
     over = dataclasses.replace(sass.ROWS[0], budgets=(37, 20, 28.5))
     monkeypatch.setattr(sass, "ROWS", (over,))
+    monkeypatch.setattr(triton_code, "KERNELS", ())
     assert sass.main() == 1
     assert f"sm_90: {over.kernel}: " in capsys.readouterr().out
 
