@@ -1,6 +1,6 @@
 // Denoising score matching: noisy data, the loss of each sample, its gradient by the score. The
-// gradient is computed from the score in the backward pass: reading it again costs less than keeping
-// anything.
+// gradient is computed from the score in the backward pass: reading that again costs less than
+// keeping anything.
 #include "../dsm.h"
 
 #include "sums.h"

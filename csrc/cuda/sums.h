@@ -1,6 +1,6 @@
-// Sums over rows that depend on nothing but the row. A row is cut into pieces of kTurnsAPiece turns;
-// a piece is summed in fp32 by its threads and then by a fixed tree, the pieces of a row in fp64 by
-// one warp in a second kernel. No atomics; neither the grid nor the card enters.
+// Sums over rows that depend on nothing but the row. A row is cut into pieces of kTurnsAPiece
+// turns; a piece is summed in fp32 by its threads and then by a fixed tree, the pieces of a row in
+// fp64 by one warp in a second kernel. No atomics; neither the grid nor the card enters.
 #pragma once
 
 #include "launch.h"
