@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from fibers.build import COMPILER, FMA
 
 HERE = Path(__file__).parent
-COMPILER = (
-    shlex.split(os.environ.get("CXX", ""))
-    or [name for name in ("g++", "clang++", "c++") if shutil.which(name)][:1]
-)
 
 
 @pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 def test_every_word_gives_the_contract_s_normal(tmp_path: Path) -> None:
     program = tmp_path / "exhaustive"
-    fma = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text() else []
     subprocess.run(
         [
             *COMPILER,
             "-std=c++17",
             "-O2",
-            *fma,
+            *FMA,
             "-ffp-contract=off",
             "-fno-math-errno",
             str(HERE / "host/exhaustive.cpp"),

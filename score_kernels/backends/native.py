@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from score_kernels._torch import is_compiling, modes_active, transforms_active
 from score_kernels.backends.pointers import PointerKernels
 from score_kernels.noise import NoiseKey
 
@@ -55,10 +56,7 @@ class Native(PointerKernels):
 backend = Native()
 
 _FLOAT32, _STRIDED = torch.float32, torch.strided
-_is_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_transforms_active = torch._C._are_functorch_transforms_active
-_modes_active = torch._C._len_torch_dispatch_stack
 # A kernel that writes through a pointer must say so itself, or autograd would not notice that a
 # tensor it has saved has changed. The public function wraps this one, for a twentieth of a step.
 try:
@@ -90,7 +88,7 @@ def quick_step(
         and x.is_cpu
         and score.is_cpu
         and x.layout is score.layout is _STRIDED
-        and not (_is_compiling() or _transforms_active() or _modes_active())
+        and not (is_compiling() or transforms_active() or modes_active())
         and not ((x.requires_grad or score.requires_grad) and _is_grad_enabled())
         and x.is_contiguous()
         and score.is_contiguous()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from score_kernels._torch import is_compiling, modes_active, profiler_enabled, transforms_active
 from score_kernels.noise import Key
 
 library = torch.library.Library("score_kernels", "DEF")
@@ -20,10 +21,6 @@ library = torch.library.Library("score_kernels", "DEF")
 KEY = "SymInt seed, SymInt purpose, SymInt draw, SymInt first_sample"
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_is_compiling = torch.compiler.is_dynamo_compiling
-_transforms_active = torch._C._are_functorch_transforms_active
-_modes_active = torch._C._len_torch_dispatch_stack
-_profiler_enabled = torch.autograd._profiler_enabled
 
 
 def signed(key: Key) -> Key:
@@ -51,7 +48,7 @@ def register(
     op = getattr(torch.ops.score_kernels, name)
 
     def call(*arguments: Any) -> Any:
-        if _is_compiling() or _transforms_active() or _modes_active() or _profiler_enabled():
+        if is_compiling() or transforms_active() or modes_active() or profiler_enabled():
             return op(*arguments)
         for value in arguments:
             if isinstance(value, Tensor) and (type(value) not in _PLAIN or value.is_neg()):
@@ -64,6 +61,6 @@ def register(
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply. Torch's own looks up forward's default values in every call, which takes
     longer than a small step, and ours have none."""
-    if _is_compiling() or _transforms_active():
+    if is_compiling() or transforms_active():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]

@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 
 from score_kernels import _check
+from score_kernels._torch import transforms_active
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
 from score_kernels.ops._library import KEY, apply, register, signed, unsigned
 from score_kernels.ops.fill import normal
 
 __all__ = ["dsm_loss_from_score", "perturb"]
-
-
-# Under torch.func the plain formulas serve: they have every derivative and batching rule.
-_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def perturb(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
@@ -40,7 +37,8 @@ def perturb(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     _check.noise_shape(x.shape)
     _check.sample_range(noise.first_sample, x.shape[0])
     _check.per_sample("sigma", sigma, x)
-    if _transforms_active() or (torch.is_grad_enabled() and sigma.requires_grad):
+    # Under torch.func the plain formula serves: it has every derivative and batching rule.
+    if transforms_active() or (torch.is_grad_enabled() and sigma.requires_grad):
         return x + _spread(sigma, x) * normal(x.shape, noise, dtype=x.dtype, device=x.device)
     return apply(_Perturb, x, sigma, noise)
 
@@ -76,7 +74,7 @@ def dsm_loss_from_score(
     _check.per_sample("sigma", sigma, score)
     if weight is not None:
         _check.per_sample("weight", weight, score)
-    if _transforms_active() or (
+    if transforms_active() or (
         torch.is_grad_enabled()
         and (sigma.requires_grad or (weight is not None and weight.requires_grad))
     ):

@@ -25,6 +25,9 @@ COMPILER = (
     shlex.split(os.environ.get("CXX", ""))
     or [name for name in ("g++", "clang++", "c++") if shutil.which(name)][:1]
 )
+_CPU = Path("/proc/cpuinfo")
+# Without it every fma is a call.
+FMA = ["-mfma"] if _CPU.exists() and " fma " in _CPU.read_text() else []
 # Kernels store four elements at once through pointers to one.
 FLAGS = ("-std=c++17", "-fPIC", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall")
 
@@ -33,8 +36,7 @@ def compile_fibers(
     sources: Sequence[Path], output: Path, *, link: Sequence[str] = (), flags: Sequence[str] = ()
 ) -> None:
     """Compile CUDA and C++ sources against the fiber header and link them to `output`."""
-    fma = ["-mfma"] if _has_fma() else []
-    command = [*COMPILER, *FLAGS, "-Wno-unknown-pragmas", *fma, *flags, f"-I{HERE}"]
+    command = [*COMPILER, *FLAGS, "-Wno-unknown-pragmas", *FMA, *flags, f"-I{HERE}"]
 
     def compile_one(source: Path) -> Path:
         made = output.parent / f"{source.stem}.o"
@@ -68,11 +70,6 @@ def build_module(folder: Path, *, flags: Sequence[str] = ()) -> ModuleType:
 def run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
-
-
-def _has_fma() -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.exists() and " fma " in info.read_text()
 
 
 class Fibers(Cuda):
