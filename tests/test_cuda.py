@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import pytest
 import tolerances
 import torch
 from fibers.build import COMPILER, CUDA, ORDERS, Fibers, build_module, compile_fibers
+from rounding import probe_terms
 from torch import Tensor
 
 from score_kernels import NoiseKey
@@ -122,9 +122,8 @@ def test_probes(cuda: Fibers, kind: str, dtype: torch.dtype) -> None:
         for second, differences in ((None, False), (b, False), (b, True)):
             got = cuda.probe_sums(kind, a, second, differences, key)
             want = native.backend.probe_sums(kind, a, second, differences, key)
-            # Sums of terms of both signs: against the size of the terms, sqrt of D of order one.
-            size = max(1.0, math.sqrt(math.prod(shape[1:])))
-            assert ((got - want).abs() <= tolerances.FP32_RELATIVE * (want.abs() + size)).all()
+            terms = probe_terms(kind, a, second, differences, KEY)
+            assert ((got - want).abs() <= tolerances.FP32_RELATIVE * terms).all()
         shift = cuda.probe_shift(kind, x, factor, key)
         same(shift, native.backend.probe_shift(kind, x, factor, key))
         scaled = cuda.probe_scale(kind, factor, shape, key)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import oracle
 import pytest
 import tolerances
 import torch
 from conftest import FIBERS, NATIVE, on_backend
+from rounding import probe_terms
 from torch import Tensor
 
 import score_kernels
@@ -124,9 +123,8 @@ def test_probes(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     for second, differences in ((None, False), (b, False), (b, True)):
         got = ours.probe_sums(kind, a, second, differences, key)
         want = theirs.probe_sums(kind, a, second, differences, key)
-        # Sums of terms of both signs: against the size of the terms, sqrt of D of order one.
-        size = max(1.0, math.sqrt(math.prod(shape[1:])))
-        assert ((got - want).abs() <= tolerances.FP32_RELATIVE * (want.abs() + size)).all()
+        terms = probe_terms(kind, a, second, differences, KEY)
+        assert ((got - want).abs() <= tolerances.FP32_RELATIVE * terms).all()
     close(ours.probe_scale(kind, factor, shape, key), theirs.probe_scale(kind, factor, shape, key))
     close(ours.probe_shift(kind, x, factor, key), theirs.probe_shift(kind, x, factor, key))
 
