@@ -106,6 +106,12 @@ def sample_range(first_sample: int, batch: int) -> None:
         )
 
 
+def reduction(value: Any) -> None:
+    """The name of a reduction over the batch."""
+    if value not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: got {value!r}, expected 'mean', 'sum' or 'none'")
+
+
 def instance(name: str, value: Any, kind: type, expected: str) -> None:
     """A value of the expected type."""
     if not isinstance(value, kind):

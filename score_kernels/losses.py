@@ -63,26 +63,42 @@ def dsm_loss(
     _check.state("x", x)
     table = _table(sigmas, x)
     levels = table.shape[0]
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
+    _check.reduction(reduction)
     batch = x.shape[0]
     if not batch:
         raise ValueError("x: got a batch of 0, expected at least one sample")
     noise = resolve(noise, seed)
     if labels is None:
-        # floor(word * L / 2^32), exact in 64-bit integers.
-        words = ops.words((batch, 1), noise.for_purpose(Purpose.DSM_LEVEL), device=x.device)
-        labels = words[:, 0] * levels >> 32
+        labels = draw_labels(batch, levels, noise, x.device)
     else:
         _check_labels(labels, x, levels)
     sigma = table[labels]
     weight = _weight(weighting, sigma, x)
+    each = denoising_losses(net, x, sigma, noise, weight, conditions)
+    loss = each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
+    return (loss, per_level(each.detach(), labels, levels)) if return_per_level else loss
+
+
+def draw_labels(batch: int, levels: int, noise: NoiseKey, device: torch.device) -> Tensor:
+    """The noise level of each sample of a batch, uniform: ``[B]`` int64."""
+    # floor(word * L / 2^32), exact in 64-bit integers.
+    words = ops.words((batch, 1), noise.for_purpose(Purpose.DSM_LEVEL), device=device)
+    return words[:, 0] * levels >> 32
+
+
+def denoising_losses(
+    net: Callable[..., Tensor],
+    x: Tensor,
+    sigma: Tensor,
+    noise: NoiseKey,
+    weight: Tensor | None,
+    conditions: dict[str, Any],
+) -> Tensor:
+    """The ``[B]`` losses of :func:`dsm_loss` at given noise levels, unchecked."""
     key = noise.for_purpose(Purpose.DSM_NOISE)
     score = net(ops.perturb(x, sigma, key), sigma, **conditions)
     _check.score_like(x, score, "net")
-    each = ops.dsm_loss_from_score(score, sigma, key, weight=weight)
-    loss = each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
-    return (loss, _per_level(each.detach(), labels, levels)) if return_per_level else loss
+    return ops.dsm_loss_from_score(score, sigma, key, weight=weight)
 
 
 def _table(sigmas: Any, x: Tensor) -> Tensor:
@@ -107,7 +123,8 @@ def _weight(weighting: float | Tensor, sigma: Tensor, x: Tensor) -> Tensor | Non
     return weighting
 
 
-def _per_level(each: Tensor, labels: Tensor, levels: int) -> Tensor:
+def per_level(each: Tensor, labels: Tensor, levels: int) -> Tensor:
+    """Each level's mean loss ``[L]``, nan where a level has no sample."""
     total, count = (
         torch.zeros(levels, dtype=each.dtype, device=each.device).index_add_(0, labels, v)
         for v in (each, torch.ones_like(each))

@@ -35,6 +35,10 @@ class Purpose(enum.IntEnum):
     LANGEVIN = 2
     DSM_LEVEL = 3
     DSM_NOISE = 4
+    # The permutation of the data in an epoch: draw is the epoch, element the sample.
+    DATA_ORDER = 5
+    # What torch's own generators are seeded with at a step of training (dropout, augmentation).
+    TORCH_SEED = 6
     # The first of 64: one per probe of a sample.
     SSM_PROBE = 64
 

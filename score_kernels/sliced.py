@@ -76,6 +76,7 @@ def sliced_score_loss(
     variance_reduced: bool = True,
     method: str = "auto",
     fd_step: float = 0.01,
+    reduction: str = "mean",
 ) -> Tensor:
     """Sliced score matching, ``mean over batch and probes of v^T (grad s) v + 1/2 ||s||^2``.
 
@@ -105,9 +106,11 @@ def sliced_score_loss(
         variance_reduced: which second term.
         method: one of the above.
         fd_step: h of finite differences, in units of x, times sigma where sigma is given.
+        reduction: "mean" or "sum" over the batch, or "none" for the ``[B]`` losses, each the mean
+            over its probes.
 
     Returns:
-        The loss, a tensor without dimensions; its gradient reaches the score's parameters and x.
+        The loss; its gradient reaches the score's parameters and x.
 
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
@@ -122,6 +125,7 @@ def sliced_score_loss(
     fd_step = _check.positive("fd_step", fd_step)
     if method not in ("auto", *_METHODS):
         raise ValueError(f"method: got {method!r}, expected auto, {', '.join(_METHODS)}")
+    _check.reduction(reduction)
     keys = [noise.for_purpose(Purpose.SSM_PROBE + i) for i in range(probes)]
 
     def run(method: str) -> Tensor:
@@ -131,9 +135,8 @@ def sliced_score_loss(
             return _by_jvp(call, x, keys, probe, variance_reduced)
         return _by_differences(score, x, sigma, keys, probe, variance_reduced, fd_step)
 
-    if method != "auto":
-        return _explained(run, method)
-    return _first_that_works(run, score)
+    each = _first_that_works(run, score) if method == "auto" else _explained(run, method)
+    return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
 
 
 def _first_that_works(run: Callable[[str], Tensor], score: Any) -> Tensor:
@@ -199,8 +202,8 @@ def _by_double_backward(
             if training and i == 0:
                 _require_derivative(slope)
             losses.append(_reduce(slope, value, key, probe, variance_reduced))
-        mean = torch.stack(losses).mean()
-    return mean if training else mean.detach()
+        each = torch.stack(losses).mean(0)
+    return each if training else each.detach()
 
 
 def _by_jvp(
@@ -216,7 +219,7 @@ def _by_jvp(
         v = ops.probe_scale(ones, x.shape, key, probe=probe)
         value, slope = torch.func.jvp(call, (x,), (v,))[:2]
         losses.append(_reduce(slope, value, key, probe, variance_reduced))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean(0)
 
 
 def _by_differences(
@@ -251,7 +254,7 @@ def _by_differences(
         losses.append(
             ops.fd_reduce(above, below, step, key, probe=probe, variance_reduced=variance_reduced)
         )
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean(0)
 
 
 def _reduce(

@@ -163,6 +163,8 @@ def test_purposes_are_distinct_and_fixed() -> None:
         "LANGEVIN": 2,
         "DSM_LEVEL": 3,
         "DSM_NOISE": 4,
+        "DATA_ORDER": 5,
+        "TORCH_SEED": 6,
         "SSM_PROBE": 64,
     }
 
