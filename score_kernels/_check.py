@@ -187,6 +187,15 @@ def per_sample(name: str, value: Any, batch: Tensor) -> None:
         )
 
 
+def sigma(value: Tensor, x: Tensor) -> None:
+    """Noise levels [B] as a network takes them: one a sample, nothing read back."""
+    if value.shape != x.shape[:1]:
+        raise ValueError(
+            f"sigma: got shape {tuple(value.shape)}, expected [{x.shape[0]}], one a sample of x "
+            f"with shape {tuple(x.shape)}"
+        )
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from score_kernels import _check
+
 __all__ = ["ConvScore", "MLPScore"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Softplus}
@@ -83,7 +85,7 @@ class MLPScore(nn.Module):
         Raises:
             ValueError: if a sample of `x` has not `dim` elements, or `sigma` is not `[B]`.
         """
-        _check_sigma(x, sigma)
+        _check.sigma(sigma, x)
         flat = x.flatten(1)
         if flat.shape[1] != self.dim:
             raise ValueError(
@@ -158,7 +160,7 @@ class ConvScore(nn.Module):
         Raises:
             ValueError: if `x` is not `[B, channels, H, W]`, or `sigma` is not `[B]`.
         """
-        _check_sigma(x, sigma)
+        _check.sigma(sigma, x)
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, expected [B, {self.channels}, height, width]"
@@ -226,14 +228,6 @@ def _scalings(x: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor
     variance = sigma.square() + data_std**2
     scale = variance.rsqrt()
     return scale, -1 / variance, data_std * scale / sigma
-
-
-def _check_sigma(x: Tensor, sigma: Tensor) -> None:
-    if sigma.shape != x.shape[:1]:
-        raise ValueError(
-            f"sigma: got shape {tuple(sigma.shape)}, expected [{x.shape[0]}], one a sample of x "
-            f"with shape {tuple(x.shape)}"
-        )
 
 
 def _require_positive(**sizes: float) -> None:
