@@ -14,8 +14,7 @@ from score_kernels.backends import native
 def probe_terms(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: NoiseKey) -> Tensor:
     """[4, B]: the sums of |v v|, |v a|, |v b| and |a a| that `probe_sums` takes without the bars.
 
-    Two orders of summation differ by at most the depth of the sum times the unit roundoff (6e-8)
-    times this, whatever cancels.
+    A sum is within its depth times the unit roundoff, 2^-24, times this, whatever cancels.
     """
     v = native.backend.fill(kind, a.shape, key, a.device).double()
     p, q = a.double(), torch.zeros_like(v) if b is None else b.double()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import oracle
 import pytest
@@ -124,7 +126,9 @@ def test_probes(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
         got = ours.probe_sums(kind, a, second, differences, key)
         want = theirs.probe_sums(kind, a, second, differences, key)
         terms = probe_terms(kind, a, second, differences, KEY)
-        assert ((got - want).abs() <= tolerances.FP32_RELATIVE * terms).all()
+        # The interpreter adds the terms of a piece one after another, a GPU as a tree.
+        depth = min(math.prod(shape[1:]), 4 * triton.SUM_TILE) + 16
+        assert ((got - want).abs() <= depth * 2**-24 * terms).all()
     close(ours.probe_scale(kind, factor, shape, key), theirs.probe_scale(kind, factor, shape, key))
     close(ours.probe_shift(kind, x, factor, key), theirs.probe_shift(kind, x, factor, key))
 

@@ -54,7 +54,7 @@ def squares_kernel(
     pieces = tl.cdiv(elements, 4 * Q * TURNS)
     sums = tl.zeros((R, 4 * Q), tl.float32)
     for turn in tl.static_range(TURNS):
-        row, quad, offset, mask = tile(rows, elements, piece * TURNS + turn, R, Q, WHOLE)
+        row, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, turn, TURNS)
         spread = tl.load(sigma + row, mask=row < rows, other=0.0)
         z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
         slope = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)

@@ -169,17 +169,39 @@ def length_of(elements, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def tile(rows, elements, piece, R: tl.constexpr, Q: tl.constexpr, WHOLE: tl.constexpr):
-    """row [R, 1], quad [1, Q], offset [R, 4 Q], mask: this program's rows at a piece of Q quads.
+def span(elements, piece, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+    """(first element, elements of a row) of a piece of SIZE elements; the count is 0 past the row's
+    end, int32, and a multiple of 4 as far as the compiler sees where rows are of whole quads."""
+    first = piece.to(tl.int64) * SIZE
+    left = tl.maximum(tl.minimum(length_of(elements, WHOLE) - first, SIZE), 0).to(tl.int32)
+    if WHOLE:
+        left = (left // 4) * 4
+    return first, left
+
+
+@triton.jit
+def tile(
+    rows,
+    elements,
+    piece,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    WHOLE: tl.constexpr,
+    turn: tl.constexpr = 0,
+    TURNS: tl.constexpr = 1,
+):
+    """row [R, 1], quad [1, Q], offset [R, 4 Q], mask: this program's rows at one of the TURNS tiles
+    of Q quads of a piece.
 
     WHOLE: rows are of whole quads, which lets four elements be read and written at once.
     """
     row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    quad = piece * Q + tl.arange(0, Q)[None, :]
-    element = piece.to(tl.int64) * (4 * Q) + tl.arange(0, 4 * Q)[None, :]
-    length = length_of(elements, WHOLE)
-    offset = row.to(tl.int64) * length + element
-    return row, quad, offset, (row < rows) & (element < length)
+    quad = piece * (Q * TURNS) + turn * Q + tl.arange(0, Q)[None, :]
+    # What has 64 bits is the same for a whole row; 32 are enough within a piece.
+    first, left = span(elements, piece, 4 * Q * TURNS, WHOLE)
+    within = turn * (4 * Q) + tl.arange(0, 4 * Q)[None, :]
+    offset = row.to(tl.int64) * length_of(elements, WHOLE) + first + within
+    return row, quad, offset, (row < rows) & (within < left)
 
 
 @triton.jit

@@ -13,8 +13,14 @@ from score_kernels.backends.triton.noise import (
     mul,
     noise,
     piece_of_grid,
+    span,
     tile,
 )
+
+
+@triton.jit
+def add_three(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
 
 
 @triton.jit
@@ -50,9 +56,11 @@ def sums_kernel(
     vb = tl.zeros((R, 4 * Q), tl.float32)
     aa = tl.zeros((R, 4 * Q), tl.float32)
     for turn in tl.static_range(TURNS):
-        row, quad, offset, mask = tile(rows, elements, piece * TURNS + turn, R, Q, WHOLE)
+        row, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, turn, TURNS)
         v = noise(seed, draw, purpose, first_sample, row, quad, KIND, PACKED)
-        v = tl.where(mask, v, 0.0)
+        if KIND != "rademacher":
+            v = tl.where(mask, v, 0.0)
+            vv = fma(v, v, vv, PACKED)
         p = tl.load(a + offset, mask=mask, other=0.0).to(tl.float32)
         if b is not None:
             q = tl.load(b + offset, mask=mask, other=0.0).to(tl.float32)
@@ -61,15 +69,19 @@ def sums_kernel(
                 p = 0.5 * (above + below)
                 q = above - below
             vb = fma(v, q, vb, PACKED)
-        vv = fma(v, v, vv, PACKED)
         va = fma(v, p, va, PACKED)
         aa = fma(p, p, aa, PACKED)
     row = tl.program_id(0) * R + tl.arange(0, R)
     at = partial + row.to(tl.int64) * pieces + piece
     mask = row < tl.where(piece < pieces, rows, 0)
     stride = rows.to(tl.int64) * pieces
-    # One reduction, so that all four sums keep the layout of what is loaded.
-    vv, va, vb, aa = tl.reduce((vv, va, vb, aa), 1, add_four)
+    # One reduction, so that all sums keep the layout of what is loaded.
+    if KIND == "rademacher":
+        # The squares of signs are ones, fewer than 2^24 in a piece: fp32 has their number exactly.
+        vv = span(elements, piece, 4 * Q * TURNS, WHOLE)[1].to(tl.float32)
+        va, vb, aa = tl.reduce((va, vb, aa), 1, add_three)
+    else:
+        vv, va, vb, aa = tl.reduce((vv, va, vb, aa), 1, add_four)
     tl.store(at, vv, mask=mask)
     tl.store(at + stride, va, mask=mask)
     tl.store(at + 2 * stride, vb, mask=mask)
