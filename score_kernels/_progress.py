@@ -41,8 +41,9 @@ class Meter:
         if self.writer is not None:
             self.writer.close()
 
-    def report(self, loss: float) -> None:
+    def report(self) -> None:
         """After some steps: the mean loss of those since the last report."""
+        loss = float(self.trainer.losses[self.first :].mean())
         now, step = time.perf_counter(), self.trainer.step
         rate = (step - self.first) * self.trainer.batch_size / max(now - self.started, 1e-9)
         self.started, self.first = now, step

@@ -135,7 +135,7 @@ class Trainer:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self._optimizer = f"{type(optimizer).__name__} {groups}"
         self.step = 0
-        self._losses: list[Tensor] = []
+        self._losses = torch.empty(0)
         self._pending: list[Tensor] = []
         self.level_losses: list[Tensor] = []
         # Of the epoch under way: sums of the losses and their number, by level.
@@ -151,7 +151,7 @@ class Trainer:
     def losses(self) -> Tensor:
         """The loss of every step so far, ``[step]`` float32. Waits for the device."""
         self._collect()
-        return torch.cat(self._losses) if self._losses else torch.empty(0)
+        return self._losses
 
     def fit(
         self,
@@ -226,8 +226,7 @@ class Trainer:
                     meter.epoch(batches.epoch(self.step), self.level_losses[-1])
                 last = self.step == steps
                 if last or self.step % report_every == 0:
-                    self._collect()
-                    meter.report(float(self._losses[-1].mean()))
+                    meter.report()
                     if callback is not None:
                         callback(self)
                         self.net.train()
@@ -304,7 +303,7 @@ class Trainer:
         self._scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self._data_count = state["data_count"]
-        self._losses, self._pending = [state["losses"]], []
+        self._losses, self._pending = state["losses"], []
         self._levels.copy_(state["levels"])
         self.level_losses = list(state["level_losses"])
         self.about = dict(state["about"])
@@ -363,10 +362,12 @@ class Trainer:
                 f"loss: got {float(losses[bad[0]])} at step {step}{where}; nothing was saved after "
                 "it. A lower learning rate, clip_norm or precision='bfloat16' may help"
             )
-        self._losses.append(losses)
+        self._losses = torch.cat([self._losses, losses])
         self._pending = []
 
     def _end_epoch(self) -> None:
+        # Before the levels of a loss that is not finite are forgotten.
+        self._collect()
         sums, counts = self._levels.cpu()
         self.level_losses.append((sums / counts).float())
         self._levels.zero_()

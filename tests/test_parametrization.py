@@ -70,7 +70,9 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match="expected one of the 7 levels"):
             by_label(net, SIGMAS)(x, torch.tensor([float(SIGMAS[3]), sigma]))
     for wrapper in (unconditional(net), by_sigma(net), by_label(net, SIGMAS)):
-        with pytest.raises(ValueError, match=r"sigma: got shape \(\), expected \[2\], one a sample"):
+        with pytest.raises(
+            ValueError, match=r"sigma: got shape \(\), expected \[2\], one a sample"
+        ):
             wrapper(x, torch.tensor(1.0))
 
 

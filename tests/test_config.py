@@ -1,0 +1,70 @@
+"""The settings' file: every key documented, typos refused by name, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from score_kernels import config
+from score_kernels.config import Config
+
+
+def read(tmp_path: Path, text: str) -> Config:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return config.load(path)
+
+
+def test_round_trip_and_every_key_is_in_the_text(tmp_path: Path) -> None:
+    text = config.to_toml(Config())
+    assert read(tmp_path, text) == Config()
+    changed = dataclasses.replace(
+        Config(),
+        data=config.DataConfig(path='a "b"\\ü\n', key="x"),
+        noise=config.NoiseConfig(sigma_max=3.0, sigma_min=1e-5, levels=7, step_size=2e-9),
+        training=config.TrainingConfig(cosine=False, seed=2**63 - 1),
+    )
+    assert read(tmp_path, config.to_toml(changed)) == changed
+    assert config.from_dict(config.to_dict(changed), "x") == changed
+    for section in dataclasses.fields(Config):
+        assert f"[{section.name}]" in text
+        for key in dataclasses.fields(getattr(Config(), section.name)):
+            assert f"\n{key.name} = " in text or f"\n# {key.name} =" in text
+            assert f"\n# {key.metadata['words']}" in text
+    assert read(tmp_path, "") == Config()
+    assert read(tmp_path, "[training]\nlearning_rate = 1").training.learning_rate == 1.0
+
+
+CASES: list[tuple[str, str]] = [
+    ("[trainig]\nsteps = 3", r"\[trainig\] is unknown; did you mean training\?"),
+    ("[training]\nstesp = 3", r"stesp in \[training\] is unknown; did you mean steps\?"),
+    ("[data]\nzzz = 3", r"zzz in \[data\] is unknown; known are path, key"),
+    ("steps = 3", "steps is unknown|steps. is unknown"),
+    ("training = 3", r"training = 3, expected a section \[training\]"),
+    ("[training]\nsteps = 3.5", r"\[training\] steps: got 3.5, expected a whole number"),
+    ("[training]\nsteps = true", r"\[training\] steps: got True, expected a whole number"),
+    ("[training]\nlearning_rate = '1'", r"learning_rate: got '1', expected a number"),
+    ("[training]\nlearning_rate = nan", "learning_rate: got nan, expected a finite number"),
+    ("[training]\ncosine = 1", "cosine: got 1, expected true or false"),
+    ("[training]\nloss = 'mse'", "loss: got 'mse', expected one of dsm, ssm"),
+    ("[noise]\nsigma_max = [1]", r"sigma_max: got \[1\], expected a number"),
+    ("[data\n", "no TOML"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), CASES)
+def test_what_is_refused_names_the_file_and_the_key(tmp_path: Path, text: str, words: Any) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        read(tmp_path, text)
+    assert str(tmp_path / "run.toml") in str(caught.value)
+
+
+def test_a_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="config: got"):
+        config.load(tmp_path / "none.toml")
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="no TOML"):
+        config.load(tmp_path / "b.toml")

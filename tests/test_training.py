@@ -1,0 +1,401 @@
+"""The trainer: against a loop written by hand, over resumes and splits, and every wrong input."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tolerances
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import score_kernels
+from score_kernels import NoiseKey, Trainer, dsm_loss, geometric_sigmas, sliced_score_loss
+from score_kernels import checkpoint as files
+from score_kernels._batches import Batches, permutation
+from score_kernels.networks import ConvScore, MLPScore
+
+SIGMAS = geometric_sigmas(5.0, 0.1, 6)
+
+
+def make(
+    net: Callable[[], nn.Module] = lambda: MLPScore(3, 16), rate: float = 1e-2, **options: Any
+) -> Trainer:
+    torch.manual_seed(0)
+    made = net()
+    optimizer = torch.optim.Adam(made.parameters(), lr=rate)
+    return Trainer(made, SIGMAS, optimizer, **{"batch_size": 8, "seed": 5, **options})
+
+
+def data(count: int = 37) -> Tensor:
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(1))
+
+
+def fit(trainer: Trainer, source: Any, steps: int, **options: Any) -> Tensor:
+    return trainer.fit(source, steps, progress=False, **options)
+
+
+def everything(trainer: Trainer) -> list[Tensor]:
+    """All tensors of a training, whose bits a resume must not change."""
+    states = [trainer.net.state_dict(), trainer.ema.state_dict()]
+    tensors = [t for state in states for t in state.values()]
+    for state in trainer.optimizer.state_dict()["state"].values():
+        tensors += [torch.as_tensor(v) for v in state.values()]
+    return [*tensors, trainer.losses, *trainer.level_losses, trainer._levels]
+
+
+def same(a: Trainer, b: Trainer) -> bool:
+    pairs = list(zip(everything(a), everything(b), strict=True))
+    return all(torch.equal(x.nan_to_num(9), y.nan_to_num(9)) for x, y in pairs)
+
+
+def test_it_is_the_loop_one_would_write() -> None:
+    """Loss, gradient, clipping, Adam, warm-up and the average, step by step."""
+    trainer, source = make(ema_decay=0.9, clip_norm=0.5, warmup_steps=4), data()
+    net = copy.deepcopy(trainer.net)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    average = [p.detach().clone() for p in net.parameters()]
+    losses = []
+    for step in range(12):
+        stream = torch.cat([permutation(37, 5, epoch) for epoch in range(3)])
+        rows = stream[step * 8 : step * 8 + 8]
+        loss = dsm_loss(net, source[rows], SIGMAS, noise=NoiseKey(5).at(step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / 4)
+        optimizer.step()
+        for m, p in zip(average, net.parameters(), strict=True):
+            m.lerp_(p.detach(), 1 - 0.9)
+        losses.append(loss.detach())
+    assert torch.equal(fit(trainer, source, 12), torch.stack(losses))
+    for got, want in zip(trainer.net.parameters(), net.parameters(), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(trainer.ema.parameters(), average, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+class Noisy(nn.Module):
+    """A network with dropout, batch normalisation's buffers, and conditions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.Dropout(0.5))
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+        out = self.last(self.body(x)) / sigma[:, None]
+        return out if label is None else out * (1 + label[:, None])
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Items that draw from torch's generator, with labels."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.values[index] + 0.1 * torch.randn(3), index % 3
+
+
+@pytest.mark.parametrize("cut", [1, 7, 19])
+@pytest.mark.parametrize("how", ["tensor", "dataset"])
+def test_a_resumed_training_has_the_bits_of_one_never_stopped(
+    tmp_path: Path, cut: int, how: str
+) -> None:
+    """With dropout, buffers, augmentation, a scheduler and an epoch's end in between."""
+
+    def start() -> Trainer:
+        trainer = make(
+            Noisy, accumulate=2, clip_norm=1.0, conditions=("label",) * (how != "tensor")
+        )
+        trainer.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(trainer.optimizer, 20)
+        return trainer
+
+    source = data() if how == "tensor" else Augmented(data())
+    whole = start()
+    before = torch.get_rng_state()
+    fit(whole, source, 20)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's generator was moved"
+    path = tmp_path / "c.pt"
+    fit(start(), source, cut, checkpoint=path)
+    torch.manual_seed(99)
+    resumed = start()
+    fit(resumed, source, 20, checkpoint=path, resume=True, report_every=3)
+    assert resumed.step == 20 and same(whole, resumed)
+    last = files.read(path)
+    assert torch.equal(last["losses"], whole.losses) and last["ema_count"] == 21
+    # In the file, too: loaded again nothing is left to do.
+    again = start()
+    fit(again, source, 20, checkpoint=path, resume=True)
+    assert same(whole, again)
+
+
+def test_parts_of_a_batch_see_the_batch_s_noise() -> None:
+    """One step with 1, 2 and 8 parts: the gradient to summation order."""
+    gradients = []
+    for parts in (1, 2, 8):
+        trainer = make(accumulate=parts)
+        fit(trainer, data(), 1)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.net.parameters()]))
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_the_order_of_the_data() -> None:
+    """Every sample once an epoch, batches always full, epochs ordered anew and by the seed."""
+    batches = Batches(data(), 8, 5, 0, ())
+    stream = torch.cat([batches.rows(t) for t in range(37)])
+    epochs = stream.view(8, 37)
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, torch.arange(37))
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 8
+    assert torch.equal(Batches(data(), 5, 5, 0, ()).rows(3), stream[15:20])
+    assert not torch.equal(permutation(37, 6, 0), epochs[0])
+    assert [batches.epoch(t) for t in (0, 4, 5, 37)] == [0, 0, 1, 8]
+    # A batch larger than the data spans several epochs.
+    large = Batches(data(3), 8, 5, 0, ())
+    assert sorted(large.rows(0).tolist()) == sorted([0, 1, 2] * 2 + large.rows(0)[6:].tolist())
+    # Uniform: where sample 0 lands in 3000 permutations of 10.
+    places = torch.stack([permutation(10, 7, e) for e in range(3000)]).eq(0).nonzero()[:, 1]
+    counts = torch.bincount(places, minlength=10)
+    assert stats.chisquare(counts.numpy()).pvalue > tolerances.ALPHA
+
+
+def test_any_source_of_data_gives_the_same_training() -> None:
+    class Scaled:
+        def __len__(self) -> int:
+            return 37
+
+        def __getitem__(self, index: int) -> Tensor:
+            raise AssertionError("one by one is slow")
+
+        def scaled(self, rows: Tensor) -> Tensor:
+            return data()[rows]
+
+    values = data()
+    sources = [values, Scaled(), list(values), torch.utils.data.TensorDataset(values)]
+    losses = [fit(make(), source, 9) for source in sources]
+    losses.append(fit(make(), torch.utils.data.TensorDataset(values), 9, workers=1))
+    assert all(torch.equal(loss, losses[0]) for loss in losses[1:])
+
+
+def test_sliced_and_custom_losses() -> None:
+    """SSM weighs v^T grad s v + 1/2 ||s||^2 by sigma^2; both train on a Gaussian to its score."""
+    trainer = make(loss="ssm", batch_size=256, rate=3e-3)
+    # The sliced objective of N(0, (1 + sigma^2) I)'s own score is -D/2 sigma^2 / (1 + sigma^2).
+    labels = torch.arange(6)
+    floor = -1.5 * float((SIGMAS**2 / (1 + SIGMAS**2))[labels].mean())
+    losses = fit(trainer, torch.randn(4000, 3, generator=torch.Generator().manual_seed(2)), 300)
+    assert abs(float(losses[-100:].mean()) - floor) < 0.06
+    assert all(table.shape == (6,) for table in trainer.level_losses) and trainer.level_losses
+
+    def plain(reduction: str) -> Callable[..., Tensor]:
+        def loss(net: nn.Module, x: Tensor, sigmas: Tensor, noise: NoiseKey) -> Tensor:
+            assert torch.equal(sigmas, SIGMAS)
+            return sliced_score_loss(net, x, 1.0, noise=noise, reduction=reduction)
+
+        return loss
+
+    one, each = (fit(make(loss=plain(r)), data(), 5) for r in ("mean", "none"))
+    assert torch.equal(one, each)
+
+
+def test_losses_by_level() -> None:
+    """Against the same losses gathered by hand over an epoch of 5 steps and a bit."""
+    trainer = make(rate=0.0)
+    fit(trainer, data(40), 7)
+    sums, counts = torch.zeros(6), torch.zeros(6)
+    for step in range(5):
+        x = data(40)[permutation(40, 5, 0)[step * 8 : step * 8 + 8]]
+        key = NoiseKey(5).at(step)
+        each = dsm_loss(trainer.net, x, SIGMAS, noise=key, reduction="none").detach()
+        labels = (score_kernels.ops.words((8, 1), key.for_purpose(3))[:, 0] * 6) >> 32
+        sums.index_add_(0, labels, each)
+        counts.index_add_(0, labels, torch.ones(8))
+    assert len(trainer.level_losses) == 1
+    torch.testing.assert_close(trainer.level_losses[0], sums / counts, equal_nan=True)
+
+
+def test_the_average_warms_up_and_is_not_the_weights(tmp_path: Path) -> None:
+    cold, warm = make(ema_decay=0.999), make(ema_decay=0.999, ema_warmup=True)
+    fit(cold, data(), 20, checkpoint=tmp_path / "c.pt")
+    fit(warm, data(), 20)
+    start = make().net
+
+    def distance(a: nn.Module, b: nn.Module) -> float:
+        pairs = zip(a.parameters(), b.parameters(), strict=True)
+        return math.sqrt(sum(float((p - q).detach().square().sum()) for p, q in pairs))
+
+    assert distance(cold.ema, start) < 0.05 * distance(cold.net, start)
+    assert distance(warm.ema, warm.net) < distance(warm.ema, start)
+    for which, wanted in (("raw", cold.net), ("ema", cold.ema)):
+        net = MLPScore(3, 16)
+        files.load_weights(tmp_path / "c.pt", net, which=which)
+        assert distance(net, wanted) == 0
+    assert not any(p.requires_grad for p in cold.ema.parameters()) and not cold.ema.training
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision(precision: str) -> None:
+    def train(precision: str) -> tuple[Tensor, Trainer]:
+        trainer = make(lambda: ConvScore(1, 8), rate=1e-3, precision=precision)
+        images = torch.randn(40, 1, 6, 6, generator=torch.Generator().manual_seed(3))
+        return fit(trainer, images, 20), trainer
+
+    exact, _ = train("float32")
+    got, trainer = train(precision)
+    assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
+    assert 0 < float((got - exact).norm()) < 0.05 * float(exact.norm())
+
+
+def test_a_loss_that_is_not_finite_is_named_and_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+
+    def make_bad() -> Trainer:
+        trainer = make(rate=1e-3)
+
+        class Poisoned(nn.Module):
+            def __init__(self, net: nn.Module) -> None:
+                super().__init__()
+                self.net = net
+
+            def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+                out = self.net(x, sigma)
+                if trainer.step == 9 and self.training:
+                    out = torch.where(sigma[:, None] > 1, math.inf, out)
+                return out
+
+        trainer.net = Poisoned(trainer.net)
+        trainer._average = torch.optim.swa_utils.AveragedModel(trainer.net)
+        return trainer
+
+    trainer = make_bad()
+    with pytest.raises(
+        FloatingPointError, match=r"loss: got inf at step 9, at noise level sigma ="
+    ):
+        fit(trainer, data(), 30, checkpoint=path, save_every=4)
+    assert files.read(path)["step"] == 8
+    with pytest.raises(FloatingPointError):
+        trainer.save(path)
+    assert files.read(path)["step"] == 8
+
+
+def test_callback_bar_and_tensorboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    trainer = make()
+
+    def watch(trainer: Trainer) -> None:
+        seen.append(trainer.step)
+        torch.rand(3)
+        trainer.net.eval()
+
+    trainer.fit(data(), 10, report_every=4, callback=watch)
+    assert seen == [4, 8, 10]
+    err = capsys.readouterr().err + capsys.readouterr().out
+    assert "samples/s" in err and "loss" in err
+    assert torch.equal(trainer.losses, fit(make(), data(), 10))
+
+    class Writer:
+        scalars: dict[str, list[int]] = {}
+
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            assert math.isfinite(value)
+            self.scalars.setdefault(name, []).append(step)
+
+        def add_histogram(self, name: str, values: Tensor, step: int) -> None:
+            self.scalars.setdefault(name, []).append(step)
+
+        def close(self) -> None:
+            self.scalars["closed"] = []
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    fit(make(), data(), 10, report_every=5, tensorboard=tmp_path)
+    assert Writer.scalars["loss"] == [5, 10] and Writer.scalars["loss_by_level"] == [1, 2]
+    assert Writer.scalars["learning_rate"] == [5, 10] and "closed" in Writer.scalars
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        fit(make(), data(), 10, tensorboard=tmp_path)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    fit(make(), data(), 3, checkpoint=path)
+    bytes_before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="resume=True"):
+        fit(make(), data(), 5, checkpoint=path)
+    others = [
+        (make(seed=6), "seed = 5 there and 6 here"),
+        (make(batch_size=16), "batch_size = 8 there and 16 here"),
+        (make(rate=1e-4), "optimizer ="),
+        (make(loss="ssm"), "loss = dsm there and ssm here"),
+        (make(lambda: MLPScore(3, 20)), r"layers.0.weight has shape \(16, 3\) in the file and"),
+        (make(lambda: MLPScore(3, 16, depth=3)), "layers.2.weight is not in the file"),
+    ]
+    for trainer, words in others:
+        weights = copy.deepcopy(trainer.net.state_dict())
+        with pytest.raises(ValueError, match=f"checkpoint {path}.*{words}"):
+            fit(trainer, data(), 5, checkpoint=path, resume=True)
+        assert trainer.step == 0
+        for name, value in trainer.net.state_dict().items():
+            assert torch.equal(value, weights[name])
+    with pytest.raises(ValueError, match="data: got 40 samples, and 37 in the steps before"):
+        fit(make(), data(40), 5, checkpoint=path, resume=True)
+    assert path.read_bytes() == bytes_before and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_refused() -> None:
+    net = MLPScore(3, 8)
+    optimizer = torch.optim.Adam(net.parameters())
+    for options, error, words in (
+        ({"loss": "mse"}, ValueError, "loss: got 'mse', expected 'dsm', 'ssm' or a function"),
+        ({"loss": 3}, TypeError, "loss: got int"),
+        ({"batch_size": 0}, ValueError, "batch_size: got 0"),
+        ({"accumulate": 3}, ValueError, "accumulate: got 3, expected a divisor of batch_size"),
+        ({"ema_decay": 1.0}, ValueError, "ema_decay: got 1.0"),
+        ({"clip_norm": -1}, ValueError, "clip_norm: got -1"),
+        ({"precision": "half"}, ValueError, "precision: got 'half'"),
+        ({"seed": -1}, ValueError, "seed: got -1"),
+    ):
+        with pytest.raises(error, match=words):
+            Trainer(net, SIGMAS, optimizer, **options)
+    with pytest.raises(TypeError, match="net: got function"):
+        Trainer(lambda x, s: x, SIGMAS, optimizer)
+    with pytest.raises(TypeError, match="optimizer: got"):
+        Trainer(net, SIGMAS, "adam")
+    with pytest.raises(ValueError, match="sigmas"):
+        Trainer(net, [1.0, 2.0], optimizer)
+    trainer = make()
+    nan = data()
+    nan[23, 1] = math.nan
+    for source, error, words in (
+        (nan, ValueError, "data: sample 23 has a value that is not finite"),
+        (torch.zeros(4, 3, dtype=torch.uint8), TypeError, r"data: got dtype torch.uint8.*127.5"),
+        (torch.empty(0, 3), ValueError, "data: got 0 samples"),
+        (iter([1]), TypeError, "data: got list_iterator"),
+    ):
+        with pytest.raises(error, match=words):
+            fit(trainer, source, 5)
+    with pytest.raises(ValueError, match="conditions: got 1 names"):
+        fit(make(conditions=("label",)), torch.utils.data.TensorDataset(data()), 5)
+    with pytest.raises(ValueError, match="loss: got .* from the function"):
+        fit(make(loss=lambda net, x, sigmas, noise: x), data(), 1)
+    assert len(trainer.losses) == 0
