@@ -4,22 +4,49 @@ from score_kernels import ops
 from score_kernels.backends import backends, use_backend
 from score_kernels.losses import dsm_loss
 from score_kernels.noise import NoiseKey
+from score_kernels.parametrization import by_label, by_sigma, unconditional
+from score_kernels.presets import preset, presets
 from score_kernels.sampling import annealed_langevin, langevin
-from score_kernels.schedules import geometric_sigmas
+from score_kernels.schedules import (
+    Schedule,
+    best_step_size,
+    geometric_sigmas,
+    level_count,
+    level_overlap,
+    max_pairwise_distance,
+    pairwise_distance_bounds,
+    sigma_ratio,
+    suggest_schedule,
+    variance_ratio,
+)
 from score_kernels.sliced import exact_score_loss, sliced_score_loss
 from score_kernels.training import Trainer
 
 __version__ = "0.1.0"
 __all__ = [
     "NoiseKey",
+    "Schedule",
     "Trainer",
     "annealed_langevin",
     "backends",
+    "best_step_size",
+    "by_label",
+    "by_sigma",
     "dsm_loss",
     "exact_score_loss",
     "geometric_sigmas",
     "langevin",
+    "level_count",
+    "level_overlap",
+    "max_pairwise_distance",
     "ops",
+    "pairwise_distance_bounds",
+    "preset",
+    "presets",
+    "sigma_ratio",
     "sliced_score_loss",
+    "suggest_schedule",
+    "unconditional",
     "use_backend",
+    "variance_ratio",
 ]

@@ -5,91 +5,29 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.figure import Figure
+from score_kernels import pictures
 
-    from score_kernels.demo import Curves
-
-__all__ = [
-    "draw_chain",
-    "draw_loss",
-    "draw_samples",
-    "require_matplotlib",
-    "summary",
-    "write_page",
-]
-
-_BLUE, _ORANGE, _GREY = "#2b6cb0", "#c05621", "#718096"
-
-
-def require_matplotlib() -> None:
-    """Raise one clear ImportError where matplotlib is missing, before any work is done."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "the demo needs matplotlib for its pictures: pip install score-kernels[demo]"
-        ) from error
+__all__ = ["draw_chain", "draw_samples", "summary", "write_page"]
 
 
 def draw_samples(path: Path, samples: Tensor, real: Tensor) -> None:
     """Up to 100 samples `[N, 1, 8, 8]` in [-1, 1] beside as many real digits."""
-    figure = _figure(10, 5.2)
+    figure = pictures.figure(10, 5.2)
     count = min(100, len(samples), len(real))
     for place, images, title in (
         (1, samples, f"{count} samples of the network"),
         (2, real, f"{count} real digits, held out from training"),
     ):
         axes = figure.add_subplot(1, 2, place)
-        axes.imshow(_sheet(images[:count]), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        sheet = pictures.sheet(images[:count], columns=10)
+        axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(title)
         axes.axis("off")
     figure.savefig(path, bbox_inches="tight")
-
-
-def draw_loss(path: Path, curves: Curves, zero_network: float) -> None:
-    """The loss in training, its running mean, the held-out loss and the zero network's line."""
-    figure = _figure(8, 4.5)
-    axes = figure.add_subplot()
-    loss = torch.tensor(curves.train)
-    window = max(1, len(loss) // 40)
-    mean = loss.unfold(0, window, 1).mean(1)
-    steps = range(1, len(loss) + 1)
-    axes.axhline(zero_network, color=_GREY, linestyle="--", linewidth=1)
-    axes.annotate(
-        f"a network that always answers 0: {zero_network:g}",
-        (len(loss), zero_network),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="right",
-        color=_GREY,
-    )
-    axes.plot(steps, curves.train, color=_BLUE, alpha=0.25, linewidth=0.7)
-    axes.plot(steps[window - 1 :], mean.numpy(), color=_BLUE, label="training digits, running mean")
-    axes.plot(
-        curves.held_out_steps,
-        curves.held_out,
-        color=_ORANGE,
-        marker="o",
-        markersize=4,
-        label="held-out digits, averaged weights",
-    )
-    axes.set_yscale("log")
-    ticks = [t for t in (2, 5, 10, 20, 50, 100) if t < 1.2 * max(zero_network, float(loss.max()))]
-    axes.set_yticks(ticks, [str(t) for t in ticks])
-    axes.minorticks_off()
-    axes.set_ylim(0.7 * float(mean.min()), 1.3 * max(zero_network, float(loss.max())))
-    axes.set_xlabel("training step")
-    axes.set_ylabel("denoising loss per image")
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.85), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
 
 
 def draw_chain(path: Path, chain: list[tuple[float, Tensor]]) -> None:
@@ -99,7 +37,7 @@ def draw_chain(path: Path, chain: list[tuple[float, Tensor]]) -> None:
     denoised end.
     """
     columns = len(chain[0][1])
-    figure = _figure(1.0 * columns + 1, 1.05 * len(chain))
+    figure = pictures.figure(1.0 * columns + 1, 1.05 * len(chain))
     grid = figure.subplots(len(chain), columns, squeeze=False)
     for row, (sigma, states) in enumerate(chain):
         # Each row has its own grey scale, or the first ones would be black and white only.
@@ -286,21 +224,3 @@ def _html_table(head: list[str], rows: Iterable[tuple[str, ...]]) -> str:
 def _image(out: Path, name: str, words: str) -> str:
     data = base64.b64encode((out / name).read_bytes()).decode("ascii")
     return f'<img alt="{words}" src="data:image/png;base64,{data}">'
-
-
-def _figure(width: float, height: float) -> Figure:
-    # A Figure without pyplot: no window system, and none of the caller's plots are touched.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
-
-
-def _sheet(images: Tensor, columns: int = 10) -> np.ndarray:
-    """Images `[N, 1, H, W]` in [-1, 1] as one grey picture with thin lines between them."""
-    rows = -(-len(images) // columns)
-    height, width = images.shape[-2:]
-    sheet = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1), -0.6)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
-        sheet[top : top + height, left : left + width] = image[0]
-    return sheet.numpy()

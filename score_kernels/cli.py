@@ -1,4 +1,4 @@
-"""The command ``score-kernels``: info, selfcheck, demo."""
+"""The command ``score-kernels``: info, selfcheck, demo, train, sample."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,27 +46,112 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--quick", action="store_true", help="a few seconds, to see that it runs: no real digits"
     )
+    _add_train(commands)
+    _add_sample(commands)
     arguments = parser.parse_args(argv)
-    if arguments.command == "info":
-        print(info())
-        return 0
-    if arguments.command == "selfcheck":
-        from score_kernels import selfcheck
+    try:
+        return _COMMANDS[arguments.command](arguments)
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
+        print(f"score-kernels {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"score-kernels {arguments.command}: stopped", file=sys.stderr)
+        return 130
 
-        print(info())
-        try:
-            return selfcheck.run(arguments.device, quick=arguments.quick)
-        except ValueError as error:
-            print(f"score-kernels selfcheck: {error}", file=sys.stderr)
-            return 1
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train", help="train a network on a folder of images, an .npy, .npz or IDX file"
+    )
+    train.add_argument("--data", help="the folder or file")
+    train.add_argument("--out", type=Path, default=Path("run"), help="folder to write to (run)")
+    train.add_argument("--config", type=Path, help="settings, a TOML file; see --print-config")
+    train.add_argument("--steps", type=int, help="training steps in place of the settings'")
+    train.add_argument("--seed", type=int, help="decides everything random")
+    train.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    train.add_argument(
+        "--print-config", action="store_true", help="print all settings and what they mean"
+    )
+
+
+def _add_sample(commands: Any) -> None:
+    sample = commands.add_parser("sample", help="make new images with a checkpoint of train")
+    sample.add_argument("checkpoint", type=Path)
+    sample.add_argument("--num", type=int, default=64, help="how many (default 64)")
+    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder (samples)")
+    sample.add_argument("--seed", type=int, default=0, help="names all noise (default 0)")
+    sample.add_argument("--first", type=int, default=0, help="index of the first sample")
+    sample.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    sample.add_argument("--batch-size", type=int, default=64, help="changes no sample's noise")
+    sample.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    sample.add_argument("--overwrite", action="store_true", help="replace an earlier samples.npz")
+
+
+def _info(_: argparse.Namespace) -> int:
+    print(info())
+    return 0
+
+
+def _selfcheck(arguments: argparse.Namespace) -> int:
+    from score_kernels import selfcheck
+
+    print(info())
+    return selfcheck.run(arguments.device, quick=arguments.quick)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
     from score_kernels.demo import run
 
-    try:
-        run(arguments.out, seed=arguments.seed, threads=arguments.threads, quick=arguments.quick)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"score-kernels demo: {error}", file=sys.stderr)
-        return 1
+    run(arguments.out, seed=arguments.seed, threads=arguments.threads, quick=arguments.quick)
     return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from score_kernels import commands, config
+
+    tables = {} if arguments.config is None else config.to_dict(config.load(arguments.config))
+    for section, key in (
+        ("data", "data"),
+        ("training", "steps"),
+        ("training", "seed"),
+        ("training", "device"),
+    ):
+        value = getattr(arguments, key)
+        if value is not None:
+            tables.setdefault(section, {})["path" if key == "data" else key] = value
+    settings = config.from_dict(tables, "of the command line")
+    if arguments.print_config:
+        print(config.to_toml(settings))
+        return 0
+    commands.train(settings, arguments.out, resume=arguments.resume)
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from score_kernels import commands
+
+    commands.sample(
+        arguments.checkpoint,
+        arguments.out,
+        count=arguments.num,
+        seed=arguments.seed,
+        weights=arguments.weights,
+        batch_size=arguments.batch_size,
+        first_sample=arguments.first,
+        device=arguments.device,
+        overwrite=arguments.overwrite,
+    )
+    return 0
+
+
+_COMMANDS = {
+    "info": _info,
+    "selfcheck": _selfcheck,
+    "demo": _demo,
+    "train": _train,
+    "sample": _sample,
+}
 
 
 def info() -> str:

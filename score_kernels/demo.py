@@ -9,9 +9,8 @@ spacing of noise levels, the step size, the weight averaging and the last denois
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,16 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from tqdm.auto import tqdm
 
 import score_kernels
-from score_kernels import _report, evaluation
+from score_kernels import _report, evaluation, pictures
 from score_kernels.losses import dsm_loss
 from score_kernels.networks import ConvScore
 from score_kernels.noise import NoiseKey
 from score_kernels.sampling import annealed_langevin
 from score_kernels.schedules import geometric_sigmas
+from score_kernels.training import Trainer
 
 __all__ = ["Recipe", "run"]
 
@@ -124,7 +122,7 @@ def run(
     ):
         if value is not None and value < least:
             raise ValueError(f"{name}: got {value}, expected at least {least}")
-    _report.require_matplotlib()
+    pictures.require("demo")
     recipe = _QUICK if quick else Recipe()
     recipe = recipe if steps is None else replace(recipe, steps=steps)
     digits = load_digits()
@@ -156,7 +154,12 @@ def run(
         "versions": {"score_kernels": score_kernels.__version__, "torch": torch.__version__},
     }
     _report.draw_samples(out / "samples.png", sampled, digits.held_out)
-    _report.draw_loss(out / "loss.png", curves, report["loss"]["zero_network"])
+    pictures.draw_losses(
+        out / "loss.png",
+        curves.train,
+        zero_network=report["loss"]["zero_network"],
+        held_out=(curves.held_out_steps, curves.held_out),
+    )
     _report.draw_chain(out / "chain.png", chain)
     report["seconds"]["total"] = time.perf_counter() - started
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -201,30 +204,36 @@ def train(
             data_std=recipe.data_std,
         )
     sigmas = _sigmas(recipe)
-    averaged = AveragedModel(net, avg_fn=_warm_average(recipe.ema_decay)).eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _rate(n, recipe.steps))
-    noise = NoiseKey(seed)
-    batches = torch.Generator().manual_seed(seed)
+    trainer = Trainer(
+        net,
+        sigmas,
+        optimizer,
+        batch_size=recipe.batch,
+        ema_decay=recipe.ema_decay,
+        ema_warmup=True,
+        clip_norm=1.0,
+        warmup_steps=100,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps),
+        seed=seed,
+    )
     curves = Curves([], [], [])
-    bar = tqdm(range(recipe.steps), desc="training", disable=not progress)
-    for step in bar:
-        rows = torch.randint(len(digits.train), (recipe.batch,), generator=batches)
-        loss = dsm_loss(net, digits.train[rows], sigmas, noise=noise.at(step))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        averaged.update_parameters(net)
-        curves.train.append(loss.item())
-        if (step + 1) % max(1, recipe.steps // 15) == 0 or step + 1 == recipe.steps:
-            # The same noise every time, and none that training sees.
-            held_out = _held_out_loss(averaged, digits, sigmas, noise.at(recipe.steps))
-            curves.held_out_steps.append(step + 1)
-            curves.held_out.append(held_out)
-            bar.set_postfix_str(f"loss {loss.item():.2f}, held out {held_out:.2f}")
-    return averaged.module, curves
+    # The same noise every time, and none that training sees.
+    noise = NoiseKey(seed).at(recipe.steps)
+
+    def watch(trainer: Trainer) -> None:
+        curves.held_out_steps.append(trainer.step)
+        curves.held_out.append(_held_out_loss(trainer.ema, digits, sigmas, noise))
+
+    losses = trainer.fit(
+        digits.train,
+        recipe.steps,
+        report_every=max(1, recipe.steps // 15),
+        callback=watch,
+        progress=progress,
+    )
+    curves.train.extend(losses.tolist())
+    return trainer.ema, curves
 
 
 def sample(
@@ -313,21 +322,6 @@ def judge(samples: Tensor, digits: Digits, *, seed: int) -> dict[str, Any]:
 
 def _sigmas(recipe: Recipe) -> Tensor:
     return geometric_sigmas(recipe.sigma_max, recipe.sigma_min, recipe.levels)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate: up over the first 100 steps, then down a cosine to 0."""
-    return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _warm_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """Average of weights whose decay starts small, or a short training would average its start."""
-
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        n = int(count)
-        return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return average
 
 
 @torch.no_grad()

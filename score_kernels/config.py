@@ -1,0 +1,199 @@
+"""The settings of ``score-kernels train``: one TOML file, every key documented and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Config", "from_dict", "load", "to_dict", "to_toml"]
+
+
+def _key(default: Any, words: str, *choices: str) -> Any:
+    """A key of the file: its default (None: not set), what it means, and its allowed values."""
+    return field(default=default, metadata={"words": words, "choices": choices})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the training data are."""
+
+    path: str | None = _key(
+        None, "folder of images, .npy, .npz or IDX file; or --data on the command line"
+    )
+    key: str | None = _key(None, "which array of an .npz that holds several")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The score network."""
+
+    kind: str = _key("auto", "conv for images, mlp for anything", "auto", "conv", "mlp")
+    width: int = _key(32, "channels at full resolution (a multiple of 8), or of a hidden layer")
+    depth: int = _key(3, "resolutions of conv, each half the one before, or hidden layers of mlp")
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Noise levels and sampling steps; the data are in [-1, 1]. Keys that are not set are chosen
+    from the data by the techniques of NCSNv2 (arXiv 2006.09011), and the run says why."""
+
+    sigma_max: float | None = _key(None, "largest level; not set: the data's largest distance")
+    sigma_min: float | None = _key(None, "smallest level; not set: a hundredth of the range")
+    levels: int | None = _key(None, "their number; not set: from the overlap of neighbours")
+    steps_per_level: int = _key(5, "Langevin steps at each level")
+    step_size: float | None = _key(
+        None, "epsilon of x + (a/2) s + sqrt(a) z at the smallest level; not set: technique 4"
+    )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training."""
+
+    loss: str = _key("dsm", "denoising or sliced score matching", "dsm", "ssm")
+    steps: int = _key(20_000, "optimiser steps in all")
+    batch_size: int = _key(64, "samples a step")
+    accumulate: int = _key(1, "parts a batch is split into to save memory")
+    learning_rate: float = _key(1e-3, "of Adam")
+    warmup_steps: int = _key(200, "steps over which the learning rate rises from 0")
+    cosine: bool = _key(True, "let the learning rate fall to 0 along a cosine")
+    clip_norm: float = _key(1.0, "largest norm of the gradient; 0 for none")
+    ema_decay: float = _key(0.999, "of the averaged weights")
+    ema_warmup: bool = _key(True, "average over less at the start")
+    precision: str = _key(
+        "float32", "of the network under autocast", "float32", "bfloat16", "float16"
+    )
+    seed: int = _key(0, "decides everything random, 0 to 2^63 - 1")
+    device: str = _key("cpu", "cpu, cuda, cuda:1, ...")
+    save_every: int = _key(1000, "steps between checkpoints")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The sheet of samples that a training draws."""
+
+    count: int = _key(64, "samples on it; 0 for no sheet")
+    every: int = _key(0, "steps between sheets; 0 for one at the end")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a training; see the sections' own docstrings and :func:`to_toml`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+_SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "network": NetworkConfig,
+    "noise": NoiseConfig,
+    "training": TrainingConfig,
+    "sampling": SamplingConfig,
+}
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """The settings of a TOML file; what it leaves out has its default.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no TOML, or a key is unknown (the closest known one is named), of
+            the wrong type, or not among its choices.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: got {path}, expected a file")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: no TOML ({error})") from error
+    return from_dict(tables, str(path))
+
+
+def from_dict(tables: dict[str, Any], source: str) -> Config:
+    """Settings from nested dictionaries, checked as :func:`load` does; source is for messages."""
+    made: dict[str, Any] = {}
+    for name, table in tables.items():
+        if name not in _SECTIONS:
+            raise ValueError(f"config {source}: [{name}] is unknown{_closest(name, _SECTIONS)}")
+        if not isinstance(table, dict):
+            raise ValueError(f"config {source}: {name} = {table!r}, expected a section [{name}]")
+        known = {f.name: f for f in dataclasses.fields(_SECTIONS[name])}
+        checked = {}
+        for key, value in table.items():
+            if key not in known:
+                raise ValueError(
+                    f"config {source}: {key} in [{name}] is unknown{_closest(key, known)}"
+                )
+            checked[key] = _checked(f"config {source}: [{name}] {key}", known[key], value)
+        made[name] = _SECTIONS[name](**checked)
+    return Config(**made)
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The way back of :func:`from_dict`; keys that are not set are left out."""
+    return {
+        section: {key: value for key, value in table.items() if value is not None}
+        for section, table in dataclasses.asdict(config).items()
+    }
+
+
+def to_toml(config: Config) -> str:
+    """The text of a file with these settings; every key with its meaning, unset ones commented."""
+    lines = ["# Settings of `score-kernels train`. Every key may be left out.", ""]
+    for section in dataclasses.fields(config):
+        table = getattr(config, section.name)
+        lines.append(f"[{section.name}]")
+        for key in dataclasses.fields(table):
+            value, choices = getattr(table, key.name), key.metadata["choices"]
+            words = key.metadata["words"] + (f" ({', '.join(choices)})" if choices else "")
+            lines.append(f"# {words}")
+            # A JSON string, number or truth value is TOML's too.
+            text = f"{key.name} = {json.dumps(value, ensure_ascii=False)}"
+            lines.append(text if value is not None else f"# {key.name} =")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _checked(name: str, key: dataclasses.Field, value: Any) -> Any:
+    # Annotations are strings here: "int", "float | None", ...
+    wanted = str(key.type).split(" | ")[0]
+    if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value).__name__ != wanted:
+        raise ValueError(f"{name}: got {value!r}, expected {_TYPES[wanted]}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    choices = key.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+    return value
+
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text in quotes",
+}
+
+
+def _closest(name: str, known: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"

@@ -1,0 +1,158 @@
+"""Sheets of images and curves of a training, as PNG files. Needs Pillow and Matplotlib."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_losses", "figure", "require", "save_sheet", "sheet"]
+
+BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
+# Smaller images are enlarged by a whole factor, pixels staying squares.
+_SMALLEST_SHEET = 600
+
+
+def require(extra: str = "images") -> None:
+    """Raise one clear ImportError where Pillow or Matplotlib are missing, before any work is done.
+
+    Args:
+        extra: the package's extra that the message tells to install.
+
+    Raises:
+        ImportError: with the command that installs them.
+    """
+    try:
+        import matplotlib  # noqa: F401
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"pictures need Pillow and Matplotlib ({error}): pip install score-kernels[{extra}]"
+        ) from error
+
+
+def sheet(images: Tensor, columns: int | None = None, line: float = 0.2) -> Tensor:
+    """Images on one sheet with thin lines between them.
+
+    Args:
+        images: ``[N, C, H, W]`` of values in [-1, 1] (what is outside is clamped), C 1, 3 or more;
+            of other numbers of channels the first is shown. N at least 1.
+        columns: images a row; by default as square as it gets.
+        line: the grey of the lines, from 0 (black) to 1 (white).
+
+    Returns:
+        ``[rows (H + 1) + 1, columns (W + 1) + 1, C]`` float32 in [0, 1], C 1 or 3.
+
+    Raises:
+        ValueError: images has another shape.
+    """
+    if images.dim() != 4 or not len(images):
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected [N, C, H, W]")
+    images = (images.detach().float().cpu().clamp(-1, 1) + 1) / 2
+    images = images if images.shape[1] == 3 else images[:, :1]
+    count, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    out = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), line)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        out[top : top + height, left : left + width] = image.permute(1, 2, 0)
+    return out
+
+
+def save_sheet(path: str | os.PathLike[str], images: Tensor, columns: int | None = None) -> None:
+    """Write :func:`sheet` as a PNG, small images enlarged by a whole factor.
+
+    Raises:
+        ImportError: without Pillow.
+        OSError: the file cannot be written.
+        ValueError: images is not ``[N, C, H, W]``.
+    """
+    require()
+    from PIL import Image
+
+    pixels = (sheet(images, columns) * 255).round().to(torch.uint8)
+    times = max(1, round(_SMALLEST_SHEET / max(pixels.shape[:2])))
+    pixels = pixels.repeat_interleave(times, 0).repeat_interleave(times, 1).squeeze(2)
+    Image.fromarray(pixels.numpy()).save(path, format="PNG")
+
+
+def draw_losses(
+    path: str | os.PathLike[str],
+    losses: Sequence[float] | Tensor,
+    *,
+    zero_network: float | None = None,
+    held_out: tuple[Sequence[int], Sequence[float]] | None = None,
+    label: str = "denoising loss per sample",
+) -> None:
+    """The loss at every step with its running mean, on a logarithmic axis where all are above 0.
+
+    Args:
+        path: the PNG to write.
+        losses: of every training step.
+        zero_network: the loss of a network that always answers 0, drawn as a line.
+        held_out: (steps, losses) on data that training does not see.
+        label: of the vertical axis.
+
+    Raises:
+        ImportError: without Matplotlib.
+        OSError: the file cannot be written.
+    """
+    require()
+    plot = figure(8, 4.5)
+    axes = plot.add_subplot()
+    loss = torch.as_tensor(losses)
+    steps = torch.arange(1, len(loss) + 1)
+    window = max(1, len(loss) // 40)
+    mean = loss.unfold(0, window, 1).mean(1) if len(loss) else loss
+    # Some tens of thousands of points are more than a picture shows.
+    every = max(1, len(loss) // 5000)
+    axes.plot(steps[::every], loss[::every], color=BLUE, alpha=0.25, linewidth=0.7)
+    axes.plot(steps[window - 1 :: every], mean[::every], color=BLUE, label="training, running mean")
+    if held_out is not None:
+        axes.plot(
+            *held_out, color=ORANGE, marker="o", markersize=4, label="held out, averaged weights"
+        )
+    if zero_network is not None:
+        axes.axhline(zero_network, color=GREY, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"a network that always answers 0: {zero_network:g}",
+            (len(loss), zero_network),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
+            color=GREY,
+        )
+    if len(loss) and float(loss.min()) > 0:
+        _logarithmic(axes, mean, max(float(loss.max()), zero_network or 0.0))
+    axes.set_xlabel("training step")
+    axes.set_ylabel(label)
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.85), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    plot.savefig(path, format="png")
+
+
+def figure(width: float, height: float) -> Figure:
+    """A figure without pyplot: no window system, and none of the caller's plots are touched."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _logarithmic(axes: object, mean: Tensor, highest: float) -> None:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    assert isinstance(axes, Axes)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(0.7 * float(mean.min()), 1.3 * highest)

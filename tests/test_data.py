@@ -1,0 +1,853 @@
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import re
+import struct
+import sys
+import tracemalloc
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from score_kernels.data import Data, load
+
+IDX_TYPES = {"u1": 0x08, "i1": 0x09, ">i2": 0x0B, ">i4": 0x0C, ">f4": 0x0D, ">f8": 0x0E}
+# Of what is written, what is kept.
+KEPT = {
+    "?": "uint8",
+    "u1": "uint8",
+    "i1": "int8",
+    "<i2": "int16",
+    ">i2": "int16",
+    "<i4": "int32",
+    ">i4": "int32",
+    "<i8": "int64",
+    "<u2": "int32",
+    ">u2": "int32",
+    "<u4": "int64",
+    "<u8": "int64",
+    "<f2": "float32",
+    "<f4": "float32",
+    ">f4": "float32",
+    "<f8": "float32",
+    ">f8": "float32",
+}
+RNG = np.random.default_rng()
+
+
+def random(shape: tuple[int, ...], dtype: str = "u1") -> np.ndarray:
+    """Fresh values over much of the type's range; never constant."""
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        values = RNG.normal(size=shape).astype(kind)
+    elif kind.kind == "b":
+        values = RNG.integers(0, 2, shape).astype(kind)
+    else:
+        info = np.iinfo(kind)
+        low, high = max(info.min, -(2**53)), min(info.max, 2**53)
+        values = RNG.integers(low, high, shape, endpoint=True).astype(kind)
+    values.flat[0], values.flat[-1] = 0, 1
+    return values
+
+
+def idx(values: np.ndarray, dtype: str = "u1") -> bytes:
+    head = struct.pack(f">BBBB{values.ndim}I", 0, 0, IDX_TYPES[dtype], values.ndim, *values.shape)
+    return head + values.astype(dtype).tobytes()
+
+
+def npy(values: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, values)
+    return stream.getvalue()
+
+
+def npz(compressed: bool = False, **arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(stream, **arrays)
+    return stream.getvalue()
+
+
+def encoded(image: np.ndarray | Image.Image, form: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def png(values: np.ndarray, depth: int, colour: int) -> bytes:
+    """A PNG that Pillow cannot write: any bit depth and colour type."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, colour, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def pfm(values: np.ndarray) -> bytes:
+    """A PFM, the bottom row first, little-endian."""
+    head = f"Pf\n{values.shape[1]} {values.shape[0]}\n-1.0\n"
+    return head.encode() + values[::-1].astype("<f4").tobytes()
+
+
+def put(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def assert_values(data: Data, want: np.ndarray) -> None:
+    assert data.values.is_contiguous()
+    assert data.values.numpy().dtype == want.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(data.values.numpy(), want)
+
+
+@pytest.mark.parametrize("dtype", KEPT)
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(7, 5), (3, 5, 7), (5, 3, 7, 9), (2, 3, 2, 5, 3)])
+def test_npy(tmp_path: Path, dtype: str, order: Any, shape: tuple[int, ...]) -> None:
+    written = random(shape, dtype)
+    # No name helps: files are known by their first bytes.
+    data = load(put(tmp_path / "x", npy(np.asarray(written, order=order))))
+    want = written.astype(KEPT[dtype])
+    assert_values(data, want[:, None] if len(shape) == 3 else want)
+    if dtype == "u1" and len(shape) > 2:
+        assert (data.low, data.high) == (0, 255)
+    else:
+        assert (data.low, data.high) == (want.min(), want.max())
+    assert len(data) == shape[0] and data.shape == tuple(data.values.shape[1:])
+    assert data.names is None and data.source == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_npz(tmp_path: Path, compressed: bool) -> None:
+    a, b = random((5, 3)), random((3, 9, 7))
+    one = put(tmp_path / "one.npz", npz(compressed, train=a))
+    assert_values(load(one), a)
+    assert_values(load(one, key="train"), a)
+    two = put(tmp_path / "two.npz", npz(compressed, a=a, b=b))
+    data = load(two, key="b")
+    assert_values(data, b[:, None])
+    assert data.source == f"{two}[b]"
+
+
+@pytest.mark.parametrize("dtype", IDX_TYPES)
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("shape", [(7, 5), (3, 5, 7), (5, 3, 7, 9), (2, 3, 2, 5, 3)])
+def test_idx(tmp_path: Path, dtype: str, zipped: bool, shape: tuple[int, ...]) -> None:
+    written = random(shape, dtype)
+    content = idx(written, dtype)
+    data = load(put(tmp_path / "t10k-images", gzip.compress(content) if zipped else content))
+    want = written.astype(KEPT.get(dtype, "float32"))
+    assert_values(data, want[:, None] if len(shape) == 3 else want)
+
+
+@pytest.mark.parametrize(
+    "shape, channels, want",
+    [
+        ((2, 1, 8, 9), None, (2, 1, 8, 9)),
+        ((2, 3, 8, 9), None, (2, 3, 8, 9)),
+        ((2, 4, 8, 9), None, (2, 4, 8, 9)),
+        ((2, 8, 9, 1), None, (2, 1, 8, 9)),
+        ((2, 8, 9, 3), None, (2, 3, 8, 9)),
+        ((2, 8, 9, 4), None, (2, 4, 8, 9)),
+        ((2, 8, 3, 9), None, (2, 8, 3, 9)),
+        ((2, 16, 8, 9), None, (2, 16, 8, 9)),
+        ((2, 3, 8, 3), "first", (2, 3, 8, 3)),
+        ((2, 1, 8, 3), "last", (2, 3, 1, 8)),
+        ((2, 8, 9, 2), "last", (2, 2, 8, 9)),
+        ((2, 8, 9, 3), "first", (2, 8, 9, 3)),
+        ((4, 8, 3), None, (4, 1, 8, 3)),
+        ((9, 3), None, (9, 3)),
+    ],
+)
+def test_place_of_channels(
+    tmp_path: Path, shape: tuple[int, ...], channels: str | None, want: tuple[int, ...]
+) -> None:
+    written = random(shape)
+    data = load(put(tmp_path / "x.npy", npy(written)), channels=channels)
+    assert data.values.shape == want
+    moved = want[1:] != shape[1:] and len(shape) == 4
+    expected = np.moveaxis(written, 3, 1) if moved else written.reshape(want)
+    assert_values(data, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 1), (2, 1, 4, 4), (3, 4, 5, 3)])
+def test_ambiguous_channels_are_asked_for(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = put(tmp_path / "x.npy", npy(random(shape)))
+    with pytest.raises(ValueError, match=f"x.npy: got shape {re.escape(str(shape))}.*channels="):
+        load(path)
+
+
+# Name, encoder of [H, W] or [H, W, 3] values, and what they are.
+LOSSLESS: list[tuple[str, Callable[[np.ndarray], bytes], str]] = [
+    ("png", lambda a: encoded(a, "PNG"), "grey"),
+    ("PNG", lambda a: encoded(a, "PNG"), "rgb"),
+    ("png", lambda a: png(a.astype(">u2"), 16, 0), "grey16"),
+    ("bmp", lambda a: encoded(a, "BMP"), "grey"),
+    ("bmp", lambda a: encoded(a, "BMP"), "rgb"),
+    ("webp", lambda a: encoded(a, "WEBP", lossless=True), "rgb"),
+    ("tif", lambda a: encoded(a, "TIFF"), "grey"),
+    ("tiff", lambda a: encoded(a, "TIFF", compression="tiff_lzw"), "rgb"),
+    ("tif", lambda a: encoded(a.astype(np.uint16), "TIFF"), "grey16"),
+    ("tif", lambda a: encoded(a, "TIFF"), "float"),
+    ("pgm", lambda a: encoded(a, "PPM"), "grey"),
+    ("ppm", lambda a: encoded(a, "PPM"), "rgb"),
+    ("pgm", lambda a: b"P5 9 7 65535\n" + a.astype(">u2").tobytes(), "grey16"),
+    ("pfm", lambda a: pfm(a), "float"),
+]
+
+
+@pytest.mark.parametrize("suffix, encode, kind", LOSSLESS)
+def test_image_folder(
+    tmp_path: Path, suffix: str, encode: Callable[[np.ndarray], bytes], kind: str
+) -> None:
+    size = (5, 7, 9, 3) if kind == "rgb" else (5, 7, 9)
+    dtype = {"grey16": "<u2", "float": "<f4"}.get(kind, "u1")
+    written = random(size, dtype)
+    for i, image in enumerate(written):
+        put(tmp_path / f"{i}.{suffix}", encode(image))
+    data = load(tmp_path)
+    want = written.transpose(0, 3, 1, 2) if kind == "rgb" else written[:, None]
+    assert_values(data, want.astype(KEPT[dtype]))
+    top = {"grey16": 65535, "float": float(written.max())}.get(kind, 255)
+    assert (data.low, data.high) == (written.min() if kind == "float" else 0, top)
+    assert data.names == tuple(f"{i}.{suffix}" for i in range(5))
+
+
+def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
+    written = random((2, 5, 7), "?")
+    for i, image in enumerate(written):
+        put(tmp_path / f"{i}.png", encoded(Image.fromarray(image), "PNG"))
+        put(tmp_path / "more" / f"{i}.pbm", encoded(Image.fromarray(image), "PPM"))
+    want = written[:, None].astype(np.uint8) * 255
+    assert_values(load(tmp_path), np.concatenate([want, want]))
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF"])
+def test_palettes_become_rgb(tmp_path: Path, form: str) -> None:
+    palette = random((16, 3))
+    index = RNG.integers(0, 16, (3, 5, 7)).astype(np.uint8)
+    for i, image in enumerate(index):
+        picture = Image.fromarray(image, "P")
+        picture.putpalette(palette.tobytes())
+        put(tmp_path / f"{i}.{form.lower()}", encoded(picture, form))
+    assert_values(load(tmp_path), palette[index].transpose(0, 3, 1, 2))
+
+
+def test_grey_gif_is_rgb_whatever_its_palette(tmp_path: Path) -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    few = random((16, 16)) // 100 * 100
+    put(tmp_path / "a.gif", encoded(ramp, "GIF"))
+    put(tmp_path / "b.gif", encoded(few, "GIF"))
+    assert_values(load(tmp_path), np.repeat(np.stack([ramp, few])[:, None], 3, 1))
+
+
+def test_jpeg_is_what_pillow_decodes(tmp_path: Path) -> None:
+    for i in range(3):
+        put(tmp_path / f"{i}.jpeg", encoded(random((9, 11, 3)), "JPEG", progressive=i == 1))
+    want = [np.asarray(Image.open(tmp_path / f"{i}.jpeg")) for i in range(3)]
+    assert_values(load(tmp_path), np.stack(want).transpose(0, 3, 1, 2))
+
+
+def test_exif_orientation(tmp_path: Path) -> None:
+    image = random((5, 7))
+    exif = Image.Exif()
+    # 6: the picture has to be turned 90 degrees clockwise.
+    exif[0x0112] = 6
+    put(tmp_path / "a.png", encoded(np.rot90(image, 1), "PNG", exif=exif))
+    put(tmp_path / "b.tif", encoded(image, "TIFF"))
+    assert_values(load(tmp_path), np.stack([image, image])[:, None])
+
+
+def test_order_subfolders_and_files_passed_over(tmp_path: Path) -> None:
+    names = ["B/1.png", "B/10.png", "B/2.PNG", "a.png", "b/c/x.png", "b0.png", "\u00e9.png"]
+    images = {name: random((3, 5)) for name in names}
+    for name in RNG.permutation(names):
+        put(tmp_path / str(name), encoded(images[str(name)], "PNG"))
+    for name in ("notes.txt", "b/labels.csv", "README", "d.txt"):
+        put(tmp_path / name, b"words")
+    for name in (".DS_Store", "._a.png", ".hidden/x.png"):
+        put(tmp_path / name, b"no image")
+    data = load(tmp_path)
+    # Code points: capitals first, "/" before "0", no locale.
+    assert data.names == tuple(names)
+    assert_values(data, np.stack([images[name] for name in names])[:, None])
+    for words in (str(tmp_path), "7 images", "4 other files", "1 .csv", "2 .txt", "1 no suffix"):
+        assert words in data.source
+    assert len(repr(data)) < 400 and "7 samples of shape (1, 3, 5)" in repr(data)
+
+
+def test_linked_folders_are_followed_and_loops_refused(tmp_path: Path) -> None:
+    for i in range(2):
+        put(tmp_path / "real" / f"{i}.png", encoded(random((3, 5)), "PNG"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "class").symlink_to(tmp_path / "real")
+    assert load(tmp_path / "data").names == ("class/0.png", "class/1.png")
+    (tmp_path / "real" / "again").symlink_to(tmp_path / "data")
+    with pytest.raises(ValueError, match="again.*link to a folder that it is in"):
+        load(tmp_path / "data")
+
+
+def test_folder_of_idx_files(tmp_path: Path) -> None:
+    train, test = random((5, 3, 7)), random((2, 3, 7))
+    labels = gzip.compress(idx(random((5,))))
+    put(tmp_path / "train-images-idx3-ubyte.gz", gzip.compress(idx(train)))
+    put(tmp_path / "train-labels-idx1-ubyte.gz", labels)
+    put(tmp_path / "t10k-images-idx3-ubyte.gz", gzip.compress(idx(test)))
+    put(tmp_path / "t10k-labels-idx1-ubyte.gz", labels)
+    data = load(tmp_path)
+    assert_values(data, train[:, None])
+    assert data.source.endswith("train-images-idx3-ubyte.gz") and data.names is None
+    # With the same file unpacked beside it, there are two: the user has to say which.
+    put(tmp_path / "train-images-idx3-ubyte", idx(train))
+    with pytest.raises(ValueError, match="2 IDX files named train-images.*name the file") as caught:
+        load(tmp_path)
+    for name in ("train-images-idx3-ubyte.gz", "train-images-idx3-ubyte,", "t10k-images"):
+        assert name in str(caught.value)
+    assert "labels" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "<i2", "<u2"])
+def test_scaled_and_back_is_exact(tmp_path: Path, dtype: str) -> None:
+    info = np.iinfo(dtype)
+    every = np.arange(info.min, info.max + 1).astype(dtype).reshape(-1, 2, 2)
+    data = load(put(tmp_path / "x.npy", npy(every)))
+    rows = torch.randperm(len(data))
+    x = data.scaled(rows)
+    assert x.dtype == torch.float32 and x.shape == (len(data), 1, 2, 2)
+    assert x.min() == -1 and x.max() == 1
+    back = data.unscale(x)
+    assert back.dtype == data.values.dtype
+    assert torch.equal(back, data.values[rows])
+    # Against the formula; float32 keeps 24 bits of a value of at most 1.
+    want = 2 * (every.astype(float) - info.min) / (float(info.max) - info.min) - 1
+    np.testing.assert_allclose(x, want[rows.numpy()][:, None], rtol=0, atol=2**-24)
+
+
+def test_scaled_floats(tmp_path: Path) -> None:
+    written = random((50, 3), "<f4") + np.float32(1000)
+    data = load(put(tmp_path / "x.npy", npy(written)))
+    assert (data.low, data.high) == (written.min(), written.max())
+    x = data.scaled(torch.arange(50))
+    assert x.min() == -1 and x.max() == 1
+    back = data.unscale(x)
+    assert back.dtype == torch.float32
+    # Scaling rounds to 2**-25 of the half range, and the way back to 2**-25 of the value.
+    half, largest = (data.high - data.low) / 2, np.abs(written).max()
+    bound = (half + largest) * 2**-24
+    np.testing.assert_allclose(back, written, rtol=0, atol=bound)
+
+
+def test_extreme_floats_do_not_overflow(tmp_path: Path) -> None:
+    top = np.finfo(np.float32).max
+    written = np.array([[-top, top], [0, 1e-45]], np.float32)
+    data = load(put(tmp_path / "x.npy", npy(written)))
+    assert data.scaled(torch.tensor([0, 1])).tolist() == [[-1, 1], [0, 0]]
+    assert torch.equal(data.unscale(torch.tensor([-1.0, 1.0])), torch.tensor([-top, top]))
+
+
+def test_unscale_clamps_and_rounds(tmp_path: Path) -> None:
+    data = load(put(tmp_path / "x.npy", npy(random((3, 5, 7)))))
+    x = torch.tensor([-torch.inf, -1.5, -1, 1, 1.5, torch.inf, 0.49 / 127.5, 0.51 / 127.5])
+    assert data.unscale(x).tolist() == [0, 0, 0, 255, 255, 255, 128, 128]
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        assert data.unscale(x.to(dtype)).dtype == torch.uint8
+    assert data.unscale(torch.zeros(2, 1, 4, 4, requires_grad=True)).shape == (2, 1, 4, 4)
+
+
+def test_as_a_data_set(tmp_path: Path) -> None:
+    data = load(put(tmp_path / "x.npy", npy(random((11, 5, 7)))))
+    assert len(list(data)) == 11
+    assert torch.equal(data[3], data.scaled(torch.tensor([3]))[0])
+    assert torch.equal(data[-1], data.scaled(torch.tensor([10], dtype=torch.uint8))[0])
+    batches = list(torch.utils.data.DataLoader(data, batch_size=4))
+    assert torch.equal(torch.cat(batches), data.scaled(torch.arange(11)))
+    same = pickle.loads(pickle.dumps(data))
+    assert torch.equal(same.values, data.values)
+    with pytest.raises(AttributeError):
+        data.low = 1.0
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    path = put(tmp_path / "x.npy", npy(random((3, 5))))
+    data = load(path)
+    for call, error, match in [
+        (lambda: load(3), TypeError, "path: got int"),
+        (lambda: load(path, key=3), TypeError, "key: got int 3"),
+        (lambda: load(path, key="a"), ValueError, "key: got 'a' with .*x.npy, .*no .npz"),
+        (lambda: load(path, channels="middle"), ValueError, "channels: got 'middle'"),
+        (lambda: load(path, channels="last"), ValueError, "x.npy: channels: got 'last' with shape"),
+        (lambda: data.scaled([1]), TypeError, "rows: got list"),
+        (lambda: data.scaled(torch.tensor([1.0])), TypeError, "rows: got dtype torch.float32"),
+        (lambda: data.scaled(torch.tensor([True])), TypeError, "rows: got dtype torch.bool"),
+        (lambda: data.scaled(torch.tensor(1)), ValueError, r"rows: got shape \(\)"),
+        (lambda: data.scaled(torch.tensor([3])), IndexError, "3"),
+        (lambda: data[3], IndexError, "3"),
+        (lambda: data.unscale(1.0), TypeError, "x: got float"),
+        (lambda: data.unscale(torch.tensor([1])), TypeError, "x: got dtype torch.int64"),
+        (lambda: data.unscale(torch.tensor([torch.nan])), ValueError, "x: got NaN"),
+    ]:
+        with pytest.raises(error, match=match):
+            call()
+
+
+def zip_of(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def flipped(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :]
+
+
+def npy_header(text: str) -> bytes:
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode()
+
+
+BAD_FILES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "neither .npy, .npz nor IDX"),
+    "text": (lambda: b"hello, world", "neither .npy, .npz nor IDX"),
+    "one.png": (lambda: encoded(random((3, 5)), "PNG"), "name the folder"),
+    "magic": (lambda: b"\0\0\x07\2" + bytes(20), "magic number 00000702"),
+    "no-dims": (lambda: b"\0\0\x08\0" + bytes(20), "magic number 00000800"),
+    "long-idx": (lambda: idx(random((3, 5, 7))) + b"xy", "got 123 bytes, expected 121.*too long"),
+    "long.gz": (
+        lambda: gzip.compress(idx(random((3, 5, 7))) + b"xy"),
+        "got 123 bytes, expected 121.*too long",
+    ),
+    "short.gz": (
+        lambda: gzip.compress(idx(random((3, 5, 7)))[:-1]),
+        "got 120 bytes, expected 121.*truncated",
+    ),
+    "bomb.gz": (
+        lambda: gzip.compress(b"\0\0\x08\3" + struct.pack(">3I", *[2**32 - 1] * 3)),
+        r"at most \d+ bytes, expected \d+.*truncated",
+    ),
+    "huge-idx": (
+        lambda: b"\0\0\x08\3" + struct.pack(">3I", *[2**32 - 1] * 3),
+        r"got 16 bytes, expected \d+.*truncated",
+    ),
+    "labels": (lambda: idx(random((50,))), r"got shape \(50,\).*labels"),
+    "crc.gz": (lambda: flipped(gzip.compress(idx(random((3, 5, 7)))), -6), "CRC"),
+    "text.gz": (lambda: gzip.compress(b"hello, world"), "magic number 68656c6c"),
+    "tail.npy": (lambda: npy(random((3, 5))) + b"x", "got 144 bytes, expected 143.*too long"),
+    "object.npy": (lambda: npy(np.array([[1, "a"], [2, {}]], object)), "pickled objects are never"),
+    "complex.npy": (lambda: npy(np.ones((3, 5), complex)), "an array of complex128"),
+    "text.npy": (lambda: npy(np.array([["a", "b"]] * 3)), "an array of <U1"),
+    "dates.npy": (lambda: npy(np.zeros((3, 5), "M8[s]")), "an array of datetime64"),
+    "records.npy": (lambda: npy(np.zeros((3, 5), "i4,f4")), r"an array of \[\('f0'"),
+    "version.npy": (lambda: b"\x93NUMPY\3\0" + npy(random((3, 5)))[8:], r"version \(3, 0\)"),
+    "nothing.npy": (lambda: npy(np.zeros((3, 0, 5))), r"got shape \(3, 0, 5\).*no empty"),
+    "none.npy": (lambda: npy(np.zeros((0, 5))), r"got shape \(0, 5\).*at least 2 samples"),
+    "single.npy": (lambda: npy(random((1, 5))), r"got shape \(1, 5\).*at least 2 samples"),
+    "scalar.npy": (lambda: npy(np.array(3.0)), r"got shape \(\)"),
+    "negative.npy": (
+        lambda: npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (3, -5)}\n"),
+        r"got shape \(3, -5\)",
+    ),
+    "code.npy": (lambda: npy_header("__import__('os').abort()\n"), "broken .npy header"),
+    "brackets.npy": (lambda: npy_header("(" * 5000), "broken .npy header"),
+    "constant.npy": (lambda: npy(np.full((3, 5), 7)), "every value is 7"),
+    "same.npy": (lambda: npy(np.full((3, 5, 7), 9, np.uint8)), "every value is 9"),
+    "nan.npy": (lambda: npy(np.array([[1, 2], [3, 4], [5, np.nan]])), "sample 2 holds NaN"),
+    "inf-idx": (lambda: idx(np.array([[1, 2], [-np.inf, 4]]), ">f4"), "sample 1 holds NaN, inf"),
+    "wide.npy": (lambda: npy(np.array([[1, 1e300], [3, 4]])), "sample 0 .*beyond float32"),
+    "large.npy": (lambda: npy(np.array([[1, 2], [-(2**53) - 1, 4]])), "-9007199254740993 to 4"),
+    "unsigned.npy": (lambda: npy(np.array([[1, 2], [2**64 - 1, 4]], np.uint64)), r"2\*\*63"),
+    "two.npz": (
+        lambda: npz(b=random((3, 5)), a=random((3, 5))),
+        r"got 2 arrays \(a, b\).*choose one with key",
+    ),
+    "none.npz": (lambda: zip_of({}), "got 0 arrays"),
+    "other.npz": (lambda: zip_of({"data.pkl": b"cos\nsystem\n(S'true'\ntR."}), "got 0 arrays"),
+    "object.npz": (lambda: npz(a=np.array([[1, "a"], [2, {}]], object)), "pickled objects"),
+    "bzip.npz": (
+        lambda: zip_of({"a.npy": b"x"}, zipfile.ZIP_BZIP2),
+        "a: got compression method 12",
+    ),
+    "short.npz": (
+        lambda: zip_of({"a.npy": npy(random((3, 5)))[:-1]}),
+        "got 142 bytes, expected 143.*truncated",
+    ),
+    "sum.npz": (lambda: flipped(npz(a=random((90, 50))), 2000), "CRC-32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_named(tmp_path: Path, name: str) -> None:
+    make, match = BAD_FILES[name]
+    path = put(tmp_path / name, make())
+    with pytest.raises(ValueError, match=f"(?s)^{re.escape(str(path))}: .*{match}"):
+        load(path)
+
+
+def test_missing_key_lists_what_is_there(tmp_path: Path) -> None:
+    path = put(tmp_path / "x.npz", npz(a=random((3, 5)), b=random((3, 5))))
+    with pytest.raises(ValueError, match="x.npz: key: got 'c', expected one of its arrays: a, b"):
+        load(path, key="c")
+
+
+def test_a_zip_that_lies_about_its_size(tmp_path: Path) -> None:
+    shape = (2**40, 5)
+    head = npy_header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n")
+    content = bytearray(zip_of({"a.npy": head}, zipfile.ZIP_DEFLATED))
+    claim = struct.pack("<I", 2**32 - 2)
+    # The member's size, in its own header and in the directory.
+    content[22:26] = claim
+    at = content.index(b"PK\1\2")
+    content[at + 24 : at + 28] = claim
+    path = put(tmp_path / "x.npz", bytes(content))
+    with pytest.raises(ValueError, match="x.npz: .*truncated"):
+        load(path)
+
+
+SMALL_FILES: dict[str, Callable[[], bytes]] = {
+    "x-idx": lambda: idx(random((3, 2, 5))),
+    "x.gz": lambda: gzip.compress(idx(random((3, 2, 5)))),
+    "x.npy": lambda: npy(random((3, 2, 5))),
+    "f.npy": lambda: npy(random((3, 2, 5), "<f8")),
+    "x.npz": lambda: npz(a=random((3, 2, 5))),
+    "c.npz": lambda: npz(True, a=random((3, 2, 5))),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_every_truncation_is_an_error(tmp_path: Path, name: str) -> None:
+    content = SMALL_FILES[name]()
+    load(put(tmp_path / name, content))
+    for length in range(len(content)):
+        path = put(tmp_path / name, content[:length])
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            load(path)
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_damaged_bytes_never_raise_anything_else(tmp_path: Path, name: str) -> None:
+    content = SMALL_FILES[name]()
+    refused = 0
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= int(RNG.integers(1, 256))
+        path = put(tmp_path / name, bytes(damaged))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                load(path)
+            except ValueError as error:
+                assert str(path) in str(error)
+                refused += 1
+    assert refused
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+# How many bytes at the end of such a file hold nothing of the image: a PNG's checksum of its empty
+# last chunk, a JPEG's end marker, a GIF's end markers, the padding of a BMP's last row, and the
+# place of a TIFF's next directory.
+SMALL_IMAGES: dict[str, tuple[Callable[[], bytes], int]] = {
+    "grey.png": (lambda: encoded(random((5, 7)), "PNG"), 4),
+    "rgb.png": (lambda: encoded(random((5, 7, 3)), "PNG", exif=_turned()), 4),
+    "deep.png": (lambda: png(random((5, 7), ">u2"), 16, 0), 4),
+    "x.jpg": (lambda: encoded(random((5, 7, 3)), "JPEG", exif=_turned()), 2),
+    "progressive.jpg": (lambda: encoded(random((25, 17, 3)), "JPEG", progressive=True), 2),
+    "x.gif": (lambda: encoded(random((5, 7)), "GIF"), 2),
+    "x.bmp": (lambda: encoded(random((5, 7, 3)), "BMP"), 3),
+    "lossless.webp": (lambda: encoded(random((5, 7, 3)), "WEBP", lossless=True), 0),
+    "lossy.webp": (lambda: encoded(random((5, 7, 3)), "WEBP", exif=_turned()), 0),
+    "raw.tif": (lambda: encoded(random((5, 7, 3)), "TIFF"), 0),
+    "lzw.tif": (lambda: encoded(random((5, 7)), "TIFF", compression="tiff_lzw"), 4),
+    "x.ppm": (lambda: encoded(random((5, 7, 3)), "PPM"), 0),
+    "x.pfm": (lambda: pfm(random((5, 7), "<f4")), 0),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_IMAGES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_truncation_of_an_image_is_an_error(tmp_path: Path, name: str) -> None:
+    make, idle = SMALL_IMAGES[name]
+    content = make()
+    whole = put(tmp_path / f"a-{name}", content)
+    cut = put(tmp_path / f"b-{name}", content)
+    want = load(tmp_path)
+    for length in range(len(content)):
+        cut.write_bytes(content[:length])
+        if length < len(content) - idle:
+            with pytest.raises(ValueError, match=re.escape(str(cut))):
+                load(tmp_path)
+        else:
+            try:
+                assert torch.equal(load(tmp_path).values, want.values)
+            except ValueError as error:
+                assert str(cut) in str(error)
+    assert whole.exists()
+
+
+@pytest.mark.parametrize("name", SMALL_IMAGES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_images_never_raise_anything_else(tmp_path: Path, name: str) -> None:
+    make, _ = SMALL_IMAGES[name]
+    content = make()
+    put(tmp_path / f"a-{name}", content)
+    for position in RNG.permutation(len(content))[:150]:
+        damaged = bytearray(content)
+        damaged[position] ^= int(RNG.integers(1, 256))
+        put(tmp_path / f"b-{name}", bytes(damaged))
+        try:
+            load(tmp_path)
+            # A PNG has checksums of everything but its last chunk's.
+            assert not name.endswith(".png") or position >= len(content) - 12
+        except ValueError as error:
+            assert f"b-{name}" in str(error)
+
+
+BAD_IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty.png": (lambda: b"", "got 0 bytes, expected a whole image"),
+    "text.png": (lambda: b"words", "got 5 bytes, expected a whole image"),
+    "script.png": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 3\n", "a whole image"),
+    "rgba.png": (lambda: encoded(random((3, 5, 4)), "PNG"), r"transparency \(mode RGBA\)"),
+    "la.png": (
+        lambda: encoded(Image.fromarray(random((3, 5, 4))).convert("LA"), "PNG"),
+        r"transparency \(mode LA\).*im.convert",
+    ),
+    "key.png": (
+        lambda: encoded(random((3, 5)), "PNG", transparency=7),
+        r"transparency \(mode L\)",
+    ),
+    "clear.gif": (lambda: encoded(random((3, 5)), "GIF", transparency=1), "transparency"),
+    "cmyk.jpg": (
+        lambda: encoded(Image.fromarray(random((3, 5, 3))).convert("CMYK"), "JPEG"),
+        "got mode CMYK.*convert",
+    ),
+    "lab.tif": (lambda: encoded(Image.new("LAB", (5, 3)), "TIFF"), "got mode LAB"),
+    "deep.png": (lambda: png(random((3, 5, 3), ">u2"), 16, 2), "16-bit colour"),
+    "deep.ppm": (lambda: b"P6 5 3 65535\n" + random((90,)).tobytes(), "16-bit colour"),
+    "plain.pgm": (lambda: b"P2 2 1 255\n12 250\n", "plain text"),
+    "int.tif": (
+        lambda: encoded(np.arange(15, dtype=np.int32).reshape(3, 5) * -9999, "TIFF"),
+        "got pixels from -139986 to 0, expected 0 to 65535",
+    ),
+    "moving.gif": (
+        lambda: encoded(
+            Image.fromarray(random((3, 5))),
+            "GIF",
+            save_all=True,
+            append_images=[Image.fromarray(random((3, 5)))],
+        ),
+        "got 2 frames",
+    ),
+    "moving.png": (
+        lambda: encoded(
+            Image.fromarray(random((3, 5))),
+            "PNG",
+            save_all=True,
+            append_images=[Image.fromarray(random((3, 5)))],
+        ),
+        "got 2 frames",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images_are_named(tmp_path: Path, name: str) -> None:
+    make, match = BAD_IMAGES[name]
+    put(tmp_path / "0.png", encoded(random((3, 5)), "PNG"))
+    path = put(tmp_path / name, make())
+    with pytest.raises(ValueError, match=f"(?s)^{re.escape(str(path))}: .*{match}"):
+        load(tmp_path)
+
+
+def test_mixed_sizes(tmp_path: Path) -> None:
+    sizes = [(3, 5)] * 3 + [(5, 3)] + [(3, 5)] + [(5, 3), (3, 5, 3)]
+    for i, size in enumerate(sizes):
+        put(tmp_path / f"{i}.png", encoded(random(size), "PNG"))
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path)
+    assert str(tmp_path / "3.png") in str(caught.value)
+    for words in ("got 1x5x3 uint8", "expected 1x3x5 uint8 as in 0.png"):
+        assert words in str(caught.value)
+    assert "4 of 1x3x5 uint8, 2 of 1x5x3 uint8, 1 of 3x3x5 uint8" in str(caught.value)
+
+
+def test_mixed_depths(tmp_path: Path) -> None:
+    put(tmp_path / "0.png", encoded(random((3, 5)), "PNG"))
+    put(tmp_path / "1.png", png(random((3, 5), ">u2"), 16, 0))
+    with pytest.raises(
+        ValueError, match="1.png: got 1x3x5 int32, expected 1x3x5 uint8 as in 0.png"
+    ):
+        load(tmp_path)
+
+
+def test_constant_images(tmp_path: Path) -> None:
+    for i in range(3):
+        put(tmp_path / f"{i}.png", encoded(np.full((3, 5), 7, np.uint8), "PNG"))
+    with pytest.raises(ValueError, match=f"{tmp_path}: every value is 7"):
+        load(tmp_path)
+
+
+def test_nan_pixels_name_the_image(tmp_path: Path) -> None:
+    for i in range(4):
+        image = random((3, 5), "<f4")
+        image[1, 2] = np.nan if i >= 2 else 0
+        put(tmp_path / f"{i}.tif", encoded(image, "TIFF"))
+    with pytest.raises(ValueError, match=r"sample 2 \(2.tif\) holds NaN"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [20, 40])
+def test_decompression_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    for i in range(2):
+        put(tmp_path / f"{i}.png", encoded(random((5, 9)), "PNG"))
+    # 45 pixels: a warning of Pillow's above the limit, an error above twice that.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ValueError, match="0.png: Image size .45 pixels. exceeds limit"):
+        load(tmp_path)
+
+
+def test_half_images_are_refused_whatever_the_caller_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    content = encoded(random((50, 50, 3)), "JPEG")
+    put(tmp_path / "0.jpg", content)
+    put(tmp_path / "1.jpg", content[:-500])
+    with pytest.raises(ValueError, match="1.jpg: .*truncated"):
+        load(tmp_path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+@pytest.mark.parametrize(
+    "files, match",
+    [
+        ({}, "is an empty folder"),
+        ({".hidden.png": b""}, "is an empty folder"),
+        ({"a.txt": b"words", "b/c.TXT": b"", "d": b""}, r"none of its 3 files .*2 .txt, 1 no suff"),
+        ({"labels-idx1": idx(random((5,)))}, "none of its 1 files"),
+        ({"train-labels": gzip.compress(idx(random((5,))))}, "none of its 1 files"),
+        ({"images-idx3": idx(random((5, 3, 7)))}, "0 IDX files .*It holds images-idx3"),
+        ({"x.npy": npy(random((5, 3)))}, "0 IDX files .*It holds x.npy"),
+        ({"train-images": gzip.compress(idx(random((5, 3))))[:-9]}, "end-of-stream"),
+        ({"a.png": encoded(random((3, 5)), "PNG")}, r"got 1 image \(a.png\)"),
+    ],
+)
+def test_bad_folders_are_named(tmp_path: Path, files: dict[str, bytes], match: str) -> None:
+    for name, content in files.items():
+        put(tmp_path / name, content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.*: .*{match}"):
+        load(tmp_path)
+
+
+def test_image_folders_take_no_key(tmp_path: Path) -> None:
+    for i in range(2):
+        put(tmp_path / f"{i}.png", encoded(random((3, 5)), "PNG"))
+    with pytest.raises(ValueError, match="key: got 'a' with .* a folder of images"):
+        load(tmp_path, key="a")
+    with pytest.raises(ValueError, match="channels: got 'last' with .* a folder of images"):
+        load(tmp_path, channels="last")
+
+
+def test_missing_and_forbidden_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.npy"):
+        load(tmp_path / "nowhere.npy")
+    for i in range(2):
+        put(tmp_path / f"{i}.png", encoded(random((3, 5)), "PNG"))
+    (tmp_path / "2.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(FileNotFoundError, match="2.png"):
+        load(tmp_path)
+    (tmp_path / "2.png").unlink()
+    if os.geteuid():
+        (tmp_path / "1.png").chmod(0)
+        with pytest.raises(PermissionError, match="1.png"):
+            load(tmp_path)
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="x.png: is neither a file nor a folder"):
+        load(tmp_path / "x.png")
+    put(tmp_path / "0.png", encoded(random((3, 5)), "PNG"))
+    with pytest.raises(ValueError, match="x.png: is not a file"):
+        load(tmp_path)
+
+
+def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tmp_path / "images"
+    for i in range(2):
+        put(images / f"{i}.png", encoded(random((3, 5)), "PNG"))
+    path = put(tmp_path / "x.npy", npy(random((3, 5))))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r"pip install score-kernels\[images\]"):
+        load(images)
+    assert len(load(path)) == 3
+
+
+@pytest.mark.parametrize("name", ["x", "x.npy", "last.npy", "fortran.npy", "x.npz", "x.gz"])
+def test_array_files_are_held_once(tmp_path: Path, name: str) -> None:
+    shape = (300, 128, 128, 3) if name == "last.npy" else (300, 3, 128, 128)
+    values = random(shape)
+    make = {"x": idx, "x.npz": lambda a: npz(True, a=a), "x.gz": lambda a: gzip.compress(idx(a), 1)}
+    content = make.get(name, npy)(np.asfortranarray(values) if name == "fortran.npy" else values)
+    path = put(tmp_path / name, content)
+    del content
+    data, peak = peak_of(path)
+    # Beside the samples: pieces of 1 MiB, as read and as joined, and decompression.
+    assert values.nbytes <= peak < values.nbytes + 4 * 2**20
+    assert_values(data, np.moveaxis(values, 3, 1) if name == "last.npy" else values)
+
+
+def test_images_are_held_once(tmp_path: Path) -> None:
+    values = random((40, 256, 256, 3))
+    for i, image in enumerate(values):
+        put(tmp_path / f"{i:02}.png", encoded(image, "PNG", compress_level=0))
+    _, peak = peak_of(tmp_path)
+    # Beside the samples: a file, and its image as Pillow hands it over, joined and as an array.
+    assert values.nbytes <= peak < values.nbytes + 6 * values[0].nbytes
+
+
+def peak_of(path: Path) -> tuple[Data, int]:
+    load_once = put(path.parent / "warm.npy", npy(random((3, 5))))
+    load(load_once)
+    load_once.unlink()
+    tracemalloc.start()
+    try:
+        data = load(path)
+        return data, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for i in range(3):
+        put(tmp_path / "images" / f"{i}.png", encoded(random((3, 5)), "PNG"))
+    path = put(tmp_path / "x.gz", gzip.compress(idx(random((3, 5)))))
+    load(tmp_path / "images"), load(path)
+    assert capfd.readouterr() == ("", "")
+    load(tmp_path / "images", progress=True), load(path, progress=True)
+    shown = capfd.readouterr().err
+    assert shown.count("reading") >= 2 and "3/3" in shown

@@ -1,0 +1,274 @@
+"""The largest distance against float64 differences of all pairs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.harness import peak_bytes
+from score_kernels import NoiseKey, _distance, ops
+from score_kernels._distance import Cloud, max_pairwise_distance, pairwise_distance_bounds
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def truth(data: Tensor) -> float:
+    """The largest distance by differences in float64, of data whose squares fit."""
+    x = data.detach().double().reshape(len(data), -1)
+    return max((x[i + 1 :] - x[i]).norm(dim=1).max().item() for i in range(len(x) - 1))
+
+
+def rounding(data: Tensor) -> float:
+    """What the docstring promises; twice, since the truth is rounded as well."""
+    return 2 * (data[0].numel() + 16) * 2.0**-50
+
+
+def check(data: Tensor) -> None:
+    assert max_pairwise_distance(data) == pytest.approx(truth(data), rel=rounding(data), abs=0)
+
+
+@pytest.fixture(params=["small blocks", "ordinary blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "small blocks":
+        monkeypatch.setattr(_distance, "_SIDE", 16)
+        monkeypatch.setattr(_distance, "_DEPTH", 32)
+        monkeypatch.setattr(_distance, "_PASS", 500)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(2,), (2, 1), (3, 7), (65, 2), (90, 3, 5, 7), (77, 1), (31, 33), (60, 129)]
+)
+def test_is_the_float64_distance(blocks: None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    spread = torch.rand(shape[:1] + (1,) * (len(shape) - 1))
+    for data in (
+        torch.randn(shape),
+        torch.rand(shape),
+        torch.randn(shape) * spread,
+        1e4 + torch.randn(shape),
+        -300 + 1e-3 * torch.randn(shape),
+    ):
+        check(data.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(2500, 17), (1100, 300), (60, 9001)])
+def test_many_blocks_of_the_real_size(shape: tuple[int, int]) -> None:
+    check(torch.randn(shape))
+    check(torch.rand(shape, dtype=torch.float64) - 1e5)
+
+
+def test_low_dimensions_with_many_samples() -> None:
+    angle = torch.rand(4001, dtype=torch.float64) * 2 * math.pi
+    circle = torch.stack([angle.cos(), angle.sin()], 1)
+    check(circle)
+    check(circle.float() + 7)
+
+
+def test_ties(blocks: None) -> None:
+    """Every pair, or every pair across, is as far apart as any other."""
+    check(torch.eye(100))
+    check(torch.eye(50).repeat(3, 1))
+    check(torch.cat([torch.zeros(70, 5), torch.ones(50, 5)])[torch.randperm(120)])
+    check(torch.randint(0, 2, (150, 9)).float())
+    check(torch.linspace(0, 1, 100)[:, None].expand(100, 6))
+
+
+def test_differences_far_below_float32(blocks: None) -> None:
+    """All pairs are equally far apart to 1e-11; the two longest vectors are the farthest."""
+    length = 1 + 1e-11 * torch.rand(90, dtype=torch.float64)
+    data = torch.diag(length)
+    first, second = length.topk(2).values.tolist()
+    assert max_pairwise_distance(data) == pytest.approx(math.hypot(first, second), rel=1e-13, abs=0)
+
+
+def test_samples_settled_one_by_one_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_distance, "_SIDE", 16)
+    settled = []
+    original = Cloud.distance
+
+    def counted(self: Cloud, i: int, j: int) -> float:
+        settled.append((i, j))
+        return original(self, i, j)
+
+    monkeypatch.setattr(Cloud, "distance", counted)
+    check(torch.eye(160))
+    # Two a block, of which there are 45 off the diagonal and 2 halves of each of 10 on it; and two
+    # sweeps. There are 12,720 pairs.
+    assert len(settled) <= 2 * (45 + 20) + 2
+
+
+@pytest.mark.parametrize("samples", [2, 5, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_samples_are_at_distance_zero(samples: int, dtype: torch.dtype) -> None:
+    data = torch.randn(3, 4).to(dtype).expand(samples, 3, 4)
+    assert max_pairwise_distance(data) == 0.0
+    assert pairwise_distance_bounds(data) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "dtype, power",
+    [
+        (torch.float64, 900),
+        (torch.float64, -900),
+        (torch.float32, 120),
+        (torch.float32, -120),
+        (torch.float16, 13),
+        (torch.float16, -13),
+    ],
+)
+def test_very_large_and_very_small_values(dtype: torch.dtype, power: int) -> None:
+    data = torch.rand(50, 33).to(dtype)
+    scaled = data * 2.0**power
+    # A power of two, but float16 rounds where it has no smaller exponents.
+    back = scaled.double() * 2.0**-power
+    want = truth(back) * 2.0**power
+    assert max_pairwise_distance(scaled) == pytest.approx(want, rel=rounding(data), abs=0)
+    lower, upper = pairwise_distance_bounds(scaled, points=3)
+    assert lower * (1 - rounding(data)) <= want <= upper * (1 + rounding(data))
+
+
+def test_values_of_very_different_size() -> None:
+    """A number that is large and the same everywhere hides nothing."""
+    data = torch.rand(40, 5) * 1e-30
+    data[:, 2] = 1e30
+    check(data.double() * 1e30)
+    want = truth(data.double() * 1e30) * 1e-30
+    assert max_pairwise_distance(data) == pytest.approx(want, rel=1e-12)
+
+
+def test_views_and_gradients(blocks: None) -> None:
+    data = torch.randn(60, 4, 6)
+    check(data.transpose(1, 2))
+    check(data[::3, :, 1::2])
+    check(data.permute(2, 0, 1))
+    check(data.clone().requires_grad_())
+    with torch.inference_mode():
+        check(data)
+
+
+def test_other_precision_settings_do_not_matter_and_stay() -> None:
+    # At 1000 away in products of bfloat16, the farthest pair would be any pair.
+    data = torch.rand(300, 100)
+    want = max_pairwise_distance(data)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert max_pairwise_distance(data) == want
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_memory_does_not_grow_with_the_square() -> None:
+    """Neither with N x N, nor by a float32 or float64 copy of the data."""
+    held = {}
+    for samples in (20_000, 60_000):
+        data = torch.rand(samples, 256).half() * torch.rand(samples, 1).half() ** 8
+        held[samples] = peak_bytes(lambda data=data: torch.tensor(max_pairwise_distance(data)))
+    print(held)
+    # A float32 copy of the larger would be 61 MB.
+    assert held[60_000] < 20e6
+    # Norms, order and the like: some numbers a sample.
+    assert held[60_000] - held[20_000] < 40_000 * 100
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape, points", [((2, 3), 1), ((90, 5), 1), ((90, 5), 7), ((70, 200), 80)]
+)
+def test_bounds_hold(blocks: None, shape: tuple[int, int], points: int, dtype: torch.dtype) -> None:
+    for seed in range(5):
+        data = (torch.randn(shape) * torch.rand(shape[0], 1) + 10 * seed).to(dtype)
+        lower, upper = pairwise_distance_bounds(data, points=points, seed=seed)
+        x = data.double()
+        drawn = ops.words((1, len(x)), NoiseKey(seed)).flatten().argsort()[:points]
+        reach = torch.stack([(x - x[i]).norm(dim=1).max() for i in drawn])
+        slack = 1 + rounding(data)
+        assert reach.max().item() <= lower * slack
+        assert lower <= truth(data) * slack <= upper * slack**2
+        # The bound and what float32 may have lost: (terms / 4 + 4) of 2^-24 of (2 R)^2 in half a
+        # square, with R no larger than any reach.
+        assert upper <= 2 * reach.min().item() * (1 + (shape[1] + 20) * 2.0**-22)
+        if points >= len(x):
+            assert lower == pytest.approx(truth(data), rel=rounding(data))
+
+
+def test_bounds_are_reproducible_and_sweep() -> None:
+    data = torch.randn(300, 12)
+    assert pairwise_distance_bounds(data, seed=3) == pairwise_distance_bounds(data, seed=3)
+    # One far pair, and no luck needed to find it.
+    data[17], data[130] = 40.0, -41.0
+    lower, upper = pairwise_distance_bounds(data, points=1)
+    assert lower == pytest.approx(81 * math.sqrt(12), rel=1e-12) and lower <= upper
+
+
+def test_pairs_are_ruled_out_by_norms() -> None:
+    data = torch.randn(60, 4, dtype=torch.float64) * torch.rand(60, 1)
+    cloud = Cloud(data)
+    norms = (data - data.mean(0)).norm(dim=1)
+    best = truth(data)
+    sums = (norms[:, None] + norms).triu(1)
+    assert cloud.pairs(best * cloud.scale) == (sums > best).sum()
+    assert cloud.within(math.inf, False)[0] == pytest.approx(best, rel=1e-12)
+    lower, upper = cloud.within(0, False)
+    assert lower <= best * (1 + 1e-12) and best <= upper and lower < upper
+
+
+def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    data = torch.randn(20, 3)
+    max_pairwise_distance(data)
+    pairwise_distance_bounds(data)
+    assert capsys.readouterr().err == ""
+    max_pairwise_distance(data, progress=True)
+    assert "largest distance" in capsys.readouterr().err
+    pairwise_distance_bounds(data, progress=True)
+    assert "100%" in capsys.readouterr().err
+
+
+def bad(value: float) -> Tensor:
+    data = torch.zeros(500, 3)
+    data[321, 1] = value
+    data[400, 0] = value
+    return data
+
+
+@pytest.mark.parametrize("function", [max_pairwise_distance, pairwise_distance_bounds])
+@pytest.mark.parametrize(
+    "data, error, match",
+    [
+        (bad(math.nan), ValueError, "data: got NaN or infinity in sample 321"),
+        (bad(math.inf), ValueError, "data: got NaN or infinity in sample 321"),
+        (bad(-math.inf).half(), ValueError, "sample 321"),
+        (torch.zeros(1, 3), ValueError, r"data: got shape \(1, 3\), expected \[N, ...\] with N"),
+        (torch.zeros(0, 3), ValueError, r"data: got shape \(0, 3\)"),
+        (torch.zeros(3, 0), ValueError, r"data: got shape \(3, 0\)"),
+        (torch.zeros(()), ValueError, "data: got a tensor without dimensions"),
+        (torch.zeros(3, 2, dtype=torch.uint8), TypeError, r"data: got dtype torch.uint8.*/ 255"),
+        (torch.zeros(3, 2, dtype=torch.complex64), TypeError, "data: got dtype torch.complex64"),
+        ([[0.0], [1.0]], TypeError, "data: got list"),
+        (torch.eye(3, dtype=torch.float64) * 1e300, ValueError, r"data: got values .*2\*\*960"),
+        (torch.eye(3, dtype=torch.float64) * 1e-300, ValueError, r"differences of .*2\*\*-960"),
+        (torch.eye(3).to_sparse(), TypeError, "data: got layout"),
+    ],
+)
+def test_wrong_data_is_named(function: Any, data: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        function(data)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"points": 0}, ValueError, "points: got 0"),
+        ({"points": 1.5}, TypeError, "points: got float 1.5"),
+        ({"seed": -1}, ValueError, "seed: got -1"),
+    ],
+)
+def test_wrong_numbers_are_named(arguments: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        pairwise_distance_bounds(torch.eye(3), **arguments)
