@@ -38,7 +38,7 @@ def log_terms(x: Tensor, std: Tensor) -> Tensor:
 def exact_score(x: Tensor, std: Tensor) -> Tensor:
     """Score of the mixture whose components have standard deviation `std` `[B]`."""
     share = log_terms(x, std).softmax(1)
-    return (share @ MEANS - x) / std[:, None] ** 2
+    return (share @ MEANS.to(x.dtype) - x) / std[:, None] ** 2
 
 
 def draw(count: int, seed: int) -> Tensor:

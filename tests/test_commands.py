@@ -1,0 +1,233 @@
+"""`score-kernels train` and `sample`, end to end on small files, and what they refuse."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from score_kernels import checkpoint, cli, commands, config
+
+SETTINGS = """
+[network]
+width = 8
+depth = 2
+[noise]
+sigma_max = 2.0
+levels = 4
+steps_per_level = 2
+[training]
+steps = 6
+batch_size = 8
+learning_rate = 0.05
+warmup_steps = 0
+save_every = 2
+[sampling]
+count = 5
+"""
+
+
+def images(count: int = 12, shape: tuple[int, ...] = (6, 7)) -> np.ndarray:
+    return np.random.default_rng().integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def folder_of_images(path: Path) -> Path:
+    path.mkdir()
+    for i, image in enumerate(images(12, (6, 7, 3))):
+        Image.fromarray(image).save(path / f"{i}.png")
+    return path
+
+
+def idx_file(path: Path) -> Path:
+    values = images()
+    header = struct.pack(">BBBBIII", 0, 0, 8, 3, *values.shape)
+    path.write_bytes(gzip.compress(header + values.tobytes()))
+    return path
+
+
+def npy_file(path: Path) -> Path:
+    np.save(path, np.random.default_rng().normal(size=(30, 3)).astype(np.float32))
+    return path.with_suffix(".npy")
+
+
+SOURCES = {"folder": folder_of_images, "digits.gz": idx_file, "points.npy": npy_file}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(SETTINGS)
+    return path
+
+
+def run(*arguments: Any) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def png(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_train_then_sample(
+    tmp_path: Path, settings: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    source, out = SOURCES[kind](tmp_path / kind), tmp_path / "run"
+    random_state = torch.get_rng_state()
+    assert run("train", "--data", source, "--config", settings, "--out", out) == 0
+    assert torch.equal(torch.get_rng_state(), random_state), "the caller's generator was moved"
+    text = capsys.readouterr().out
+    assert "sigma_max" in text and "given" in text and "step 6" in text
+    pictures = ["samples.png"] if kind != "points.npy" else []
+    names = sorted(["checkpoint.pt", "config.toml", "loss.png", *pictures])
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert png(out / "loss.png").std() > 5
+    used = config.load(out / "config.toml")
+    assert used.data.path == str(source) and used.training.steps == 6
+    state = checkpoint.read(out / "checkpoint.pt")
+    assert state["step"] == 6 and len(state["losses"]) == 6
+
+    shape = {"folder": (3, 6, 7), "digits.gz": (1, 6, 7), "points.npy": (3,)}[kind]
+    got = tmp_path / "samples"
+    assert run("sample", out / "checkpoint.pt", "--num", 5, "--out", got, "--seed", 4) == 0
+    samples = np.load(got / "samples.npz")["samples"]
+    assert samples.shape == (5, *shape)
+    assert samples.dtype == (np.float32 if kind == "points.npy" else np.uint8)
+    assert (got / "samples.png").exists() == bool(pictures)
+    # Other batch sizes, and one sample alone: the same, to what the network's own sums allow.
+    again = tmp_path / "again"
+    code = run("sample", out / "checkpoint.pt", "--num", 2, "--out", again, "--seed", 4,
+               "--first", 3, "--batch-size", 1)  # fmt: skip
+    assert code == 0
+    part = np.load(again / "samples.npz")["samples"].astype(float)
+    assert np.abs(part - samples[3:]).max() <= (1e-4 if kind == "points.npy" else 1)
+    raw = tmp_path / "raw"
+    assert run("sample", out / "checkpoint.pt", "--num", 5, "--out", raw, "--seed", 4,
+               "--weights", "raw") == 0  # fmt: skip
+    assert (np.load(raw / "samples.npz")["samples"] != samples).any()
+
+
+def test_resume_has_the_same_bits(tmp_path: Path, settings: Path) -> None:
+    source = idx_file(tmp_path / "digits")
+    settings.write_text(SETTINGS.replace("[training]", "[training]\ncosine = false"))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    common = ("train", "--data", source, "--config", settings)
+    assert run(*common, "--out", whole) == 0
+    assert run(*common, "--out", cut, "--steps", 3) == 0
+    # The data may have moved.
+    moved = source.rename(tmp_path / "moved")
+    assert run("train", "--data", moved, "--config", settings, "--out", cut, "--resume") == 0
+    a, b = (checkpoint.read(p / "checkpoint.pt") for p in (whole, cut))
+    for name in ("net", "ema"):
+        assert all(torch.equal(a[name][k], b[name][k]) for k in a[name])
+    assert torch.equal(a["losses"], b["losses"])
+    assert (whole / "samples.png").read_bytes() == (cut / "samples.png").read_bytes()
+
+
+def test_sheets_on_the_way(tmp_path: Path, settings: Path) -> None:
+    settings.write_text(SETTINGS.replace("count = 5", "count = 5\nevery = 3"))
+    source = folder_of_images(tmp_path / "f")
+    assert run("train", "--data", source, "--config", settings, "--out", tmp_path / "o") == 0
+    assert png(tmp_path / "o" / "samples-00000003.png").ndim == 3
+    assert (tmp_path / "o" / "samples-00000006.png").exists()
+
+
+def test_the_printed_settings_are_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("train", "--print-config", "--seed", 7) == 0
+    (tmp_path / "c.toml").write_text(capsys.readouterr().out)
+    assert config.load(tmp_path / "c.toml").training.seed == 7
+
+
+def test_nothing_is_overwritten(
+    tmp_path: Path, settings: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source, out = idx_file(tmp_path / "digits"), tmp_path / "run"
+    common = ("train", "--data", source, "--config", settings, "--out", out)
+    assert run(*common) == 0
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    path = out / "checkpoint.pt"
+
+    def fails(*arguments: Any) -> str:
+        capsys.readouterr()
+        assert run(*arguments) == 1
+        assert {p: p.read_bytes() for p in out.iterdir()} == before
+        out_text, text = capsys.readouterr()
+        last = text.strip().splitlines()[-1]
+        assert last.startswith(f"score-kernels {arguments[0]}: ") and "Traceback" not in text
+        return last
+
+    assert f"{path} exists" in fails(*common)
+    settings.write_text(SETTINGS.replace("width = 8", "width = 16"))
+    assert "[network] width was 8 and is 16" in fails(*common, "--resume")
+    settings.write_text(SETTINGS)
+    assert "[training] seed was 0 and is 1" in fails(*common, "--resume", "--seed", 1)
+    assert "[training] steps was 6 and is 9" in fails(*common, "--resume", "--steps", 9)
+    idx_file(source)
+    assert "are not those it began with" in fails(*common, "--resume")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    before[path] = path.read_bytes()
+    assert f"checkpoint {path}: cut short" in fails(*common, "--resume")
+    assert f"checkpoint {path}: cut short" in fails("sample", path, "--out", tmp_path / "s")
+    path.write_bytes(whole)
+    before[path] = whole
+    assert run("sample", path, "--num", 1, "--out", tmp_path / "s") == 0
+    assert "samples.npz exists" in fails("sample", path, "--num", 1, "--out", tmp_path / "s")
+    assert run("sample", path, "--num", 2, "--out", tmp_path / "s", "--overwrite") == 0
+    assert len(np.load(tmp_path / "s" / "samples.npz")["samples"]) == 2
+    for option in ("--num", "--batch-size"):
+        assert "got 0, expected at least 1" in fails("sample", path, option, 0, "--out", "never")
+    checkpoint.write(tmp_path / "other.pt", {"about": {}})
+    assert "not written by score-kernels train" in fails("sample", tmp_path / "other.pt")
+
+
+def test_bad_data_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Each names the file; no output folder is made."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    mixed = folder_of_images(tmp_path / "mixed")
+    Image.fromarray(images(1, (9, 9, 3))[0]).save(mixed / "odd.png")
+    cut = folder_of_images(tmp_path / "cut")
+    (cut / "3.png").write_bytes((cut / "3.png").read_bytes()[:-30])
+    idx = idx_file(tmp_path / "short")
+    idx.write_bytes(gzip.decompress(idx.read_bytes())[:-5])
+    nan = tmp_path / "nan.npy"
+    values = np.random.default_rng().normal(size=(5, 4)).astype(np.float32)
+    values[2, 1] = np.nan
+    np.save(nan, values)
+    constant = tmp_path / "constant.npy"
+    np.save(constant, np.full((5, 4), 3, dtype=np.uint8))
+    for source, words in (
+        (tmp_path / "missing", "missing"),
+        (empty, "empty"),
+        (mixed, "odd.png"),
+        (cut, "3.png"),
+        (idx, "short"),
+        (nan, "nan.npy"),
+        (constant, "constant.npy"),
+    ):
+        assert run("train", "--data", source, "--out", tmp_path / "run") == 1
+        text = capsys.readouterr().err
+        lines = [line for line in text.splitlines() if line.startswith("score-kernels train: ")]
+        assert len(lines) == 1 and words in lines[0], text
+        assert "Traceback" not in text and not (tmp_path / "run").exists()
+    assert run("train", "--out", tmp_path / "run") == 1
+    assert "--data PATH" in capsys.readouterr().err
+
+
+def test_stopping_by_hand_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "train", stop)
+    assert run("train", "--data", tmp_path) == 130
+    assert "score-kernels train: stopped" in capsys.readouterr().err

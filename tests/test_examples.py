@@ -1,0 +1,85 @@
+"""Every example runs, at a small size, as its first lines say; and what the toy learns."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from score_kernels import annealed_langevin
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *arguments: object) -> str:
+    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_toy(tmp_path: Path) -> None:
+    out = run("toy.py", "--out", tmp_path / "o", "--steps", 5, "--chains", 1300)
+    assert "mass of the mode at (5, 5)" in out
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"toy-scores.png", "toy-samples.png"}
+
+
+def test_the_toy_s_learned_score_finds_the_weights_of_the_modes() -> None:
+    """0.8 +- 0.05, of a training that is a sixteenth as long as the example's."""
+    toy = module("toy")
+    net, sigmas = toy.learn_levels(600, 0)
+    start = torch.rand(2000, 2, generator=torch.Generator().manual_seed(1)) * 16 - 8
+    x = annealed_langevin(
+        net,
+        start,
+        sigmas,
+        steps_per_level=100,
+        step_size=0.1 * float(sigmas[-1]) ** 2,
+        denoise=False,
+        seed=2,
+    )
+    print(f"mode mass with learned scores: {toy.mass(x):.4f}")
+    assert abs(toy.mass(x) - 0.8) < 0.05
+    # Its samples are the data's: mean and deviation of the larger mode.
+    mode = x[x.sum(1) > 0]
+    assert (mode.mean(0) - 5).abs().max() < 0.2 and (mode.std(0) - 1).abs().max() < 0.2
+
+
+def test_the_toy_s_exact_score_is_the_gradient_of_its_density() -> None:
+    toy = module("toy")
+    x = (torch.rand(50, 2, dtype=torch.float64) * 16 - 8).requires_grad_()
+    std = torch.rand(50, dtype=torch.float64) * 3 + 1
+    (gradient,) = torch.autograd.grad(toy.log_terms(x, std).logsumexp(1).sum(), x)
+    torch.testing.assert_close(toy.exact_score(x, std), gradient)
+
+
+def test_fashion_mnist(tmp_path: Path) -> None:
+    values = np.random.default_rng().integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-images-idx3-ubyte").write_bytes(header + values.tobytes())
+    small = ("--width", 8, "--samples", 4, "--out", tmp_path / "o")
+    for steps in (3, 3):
+        out = run("fashion_mnist.py", "--data", tmp_path / "data", "--steps", steps, *small)
+        assert "technique 1" in out and "trained to a loss of" in out
+    names = {p.name for p in (tmp_path / "o").iterdir()}
+    assert names == {"samples.png", "loss.png", "checkpoint.pt"}
+
+
+@pytest.mark.parametrize("row", ["ncsnv2-cifar10 | 3072 | 50 | 232", "so from 50 to 0.01 L = 219"])
+def test_published_settings(row: str) -> None:
+    assert row in run("published_settings.py")
