@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 if TYPE_CHECKING:
     from score_kernels.training import Trainer
 
-# Noise levels shown at the end of an epoch, spread over all of them.
-_SHOWN_LEVELS = 6
+# Noise levels shown at the end of an epoch, spread over all of them; and epochs shown at most.
+_SHOWN_LEVELS, _SHOWN_EPOCHS = 6, 10
 
 
 class Meter:
@@ -23,6 +23,7 @@ class Meter:
         self,
         trainer: Trainer,
         steps: int,
+        epochs: int,
         tensorboard: str | os.PathLike[str] | None,
         progress: bool,
     ) -> None:
@@ -31,6 +32,7 @@ class Meter:
         self.bar = tqdm(
             total=steps, initial=trainer.step, desc="training", unit="step", disable=not progress
         )
+        self.every = max(1, epochs // _SHOWN_EPOCHS)
         self.started, self.first = time.perf_counter(), trainer.step
 
     def __enter__(self) -> Meter:
@@ -60,6 +62,8 @@ class Meter:
         """At the end of an epoch: its mean loss at each noise level."""
         if self.writer is not None:
             self.writer.add_histogram("loss_by_level", losses.nan_to_num(), number)
+        if number % self.every:
+            return
         levels = len(losses)
         shown = sorted({i * (levels - 1) // (_SHOWN_LEVELS - 1) for i in range(_SHOWN_LEVELS)})
         pairs = [f"{float(self.trainer.sigmas[i]):.3g}: {float(losses[i]):.4g}" for i in shown]

@@ -184,7 +184,8 @@ class Trainer:
             tensorboard: folder for the scalars loss, learning rate and samples per second.
             callback: called with the trainer every `report_every` steps and at the end. It may read
                 everything; what it draws from torch's generators changes nothing here.
-            progress: show a bar with the loss and the throughput, and each epoch's losses by level.
+            progress: show a bar with the loss and the throughput, and at the end of epochs, of ten
+                or so of them, the losses by level.
 
         Returns:
             The losses, as the attribute.
@@ -214,7 +215,10 @@ class Trainer:
             )
         self._data_count = batches.count
         self.net.train()
-        with Meter(self, steps, tensorboard, progress) as meter, self._own_random_state():
+        with (
+            Meter(self, steps, batches.epoch(steps), tensorboard, progress) as meter,
+            self._own_random_state(),
+        ):
             saved = -1
             stream = batches.between(self.step, steps)
             while self.step < steps:
