@@ -1,0 +1,192 @@
+"""The diffusions of score-based models, ``dx = f(t) x dt + g(t) dw`` (Song et al. 2021, arXiv
+2011.13456), and how each looks to a score of this library.
+
+A sample ``x_0`` becomes ``x_t = m(t) x_0 + std(t) z``. A score of this library is told data plus
+noise, ``score(y, sigma)`` with ``y = x_t / m(t)`` and ``sigma(t) = std(t) / m(t)``; so one score
+serves all of them, and ``grad log p_t(x_t) = score(x_t / m, sigma) / m``.
+
+Methods take and return tensors of any shape, elementwise; in float64 they are exact to a few ulps.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_kernels import _check
+
+__all__ = ["SDE", "VE", "VP", "Discrete", "SubVP"]
+
+
+class SDE(ABC):
+    """A diffusion over the times ``0 <= t <= 1``."""
+
+    @abstractmethod
+    def mean(self, t: Tensor) -> Tensor:
+        """m(t), what is left of the data."""
+
+    @abstractmethod
+    def std(self, t: Tensor) -> Tensor:
+        """std(t), the noise's standard deviation."""
+
+    @abstractmethod
+    def drift(self, t: Tensor) -> Tensor:
+        """f(t) = m'(t) / m(t)."""
+
+    @abstractmethod
+    def diffusion(self, t: Tensor) -> Tensor:
+        """g(t)^2."""
+
+    @abstractmethod
+    def time(self, sigma: Tensor) -> Tensor:
+        """The time at which ``std / m`` is sigma."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """``std(t) / m(t)``, the noise level in the data's own scale."""
+        return self.std(t) / self.mean(t)
+
+
+class VE(SDE):
+    """Variance exploding: ``m = 1``, ``std = sigma_min (sigma_max / sigma_min)^t``. NCSN's limit.
+
+    Args:
+        sigma_min, sigma_max: noise levels at times 0 and 1, ``0 < sigma_min < sigma_max``.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+        self.sigma_min = _check.positive("sigma_min", sigma_min)
+        self.sigma_max = _check.positive("sigma_max", sigma_max)
+        if not sigma_min < sigma_max:
+            raise ValueError(
+                f"sigma_min: got {sigma_min}, expected less than sigma_max = {sigma_max}"
+            )
+        self._rate = math.log(sigma_max / sigma_min)
+
+    def mean(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def std(self, t: Tensor) -> Tensor:
+        return self.sigma_min * (self._rate * t).exp()
+
+    def drift(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return 2 * self._rate * self.std(t).square()
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return (sigma / self.sigma_min).log() / self._rate
+
+
+class VP(SDE):
+    """Variance preserving: ``beta(t)`` linear, ``f = -beta / 2``, ``g^2 = beta``. DDPM's limit.
+
+    ``m = exp(-1/2 int beta)``, ``std^2 = 1 - m^2``.
+
+    Args:
+        beta_min, beta_max: beta at times 0 and 1, above 0.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        self.beta_min = _check.positive("beta_min", beta_min)
+        self.beta_max = _check.positive("beta_max", beta_max)
+        self._slope = self.beta_max - self.beta_min
+
+    def beta(self, t: Tensor) -> Tensor:
+        """beta(t)."""
+        return self.beta_min + self._slope * t
+
+    def _integral(self, t: Tensor) -> Tensor:
+        return t * (self.beta_min + 0.5 * self._slope * t)
+
+    def mean(self, t: Tensor) -> Tensor:
+        return (-0.5 * self._integral(t)).exp()
+
+    def std(self, t: Tensor) -> Tensor:
+        return (-(-self._integral(t)).expm1()).sqrt()
+
+    def drift(self, t: Tensor) -> Tensor:
+        return -0.5 * self.beta(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return self.beta(t)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return self._when(sigma.square().log1p())
+
+    def _when(self, integral: Tensor) -> Tensor:
+        # The root of slope/2 t^2 + beta_min t = integral, in the form that does not cancel.
+        root = (self.beta_min**2 + 2 * self._slope * integral).sqrt()
+        return 2 * integral / (self.beta_min + root)
+
+
+class SubVP(VP):
+    """Sub-variance preserving: VP's m with ``std = 1 - m^2``, ``g^2 = beta (1 - m^4)``."""
+
+    def std(self, t: Tensor) -> Tensor:
+        return -(-self._integral(t)).expm1()
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return self.beta(t) * -(-2 * self._integral(t)).expm1()
+
+    def time(self, sigma: Tensor) -> Tensor:
+        # m = (sqrt(sigma^2 + 4) - sigma) / 2 = exp(-asinh(sigma / 2)).
+        return self._when(2 * (sigma / 2).asinh())
+
+
+class Discrete:
+    """A chain of DDPM (Ho et al. 2020, arXiv 2006.11239):
+    ``x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) z`` for the steps ``i = 0 .. N - 1``.
+
+    Args:
+        alphas_bar: ``[N]``, products of ``1 - beta``, strictly decreasing inside (0, 1).
+
+    Attributes:
+        alphas_bar: as given, float64 on the CPU.
+        sigmas: ``[N]`` float64, ``sqrt((1 - abar) / abar)``, increasing.
+
+    Raises:
+        ValueError: alphas_bar do not decrease or are not inside (0, 1).
+    """
+
+    def __init__(self, alphas_bar: Any) -> None:
+        values = torch.as_tensor(alphas_bar).detach().to("cpu", torch.float64)
+        if values.dim() != 1 or not len(values):
+            raise ValueError(f"alphas_bar: got shape {tuple(values.shape)}, expected [N]")
+        if not (0 < values[-1] and values[0] < 1 and bool((values.diff() < 0).all())):
+            raise ValueError(
+                f"alphas_bar: got values from {float(values[0])} to {float(values[-1])}, expected "
+                "strictly decreasing ones inside (0, 1)"
+            )
+        self.alphas_bar = values
+        self.sigmas = ((1 - values) / values).sqrt()
+
+    @classmethod
+    def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Discrete:
+        """DDPM's own: beta from `first` to `last` in a straight line."""
+        betas = torch.linspace(first, last, steps, dtype=torch.float64)
+        return cls((-betas).log1p().cumsum(0).exp())
+
+    @classmethod
+    def cosine(cls, steps: int = 1000, offset: float = 0.008) -> Discrete:
+        """Nichol and Dhariwal 2021, arXiv 2102.09672, betas at most 0.999."""
+        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        level = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
+        betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
+        return cls((-betas).log1p().cumsum(0).exp())
+
+    def index(self, sigma: Tensor) -> Tensor:
+        """The step whose level is nearest to sigma, by ratio: int64, sigma's shape."""
+        logs = self.sigmas.log().to(sigma.device)
+        middles = (logs[1:] + logs[:-1]) / 2
+        return torch.searchsorted(middles, sigma.double().log().contiguous())
