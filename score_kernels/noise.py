@@ -39,6 +39,10 @@ class Purpose(enum.IntEnum):
     DATA_ORDER = 5
     # What torch's own generators are seeded with at a step of training (dropout, augmentation).
     TORCH_SEED = 6
+    # The noise of known parts of the state in inpainting: draw is the step after which it is put.
+    KNOWN = 7
+    # The probes of a trace along a path (log likelihood): draw is the probe.
+    TRACE = 8
     # The first of 64: one per probe of a sample.
     SSM_PROBE = 64
 

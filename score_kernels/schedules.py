@@ -24,6 +24,7 @@ from score_kernels._distance import Cloud, max_pairwise_distance, pairwise_dista
 __all__ = [
     "Schedule",
     "best_step_size",
+    "edm_sigmas",
     "geometric_sigmas",
     "level_count",
     "level_overlap",
@@ -97,6 +98,35 @@ def geometric_sigmas(sigma_max: float, sigma_min: float, levels: int) -> Tensor:
         raise ValueError(f"sigma_min: got {sigma_min}, expected less than sigma_max = {sigma_max}")
     logs = torch.linspace(math.log(sigma_max), math.log(sigma_min), levels, dtype=torch.float64)
     return logs.exp().float()
+
+
+def edm_sigmas(
+    sigma_max: float = 80.0, sigma_min: float = 0.002, levels: int = 18, rho: float = 7.0
+) -> Tensor:
+    """Noise levels equally spaced in ``sigma^(1/rho)``.
+
+    ``sigma_i = (sigma_max^(1/rho) + i / (L - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho``, for
+    `probability_flow` (Karras et al. 2022, arXiv 2206.00364, equation 5). Computed in float64.
+
+    Args:
+        sigma_max, sigma_min: the ends, ``0 < sigma_min < sigma_max``, in units of the data.
+        levels: their number L, at least 2; the 0 that the paper appends is left to the sampler.
+        rho: 1 for equal steps; larger ones put more levels at small noise.
+
+    Returns:
+        ``[L]`` float32, decreasing.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+    """
+    sigma_max = _check.positive("sigma_max", sigma_max)
+    sigma_min = _check.positive("sigma_min", sigma_min)
+    levels = _check.count("levels", levels, least=2)
+    rho = _check.positive("rho", rho)
+    if not sigma_min < sigma_max:
+        raise ValueError(f"sigma_min: got {sigma_min}, expected less than sigma_max = {sigma_max}")
+    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return torch.linspace(*ends, levels, dtype=torch.float64).pow(rho).float()
 
 
 def level_overlap(dim: int, ratio: float) -> float:

@@ -165,6 +165,8 @@ def test_purposes_are_distinct_and_fixed() -> None:
         "DSM_NOISE": 4,
         "DATA_ORDER": 5,
         "TORCH_SEED": 6,
+        "KNOWN": 7,
+        "TRACE": 8,
         "SSM_PROBE": 64,
     }
 

@@ -344,3 +344,14 @@ def test_a_given_number_of_levels() -> None:
     assert f"overlap by {level_overlap(64, ratio):.3g}" in " ".join(schedule.why.split())
     with pytest.raises(ValueError, match="levels: got 1"):
         suggest_schedule(data, levels=1)
+
+
+def test_edm_sigmas() -> None:
+    """Table 1 of arXiv 2206.00364 in words: ends exact, equal steps of the rho-th root."""
+    sigmas = schedules.edm_sigmas(80.0, 0.002, 18)
+    torch.testing.assert_close(sigmas[[0, -1]], torch.tensor([80.0, 0.002]))
+    roots = sigmas.double() ** (1 / 7)
+    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(17), rtol=1e-5, atol=0)
+    assert torch.equal(schedules.edm_sigmas(3.0, 1.0, 3, rho=1.0), torch.tensor([3.0, 2.0, 1.0]))
+    with pytest.raises(ValueError, match="sigma_min: got 3.0"):
+        schedules.edm_sigmas(2.0, 3.0)

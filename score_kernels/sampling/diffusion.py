@@ -1,0 +1,123 @@
+"""DDPM and DDIM, in the data's own scale.
+
+A chain of DDPM holds ``x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) z``; here it is run as ``y = x_i /
+sqrt(abar_i)``, data plus noise of ``sigma_i = sqrt((1 - abar_i) / abar_i)``, which is what a score
+sees. In y every step of DDPM and DDIM is ``y <- y + b score(y, sigma) + c z``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from score_kernels import _check
+from score_kernels.sampling.chain import Options, Phase, Score, run
+from score_kernels.sde import Discrete
+
+__all__ = ["ddim", "ddpm"]
+
+
+def ddpm(
+    score: Score,
+    shape_or_init: Sequence[int] | Tensor,
+    schedule: Discrete,
+    *,
+    variance: str = "small",
+    **options: Unpack[Options],
+) -> Tensor:
+    """Ancestral sampling of DDPM (Ho et al. 2020, arXiv 2006.11239, algorithm 2), all its steps.
+
+    In DDPM's scale ``x <- (x - beta / sqrt(1 - abar) eps) / sqrt(1 - beta) + sqrt(v) z``, v the
+    posterior's variance ("small") or beta ("large"), and no noise in the last step; in y::
+
+        y <- y + (sigma_i^2 - sigma_{i-1}^2) score(y, sigma_i) + c z
+
+    with ``c = sigma_{i-1} sqrt(1 - sigma_{i-1}^2 / sigma_i^2)``, or ``sqrt(beta_i / abar_{i-1})``.
+
+    Args:
+        score: ``score(y, sigma)``; of a network that predicts noise, see `as_score`.
+        shape_or_init: ``[B, ...]`` to start from the prior, ``N(0, 1)`` in x, or a state y.
+        schedule: the levels.
+        variance: "small" or "large".
+        options: see :class:`score_kernels.sampling.Options`.
+
+    Returns:
+        Samples ``[B, ...]``, or the recorded states y.
+
+    Raises:
+        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    """
+    _check.instance("schedule", schedule, Discrete, "a score_kernels.sde.Discrete")
+    if variance not in ("small", "large"):
+        raise ValueError(f"variance: got {variance!r}, expected 'small' or 'large'")
+    kept = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar])
+    # Of step i: beta_i / abar_{i-1}.
+    large = ((1 - kept[1:] / kept[:-1]) / kept[:-1]).sqrt().tolist()
+    plan = _plan(schedule.sigmas.flip(0).tolist(), eta=1.0)
+    if variance == "large":
+        plan = [
+            Phase(p.sigma, 1.0, p.b, c if p.c else 0.0, after=p.after)
+            for p, c in zip(plan, reversed(large), strict=True)
+        ]
+    return run(score, shape_or_init, plan, scale=_prior(plan), **options)
+
+
+def ddim(
+    score: Score,
+    shape_or_init: Sequence[int] | Tensor,
+    schedule: Discrete,
+    *,
+    steps: int = 50,
+    eta: float = 0.0,
+    **options: Unpack[Options],
+) -> Tensor:
+    """DDIM (Song, Meng and Ermon 2021, arXiv 2010.02502) over some of a schedule's levels.
+
+    From sigma to sigma' with ``c = eta sigma' sqrt(1 - sigma'^2 / sigma^2)``::
+
+        y <- y + (sigma^2 - sigma sqrt(sigma'^2 - c^2)) score(y, sigma) + c z
+
+    ``eta = 0`` draws no noise but the start's and is Euler's method on the probability flow in
+    sigma; ``eta = 1`` over all levels is :func:`ddpm`.
+
+    Args:
+        score, shape_or_init, schedule, options: as in :func:`ddpm`.
+        steps: how many of the N levels, spread evenly over their indices; the last is level 0.
+        eta: 0 to 1.
+
+    Returns:
+        Samples ``[B, ...]``, or the recorded states y.
+
+    Raises:
+        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    """
+    _check.instance("schedule", schedule, Discrete, "a score_kernels.sde.Discrete")
+    steps = _check.count("steps", steps, least=1)
+    levels = len(schedule.sigmas)
+    if steps > levels:
+        raise ValueError(f"steps: got {steps}, expected at most the schedule's {levels}")
+    eta = _check.not_negative("eta", eta)
+    if eta > 1:
+        raise ValueError(f"eta: got {eta}, expected a number from 0 to 1")
+    chosen = torch.linspace(levels - 1, 0, steps, dtype=torch.float64).round().long()
+    plan = _plan(schedule.sigmas[chosen].tolist(), eta)
+    return run(score, shape_or_init, plan, scale=_prior(plan), **options)
+
+
+def _plan(levels: list[float], eta: float) -> list[Phase]:
+    """From each level to the next, and from the last to no noise."""
+    plan = []
+    for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
+        c = eta * following * math.sqrt(1 - (following / sigma) ** 2)
+        b = sigma**2 - sigma * math.sqrt(following**2 - c**2)
+        plan.append(Phase(sigma, 1.0, b, c, after=(following, 1.0)))
+    return plan
+
+
+def _prior(plan: list[Phase]) -> float:
+    """Deviation of y where x is standard normal: 1 / sqrt(abar) = sqrt(1 + sigma^2)."""
+    return math.sqrt(1 + plan[0].sigma ** 2)

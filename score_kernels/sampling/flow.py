@@ -1,0 +1,179 @@
+"""The probability flow, an ordinary differential equation with the diffusion's distributions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from score_kernels import _check, ops
+from score_kernels.backends import Backend
+from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
+from score_kernels.sampling.chain import Network, Options, Phase, Score, run
+
+__all__ = ["log_likelihood", "probability_flow"]
+
+
+def probability_flow(
+    score: Score,
+    shape_or_init: Sequence[int] | Tensor,
+    sigmas: Any,
+    *,
+    method: str = "heun",
+    churn: float = 0.0,
+    churn_noise: float = 1.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    **options: Unpack[Options],
+) -> Tensor:
+    """The flow ``dy/dsigma = -sigma score(y, sigma)`` from the first level to 0.
+
+    Heun's method as in Karras et al. (2022, arXiv 2206.00364, algorithms 1 and 2): two calls of the
+    score a step, one in the last; or Euler's, one call. With `churn` each step first raises the
+    noise from sigma to ``(1 + gamma) sigma``, ``gamma = min(churn / L, sqrt(2) - 1)``.
+
+    Args:
+        score, shape_or_init: as in `annealed_langevin`.
+        sigmas: noise levels, strictly decreasing; see :func:`score_kernels.edm_sigmas`.
+        method: "heun" or "euler".
+        churn, churn_noise, churn_range: S_churn, S_noise and (S_min, S_max) of the paper.
+        options: see :class:`score_kernels.sampling.Options`.
+
+    Returns:
+        Samples ``[B, ...]``, or the recorded states.
+
+    Raises:
+        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    """
+    levels = _check.noise_levels(sigmas)
+    if method not in ("heun", "euler"):
+        raise ValueError(f"method: got {method!r}, expected 'heun' or 'euler'")
+    churn = _check.not_negative("churn", churn)
+    churn_noise = _check.not_negative("churn_noise", churn_noise)
+    low, high = churn_range
+    plan = []
+    for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
+        gamma = min(churn / len(levels), math.sqrt(2) - 1) if low <= sigma <= high else 0.0
+        raised = (1 + gamma) * sigma
+        spread = churn_noise * math.sqrt(raised**2 - sigma**2)
+        move = _Flow(raised, following, spread, heun=method == "heun" and following > 0)
+        plan.append(Phase(sigma, after=(following, 1.0), move=move))
+    return run(score, shape_or_init, plan, scale=levels[0], **options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flow:
+    """From a level, raised by churn, to the next one."""
+
+    sigma: float
+    following: float
+    spread: float
+    heun: bool
+
+    def __call__(self, network: Network, backend: Backend, x: Tensor, key: Key) -> None:
+        step, length = backend.affine_step, self.sigma - self.following
+        if self.spread:
+            step(x, x, x, 1.0, 0.0, self.spread, key)
+            network.at(self.sigma, 1.0)
+        slope = network(x)
+        b = length * self.sigma
+        if not self.heun:
+            step(x, x, slope, 1.0, b, 0.0, key)
+            return
+        ahead = torch.empty_like(x)
+        step(ahead, x, slope, 1.0, b, 0.0, key)
+        step(x, x, slope, 1.0, b / 2, 0.0, key)
+        network.at(self.following, 1.0)
+        step(x, x, network(ahead), 1.0, length * self.following / 2, 0.0, key)
+
+
+def log_likelihood(
+    score: Score,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    probes: int = 1,
+    probe: str = "rademacher",
+    prior_std: float | None = None,
+    seed: int | None = None,
+    first_sample: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """log p of samples at the smallest level, along the probability flow, in nats.
+
+    ``log p(x) = log N(y_1; 0, prior_std^2) - int sigma tr(grad score(y, sigma)) dsigma`` over the
+    flow from x at sigma_L to y_1 at sigma_1 (Song et al. 2021, arXiv 2011.13456, section 4.3), by
+    Heun's method in log sigma; the trace by the Hutchinson estimator, whose probes are the same
+    all along a path. p is the density of the data plus noise of sigma_L.
+
+    Args:
+        score: ``score(x, sigma)``, differentiable once in x, samples not influencing each other.
+        x: ``[B, ...]`` float32 or float64.
+        sigmas: noise levels, strictly decreasing, at least two; a few hundred for four digits.
+        probes: of the trace per sample, 1 to 256; the estimate's variance falls with their number.
+        probe: "rademacher", "gaussian" or "sphere".
+        prior_std: of the distribution at sigma_1; default: sigma_1, which is right to the extent
+            that the data's own spread is small against it.
+        seed, first_sample: name the probes, as in the samplers.
+        progress: show a progress bar.
+
+    Returns:
+        ``[B]``, x's dtype, without gradient.
+
+    Raises:
+        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    """
+    _check.state("x", x)
+    levels = _check.noise_levels(sigmas)[::-1]
+    if len(levels) < 2:
+        raise ValueError("sigmas: got 1 noise level, expected at least 2")
+    probes = _check.count("probes", probes, least=1)
+    if probes > 256:
+        raise ValueError(f"probes: got {probes}, expected at most 256")
+    spread = levels[-1] if prior_std is None else _check.positive("prior_std", prior_std)
+    key = NoiseKey(
+        fresh_seed() if seed is None else seed, purpose=Purpose.TRACE, first_sample=first_sample
+    )
+    with torch.no_grad():
+        ones = x.new_ones(x.shape[0], dtype=torch.float32)
+        vs = [ops.probe_scale(ones, x.shape, key.at(i), probe=probe) for i in range(probes)]
+        state, total = x.clone(), x.new_zeros(x.shape[0])
+        for now, then in _bar(list(zip(levels, levels[1:], strict=False)), progress):
+            h = math.log(then / now)
+            slope, trace = _slope_and_trace(score, state, now, vs)
+            ahead = state - h * now**2 * slope
+            slope_then, trace_then = _slope_and_trace(score, ahead, then, vs)
+            state = state - 0.5 * h * (now**2 * slope + then**2 * slope_then)
+            total -= 0.5 * h * (now**2 * trace + then**2 * trace_then)
+        rows = state.reshape(x.shape[0], -1)
+        log_prior = -0.5 * (rows / spread).square().sum(1)
+        return total + log_prior - rows.shape[1] * math.log(spread * math.sqrt(2 * math.pi))
+
+
+def _slope_and_trace(
+    score: Score, x: Tensor, sigma: float, vs: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The score, and the trace of its derivative as the mean of ``v . grad (v . s)``."""
+    level = x.new_full(x.shape[:1], sigma, dtype=torch.float32)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        value = score(leaf, level)
+        _check.score_like(x, value)
+        trace = x.new_zeros(x.shape[0])
+        for i, v in enumerate(vs):
+            along = (value.to(x.dtype) * v.to(x.dtype)).sum()
+            (slope,) = torch.autograd.grad(along, leaf, retain_graph=i + 1 < len(vs))
+            trace += (slope * v).reshape(x.shape[0], -1).sum(1) / len(vs)
+    return value.detach().to(x.dtype), trace
+
+
+def _bar(pairs: list[tuple[float, float]], progress: bool) -> Any:
+    if not progress:
+        return pairs
+    from tqdm.auto import tqdm
+
+    return tqdm(pairs, unit="step", desc="likelihood")

@@ -1,0 +1,65 @@
+"""Scores made of scores, and noise between noises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from score_kernels import _check
+from score_kernels.sampling.chain import Score
+
+__all__ = ["classifier_free", "interpolate"]
+
+
+def classifier_free(
+    score: Score, scale: float, *, given: Mapping[str, Any], without: Mapping[str, Any]
+) -> Score:
+    """``(1 + scale) score(x, sigma, given) - scale score(x, sigma, without)``.
+
+    Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598); two calls of the network.
+
+    Args:
+        score: ``score(x, sigma, **conditions)``.
+        scale: w of the paper; 0 is the conditional score itself.
+        given, without: the keyword arguments with the condition and with none.
+
+    Returns:
+        A score ``(x, sigma)`` for any sampler.
+
+    Raises:
+        TypeError, ValueError: scale is not a finite number.
+    """
+    scale = _check.number("scale", scale)
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        return (1 + scale) * score(x, sigma, **given) - scale * score(x, sigma, **without)
+
+    return guided
+
+
+def interpolate(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
+    """Noise on the way from one noise to another: ``cos(w) a + sin(w) b``, ``w = pi/2 share``.
+
+    Standard normals stay standard normals at every share, as they would not on a straight line.
+    Starting points of samplers without noise of their own (DDIM, the probability flow).
+
+    Args:
+        a, b: two noises of one shape ``[...]``, of one standard deviation.
+        shares: ``[K]``, from 0 (a itself) to 1 (b).
+
+    Returns:
+        ``[K, ...]``.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if a.shape != b.shape or shares.dim() != 1:
+        raise ValueError(
+            f"b: got shape {tuple(b.shape)} and shares of {tuple(shares.shape)}, expected a's, "
+            f"{tuple(a.shape)}, and [K]"
+        )
+    angle = (shares.to(a) * (torch.pi / 2)).view(-1, *[1] * a.dim())
+    return angle.cos() * a + angle.sin() * b

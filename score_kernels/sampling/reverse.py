@@ -1,0 +1,231 @@
+"""Diffusions run backwards: Euler-Maruyama, and predictors with correctors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from score_kernels import _check
+from score_kernels.backends import Backend
+from score_kernels.noise import Key
+from score_kernels.sampling.chain import Network, Options, Phase, Score, run
+from score_kernels.sde import SDE, VE, VP, SubVP
+
+__all__ = ["euler_maruyama", "predictor_corrector"]
+
+
+def euler_maruyama(
+    score: Score,
+    shape_or_init: Sequence[int] | Tensor,
+    sde: SDE,
+    *,
+    steps: int = 1000,
+    end: float = 1e-3,
+    denoise: bool = True,
+    **options: Unpack[Options],
+) -> Tensor:
+    """A diffusion's reverse, ``dx = (f x - g^2 s) dt + g dw``, in equal steps of time.
+
+    ``x <- (1 - f h) x + g^2 h s + g sqrt(h) z`` from time 1 to `end` (Song et al. 2021, arXiv
+    2011.13456), s the score of x at its time.
+
+    Args:
+        score: ``score(y, sigma)`` of data plus noise, as everywhere; it is called at ``y = x / m``.
+        shape_or_init: ``[B, ...]`` to start from the prior, N(0, 1) (VE: N(0, sigma_max^2)), or a
+            state at time 1.
+        sde: :class:`score_kernels.sde.VE`, ``VP`` or ``SubVP``.
+        steps: their number.
+        end: the time to stop at, in [0, 1); for VP and SubVP above 0.
+        denoise: end with ``y + sigma^2 score(y, sigma)``; without it the result is x at time `end`.
+        options: see :class:`score_kernels.sampling.Options`.
+
+    Returns:
+        ``x``, or the recorded states.
+
+    Raises:
+        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    """
+    moments = _moments(sde, steps, end)
+    plan = [_em(now, then) for now, then in zip(moments, moments[1:], strict=False)]
+    return run(score, shape_or_init, plan, scale=_prior(sde), denoise=denoise, **options)
+
+
+def predictor_corrector(
+    score: Score,
+    shape_or_init: Sequence[int] | Tensor,
+    sde: SDE,
+    *,
+    steps: int = 1000,
+    predictor: str | None = "reverse_diffusion",
+    corrector: str | None = "langevin",
+    snr: float = 0.16,
+    corrector_steps: int = 1,
+    corrector_first: bool = True,
+    batch_mean: bool = False,
+    end: float = 1e-3,
+    denoise: bool = True,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Predictor-corrector sampling (Song et al. 2021, arXiv 2011.13456, algorithms 2 and 3).
+
+    At each of `steps` times a predictor brings the state to the next one and corrector steps of
+    Langevin dynamics, ``x <- x + e s + sqrt(2 e) z``, bring it closer to its distribution there:
+
+    - predictor "reverse_diffusion": VE ``x + G s + sqrt(G) z``, ``G = sigma_i^2 - sigma_{i-1}^2``;
+      VP ``(2 - sqrt(1 - beta)) x + beta s + sqrt(beta) z``, ``beta = beta(t) h``; SubVP as
+      "euler_maruyama".
+    - "ancestral": VE ``x + G s + sqrt(sigma_{i-1}^2 G / sigma_i^2) z``; VP ``(x + beta s) /
+      sqrt(1 - beta) + sqrt(beta) z``.
+    - "euler_maruyama": as :func:`euler_maruyama`. None: correctors only.
+    - corrector "langevin": ``e = 2 k (snr ||z|| / ||s||)^2``, "ald": ``e = 2 k (snr std)^2``, with
+      ``k = 1`` for VE and ``1 - beta`` else. None: predictors only.
+
+    Args:
+        score, shape_or_init, sde, steps, end, denoise, options: as in :func:`euler_maruyama`.
+        predictor, corrector: see above; not both None.
+        snr: r above, the corrector's signal-to-noise ratio.
+        corrector_steps: at each time.
+        corrector_first: correct at a time before predicting from it, as the authors' code does, or
+            predict and correct where that leads.
+        batch_mean: take the norms' means over the batch, as the authors' code does; a sample then
+            depends on those beside it. By default each sample has its own.
+
+    Returns:
+        ``x``, or the recorded states; every predictor and corrector step is a step of the chain.
+
+    Raises:
+        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape, or
+            the diffusion has no such predictor.
+    """
+    moments = _moments(sde, steps, end)
+    predict = None if predictor is None else _predictor(predictor, sde)
+    if corrector not in (None, "langevin", "ald"):
+        raise ValueError(f"corrector: got {corrector!r}, expected 'langevin', 'ald' or None")
+    if predict is None and corrector is None:
+        raise ValueError("predictor: got None beside corrector None, expected one of the two")
+    snr = _check.positive("snr", snr)
+    repeats = _check.count("corrector_steps", corrector_steps, least=1) if corrector else 0
+    plan = []
+    for now, then in zip(moments, moments[1:], strict=False):
+        place = now if corrector_first else then
+        share = 1.0 if isinstance(sde, VE) else 1 - now.beta * (now.time - then.time)
+        correct = [_corrector(corrector, place, share, snr, batch_mean)] * repeats
+        predicted = [] if predict is None else [predict(now, then)]
+        plan += [*correct, *predicted] if corrector_first else [*predicted, *correct]
+    return run(score, shape_or_init, plan, scale=_prior(sde), denoise=denoise, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """A diffusion at a time."""
+
+    time: float
+    mean: float
+    std: float
+    sigma: float
+    drift: float
+    diffusion: float
+    beta: float
+
+
+def _moments(sde: SDE, steps: int, end: float) -> list[_Moment]:
+    _check.instance("sde", sde, SDE, "a diffusion of score_kernels.sde")
+    steps = _check.count("steps", steps, least=1)
+    end = _check.not_negative("end", end)
+    if not end < 1 or not end and not isinstance(sde, VE):
+        raise ValueError(f"end: got {end}, expected a time above 0 and below 1")
+    t = torch.linspace(1, end, steps + 1, dtype=torch.float64)
+    beta = sde.beta(t) if isinstance(sde, VP) else torch.zeros_like(t)
+    columns = (t, sde.mean(t), sde.std(t), sde.sigma(t), sde.drift(t), sde.diffusion(t), beta)
+    return [_Moment(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+def _prior(sde: SDE) -> float:
+    return sde.sigma_max if isinstance(sde, VE) else 1.0
+
+
+def _phase(now: _Moment, then: _Moment, a: float, b: float, c: float) -> Phase:
+    """A step whose b is that of the score of x itself, which is the score's value over m."""
+    after = (then.sigma, then.mean)
+    return Phase(now.sigma, a, b / now.mean, c, mean=now.mean, after=after)
+
+
+def _em(now: _Moment, then: _Moment) -> Phase:
+    h = now.time - then.time
+    g = now.diffusion * h
+    return _phase(now, then, 1 - now.drift * h, g, math.sqrt(g))
+
+
+def _reverse_ve(now: _Moment, then: _Moment) -> Phase:
+    g = now.sigma**2 - then.sigma**2
+    return _phase(now, then, 1.0, g, math.sqrt(g))
+
+
+def _reverse_vp(now: _Moment, then: _Moment) -> Phase:
+    beta = now.beta * (now.time - then.time)
+    return _phase(now, then, 2 - math.sqrt(1 - beta), beta, math.sqrt(beta))
+
+
+def _ancestral_ve(now: _Moment, then: _Moment) -> Phase:
+    g = now.sigma**2 - then.sigma**2
+    return _phase(now, then, 1.0, g, then.sigma / now.sigma * math.sqrt(g))
+
+
+def _ancestral_vp(now: _Moment, then: _Moment) -> Phase:
+    beta = now.beta * (now.time - then.time)
+    kept = math.sqrt(1 - beta)
+    return _phase(now, then, 1 / kept, beta / kept, math.sqrt(beta))
+
+
+def _predictor(name: str, sde: SDE) -> Callable[[_Moment, _Moment], Phase]:
+    table: dict[str, Callable[[_Moment, _Moment], Phase]] = {"euler_maruyama": _em}
+    if isinstance(sde, VE):
+        table |= {"reverse_diffusion": _reverse_ve, "ancestral": _ancestral_ve}
+    elif isinstance(sde, SubVP):
+        table |= {"reverse_diffusion": _em}
+    elif isinstance(sde, VP):
+        table |= {"reverse_diffusion": _reverse_vp, "ancestral": _ancestral_vp}
+    if name not in table:
+        raise ValueError(
+            f"predictor: got {name!r}, expected one of {', '.join(table)} for "
+            f"{type(sde).__name__}, or None"
+        )
+    return table[name]
+
+
+def _corrector(
+    name: str | None, place: _Moment, share: float, snr: float, batch_mean: bool
+) -> Phase:
+    if name == "ald":
+        size = 2 * share * (snr * place.std) ** 2
+        return _phase(place, place, 1.0, size, math.sqrt(2 * size))
+    move = _ByNorms(place.mean, 2 * share * snr**2, batch_mean)
+    return Phase(place.sigma, mean=place.mean, move=move)
+
+
+@dataclass(frozen=True, slots=True)
+class _ByNorms:
+    """``x <- x + e s + sqrt(2 e) z``, ``e = factor (||z|| / ||s||)^2``, s the score of x itself."""
+
+    mean: float
+    factor: float
+    batch_mean: bool
+
+    def __call__(self, network: Network, backend: Backend, x: Tensor, key: Key) -> None:
+        s = network(x).to(x.dtype) / self.mean
+        # Both norms come from one pass, in which z is made; nothing waits for the device.
+        sums = backend.probe_sums("normal", s, None, False, key)
+        z_squared, s_squared = sums[0], sums[3]
+        if self.batch_mean:
+            z_squared, s_squared = (v.sqrt().mean().square() for v in (z_squared, s_squared))
+        # Where the score is 0 there is nothing to weigh the noise against.
+        size = torch.where(s_squared > 0, self.factor * z_squared / s_squared, 0.0)
+        size = size.expand(x.shape[0])
+        spread = (2 * size).sqrt().to(torch.float32).contiguous()
+        x.addcmul_(size.to(x.dtype).view(-1, *[1] * (x.dim() - 1)), s)
+        x.copy_(backend.perturb(x, spread, key))
