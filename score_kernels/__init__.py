@@ -4,7 +4,7 @@ from score_kernels import ops
 from score_kernels.backends import backends, use_backend
 from score_kernels.losses import dsm_loss
 from score_kernels.noise import NoiseKey
-from score_kernels.parametrization import by_label, by_sigma, unconditional
+from score_kernels.parametrization import as_score, by_label, by_sigma, convert, unconditional
 from score_kernels.presets import preset, presets
 from score_kernels.sampling import (
     annealed_langevin,
@@ -41,12 +41,14 @@ __all__ = [
     "Schedule",
     "Trainer",
     "annealed_langevin",
+    "as_score",
     "backends",
     "best_step_size",
     "by_label",
     "by_sigma",
     "classifier_free",
     "consistent_annealed",
+    "convert",
     "ddim",
     "ddpm",
     "dsm_loss",

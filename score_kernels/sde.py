@@ -170,6 +170,8 @@ class Discrete:
             )
         self.alphas_bar = values
         self.sigmas = ((1 - values) / values).sqrt()
+        logs = self.sigmas.log()
+        self._middles = (logs[1:] + logs[:-1]) / 2
 
     @classmethod
     def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Discrete:
@@ -187,6 +189,6 @@ class Discrete:
 
     def index(self, sigma: Tensor) -> Tensor:
         """The step whose level is nearest to sigma, by ratio: int64, sigma's shape."""
-        logs = self.sigmas.log().to(sigma.device)
-        middles = (logs[1:] + logs[:-1]) / 2
-        return torch.searchsorted(middles, sigma.double().log().contiguous())
+        # The table moves once: a copy at every call would have to be waited for.
+        self._middles = self._middles.to(sigma.device)
+        return torch.searchsorted(self._middles, sigma.double().log().contiguous())

@@ -77,7 +77,7 @@ def test_fashion_mnist(tmp_path: Path) -> None:
         out = run("fashion_mnist.py", "--data", tmp_path / "data", "--steps", steps, *small)
         assert "technique 1" in out and "trained to a loss of" in out
     names = {p.name for p in (tmp_path / "o").iterdir()}
-    assert names == {"samples.png", "loss.png", "checkpoint.pt"}
+    assert names == {"samples.png", "consistent.png", "loss.png", "checkpoint.pt"}
 
 
 @pytest.mark.parametrize("row", ["ncsnv2-cifar10 | 3072 | 50 | 232", "so from 50 to 0.01 L = 219"])
