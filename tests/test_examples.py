@@ -80,6 +80,11 @@ def test_fashion_mnist(tmp_path: Path) -> None:
     assert names == {"samples.png", "consistent.png", "loss.png", "checkpoint.pt"}
 
 
+def test_quality(tmp_path: Path) -> None:
+    out = run("quality.py", "--out", tmp_path, "--steps", 2, "--budgets", 13)
+    assert out.count("| ") > 10 and (tmp_path / "quality.png").stat().st_size > 5000
+
+
 @pytest.mark.parametrize("row", ["ncsnv2-cifar10 | 3072 | 50 | 232", "so from 50 to 0.01 L = 219"])
 def test_published_settings(row: str) -> None:
     assert row in run("published_settings.py")
