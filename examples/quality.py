@@ -14,7 +14,6 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 

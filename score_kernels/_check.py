@@ -55,6 +55,14 @@ def positive(name: str, value: Any) -> float:
     return value
 
 
+def ends(sigma_max: Any, sigma_min: Any) -> tuple[float, float]:
+    """The largest and the smallest of several noise levels."""
+    high, low = positive("sigma_max", sigma_max), positive("sigma_min", sigma_min)
+    if not low < high:
+        raise ValueError(f"sigma_min: got {low}, expected less than sigma_max = {high}")
+    return high, low
+
+
 def not_negative(name: str, value: Any) -> float:
     """A finite number of at least zero."""
     value = number(name, value)

@@ -84,8 +84,6 @@ def geometric_sigmas(sigma_max: float, sigma_min: float, levels: int) -> Tensor:
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    sigma_max = _check.positive("sigma_max", sigma_max)
-    sigma_min = _check.positive("sigma_min", sigma_min)
     levels = _check.count("levels", levels, least=1)
     if levels == 1:
         if sigma_min != sigma_max:
@@ -93,9 +91,8 @@ def geometric_sigmas(sigma_max: float, sigma_min: float, levels: int) -> Tensor:
                 f"levels: got 1 with sigma_max = {sigma_max} and sigma_min = "
                 f"{sigma_min}, expected at least 2 levels between different sigmas"
             )
-        return torch.tensor([sigma_max])
-    if not sigma_min < sigma_max:
-        raise ValueError(f"sigma_min: got {sigma_min}, expected less than sigma_max = {sigma_max}")
+        return torch.tensor([_check.positive("sigma_max", sigma_max)])
+    sigma_max, sigma_min = _check.ends(sigma_max, sigma_min)
     logs = torch.linspace(math.log(sigma_max), math.log(sigma_min), levels, dtype=torch.float64)
     return logs.exp().float()
 
@@ -119,12 +116,9 @@ def edm_sigmas(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    sigma_max = _check.positive("sigma_max", sigma_max)
-    sigma_min = _check.positive("sigma_min", sigma_min)
+    sigma_max, sigma_min = _check.ends(sigma_max, sigma_min)
     levels = _check.count("levels", levels, least=2)
     rho = _check.positive("rho", rho)
-    if not sigma_min < sigma_max:
-        raise ValueError(f"sigma_min: got {sigma_min}, expected less than sigma_max = {sigma_max}")
     ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return torch.linspace(*ends, levels, dtype=torch.float64).pow(rho).float()
 
@@ -201,11 +195,8 @@ def level_count(sigma_max: float, sigma_min: float, ratio: float) -> int:
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    sigma_max = _check.positive("sigma_max", sigma_max)
-    sigma_min = _check.positive("sigma_min", sigma_min)
+    sigma_max, sigma_min = _check.ends(sigma_max, sigma_min)
     ratio = _above_one(ratio)
-    if not sigma_min < sigma_max:
-        raise ValueError(f"sigma_min: got {sigma_min}, expected less than sigma_max = {sigma_max}")
     return 1 + max(1, round((math.log(sigma_max) - math.log(sigma_min)) / math.log(ratio)))
 
 

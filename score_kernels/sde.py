@@ -61,13 +61,8 @@ class VE(SDE):
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
-        self.sigma_min = _check.positive("sigma_min", sigma_min)
-        self.sigma_max = _check.positive("sigma_max", sigma_max)
-        if not sigma_min < sigma_max:
-            raise ValueError(
-                f"sigma_min: got {sigma_min}, expected less than sigma_max = {sigma_max}"
-            )
-        self._rate = math.log(sigma_max / sigma_min)
+        self.sigma_max, self.sigma_min = _check.ends(sigma_max, sigma_min)
+        self._rate = math.log(self.sigma_max / self.sigma_min)
 
     def mean(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
