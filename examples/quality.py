@@ -11,7 +11,7 @@ principal axes that carry 95% of the training digits' variance; equally many tra
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -91,6 +91,21 @@ SAMPLERS: dict[str, Callable[[sk.sampling.Score, int], Tensor]] = {
 }
 
 
+def draw(path: Path, budgets: Sequence[int], distances: dict[str, list[float]]) -> None:
+    plot = pictures.figure(8, 5)
+    axes = plot.add_subplot()
+    for name, row in distances.items():
+        axes.plot(budgets, row, marker="o", markersize=4, label=name)
+    axes.axhline(0.27, color=pictures.GREY, linestyle="--", linewidth=1, label="training digits")
+    axes.set(xscale="log", xlabel="network calls", ylabel="squared Frechet distance")
+    axes.set_xticks(budgets, [str(b) for b in budgets])
+    axes.xaxis.minorticks_off()
+    pictures.logarithmic(axes, 0.25, 1.1 * max(map(max, distances.values())))
+    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    plot.savefig(path, format="png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("quality-output"))
@@ -113,17 +128,7 @@ def main() -> None:
     print("|---" * (1 + len(arguments.budgets)) + "|")
     for name, row in distances.items():
         print(f"| {name} | {' | '.join(f'{d:.2f}' for d in row)} |")
-    plot = pictures.figure(8, 5)
-    axes = plot.add_subplot()
-    for name, row in distances.items():
-        axes.plot(arguments.budgets, row, marker="o", markersize=4, label=name)
-    axes.axhline(0.27, color=pictures.GREY, linestyle="--", linewidth=1, label="training digits")
-    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="squared Frechet distance")
-    axes.set_xticks(arguments.budgets, [str(b) for b in arguments.budgets])
-    axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    plot.savefig(arguments.out / "quality.png", format="png")
+    draw(arguments.out / "quality.png", arguments.budgets, distances)
     print(f"Written to {arguments.out}: quality.png")
 
 

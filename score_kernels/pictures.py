@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_losses", "figure", "require", "save_sheet", "sheet"]
+__all__ = ["draw_losses", "figure", "logarithmic", "require", "save_sheet", "sheet"]
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
 # Smaller images are enlarged by a whole factor, pixels staying squares.
@@ -131,7 +131,8 @@ def draw_losses(
             color=GREY,
         )
     if len(loss) and float(loss.min()) > 0:
-        _logarithmic(axes, mean, max(float(loss.max()), zero_network or 0.0))
+        highest = max(float(loss.max()), zero_network or 0.0)
+        logarithmic(axes, 0.7 * float(mean.min()), 1.3 * highest)
     axes.set_xlabel("training step")
     axes.set_ylabel(label)
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.85), frameon=False)
@@ -146,13 +147,12 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _logarithmic(axes: object, mean: Tensor, highest: float) -> None:
-    from matplotlib.axes import Axes
+def logarithmic(axes: Any, low: float, high: float) -> None:
+    """Make the vertical axis a logarithmic one from low to high, with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    assert isinstance(axes, Axes)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(0.7 * float(mean.min()), 1.3 * highest)
+    axes.set_ylim(low, high)
