@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from score_kernels import _check, ops
 from score_kernels.noise import NoiseKey, Purpose
@@ -87,8 +87,8 @@ class Batches:
         if hasattr(self.data, "scaled"):
             return ((self.data.scaled(self.rows(t)), {}) for t in steps)
         loader = DataLoader(
-            _Items(self.data),
-            batch_sampler=_Rows(self, steps),
+            self.data,
+            batch_sampler=(self.rows(t).tolist() for t in steps),
             num_workers=self.workers,
             # Or it would draw from the generator that dropout and augmentation use.
             generator=torch.Generator().manual_seed(self.seed % 2**63),
@@ -111,33 +111,6 @@ class Batches:
             )
         _check.state("data", x)
         return x, dict(zip(self.conditions, rest, strict=False))
-
-
-class _Items(Dataset):
-    """Any object with `__len__` and `__getitem__`."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.data[index]
-
-
-class _Rows:
-    """The lists of indices that a DataLoader asks for."""
-
-    def __init__(self, batches: Batches, steps: range) -> None:
-        self.batches = batches
-        self.steps = steps
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.batches.rows(t).tolist() for t in self.steps)
 
 
 def _check_values(data: Tensor) -> None:

@@ -74,6 +74,7 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
     count, every = settings.sampling.count, settings.sampling.every
+    drawn = [0]
 
     def draw(name: str) -> None:
         if count and len(source.shape) == 3:
@@ -81,9 +82,13 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
             pictures.save_sheet(out / name, x)
 
     def watch(trainer: Trainer) -> None:
-        pictures.draw_losses(
-            out / "loss.png", trainer.losses, zero_network=_zero_network(settings, source)
-        )
+        # As often as the checkpoint: a picture costs as much as some steps of a small network.
+        last = trainer.step == settings.training.steps
+        if last or trainer.step - drawn[-1] >= settings.training.save_every:
+            drawn.append(trainer.step)
+            pictures.draw_losses(
+                out / "loss.png", trainer.losses, zero_network=_zero_network(settings, source)
+            )
         if every and trainer.step % every == 0:
             draw(f"samples-{trainer.step:08d}.png")
 
@@ -195,7 +200,7 @@ def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, 
             "high": source.high,
             "crc32": _checksum(source.values),
             # Around 0, as the networks want it.
-            "std": float(x.double().square().mean().sqrt()),
+            "std": float(torch.linalg.vector_norm(x)) / math.sqrt(x.numel()),
         },
         "schedule": {
             "sigmas": schedule.sigmas.tolist(),

@@ -219,7 +219,6 @@ class Trainer:
             Meter(self, steps, batches.epoch(steps), tensorboard, progress) as meter,
             self._own_random_state(),
         ):
-            saved = -1
             stream = batches.between(self.step, steps)
             while self.step < steps:
                 torch.manual_seed(self._torch_seed())
@@ -236,8 +235,8 @@ class Trainer:
                         self.net.train()
                 if path is not None and (last or self.step % save_every == 0):
                     self.save(path)
-                    saved = self.step
-            if path is not None and saved != self.step and not path.exists():
+            # Where there was no step to do.
+            if path is not None and not path.exists():
                 self.save(path)
         return self.losses
 

@@ -154,6 +154,17 @@ def test_inpainting_keeps_what_is_known(name: str) -> None:
         assert torch.equal(one, x[5:6])
 
 
+def test_inpainting_without_noise_levels_keeps_known_parts_exact_all_along() -> None:
+    known, mask = torch.randn(3), torch.tensor([True, False, True])
+    seen: list[Tensor] = []
+    x = sk.langevin(
+        lambda x: -x, (4, 3), step_size=0.1, steps=5, seed=1, known=known, mask=mask,
+        callback=lambda p: seen.append(p.x.clone()),
+    )  # fmt: skip
+    assert len(seen) == 5 and x.isfinite().all()
+    assert all(torch.equal(s[:, mask], known[mask].expand(4, 2)) for s in [*seen, x])
+
+
 def test_the_unknown_part_follows_the_known_one() -> None:
     """Two numbers of correlation 0.9: given the first, the second is N(0.9 x, 0.19)."""
     inverse = {}

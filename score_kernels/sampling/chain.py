@@ -282,8 +282,8 @@ class _Known:
         self.noise = noise.for_purpose(Purpose.KNOWN)
 
     def put(self, x: Tensor, sigma: float, mean: float, draw: int) -> None:
-        """Known parts with the noise of a level, in place; with none they are exact."""
-        if sigma:
+        """Known parts with the noise of a level, in place; with none (0 or nan) they are exact."""
+        if sigma > 0:
             level = x.new_full(x.shape[:1], sigma, dtype=torch.float32)
             value = ops.perturb(self.known, level, self.noise.at(draw % 2**32))
             value = value if mean == 1.0 else value.mul_(mean)

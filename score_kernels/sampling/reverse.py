@@ -109,14 +109,17 @@ def predictor_corrector(
     if predict is None and corrector is None:
         raise ValueError("predictor: got None beside corrector None, expected one of the two")
     snr = _check.positive("snr", snr)
-    repeats = _check.count("corrector_steps", corrector_steps, least=1) if corrector else 0
+    repeats = _check.count("corrector_steps", corrector_steps, least=1)
     plan = []
     for now, then in zip(moments, moments[1:], strict=False):
         place = now if corrector_first else then
         share = 1.0 if isinstance(sde, VE) else 1 - now.beta * (now.time - then.time)
-        correct = [_corrector(corrector, place, share, snr, batch_mean)] * repeats
+        correct = (
+            [] if corrector is None else [_corrector(corrector, place, share, snr, batch_mean)]
+        )
         predicted = [] if predict is None else [predict(now, then)]
-        plan += [*correct, *predicted] if corrector_first else [*predicted, *correct]
+        repeated = correct * repeats
+        plan += [*repeated, *predicted] if corrector_first else [*predicted, *repeated]
     return run(score, shape_or_init, plan, scale=_prior(sde), denoise=denoise, **options)
 
 
@@ -198,9 +201,7 @@ def _predictor(name: str, sde: SDE) -> Callable[[_Moment, _Moment], Phase]:
     return table[name]
 
 
-def _corrector(
-    name: str | None, place: _Moment, share: float, snr: float, batch_mean: bool
-) -> Phase:
+def _corrector(name: str, place: _Moment, share: float, snr: float, batch_mean: bool) -> Phase:
     if name == "ald":
         size = 2 * share * (snr * place.std) ** 2
         return _phase(place, place, 1.0, size, math.sqrt(2 * size))
