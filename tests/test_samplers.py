@@ -181,7 +181,7 @@ def test_the_unknown_part_follows_the_known_one() -> None:
         step_size=0.05**2 * 0.15, seed=2, known=torch.tensor([1.5, 0.0]),
         mask=torch.tensor([True, False]),
     )  # fmt: skip
-    # Alternating the two parts at finite noise is not exact: some percent (see the docstring).
+    # Alternating the two parts at finite noise is not exact: see docs/samplers.md.
     assert abs(float(x[:, 1].mean()) - 1.35) < 0.1
     assert abs(float(x[:, 1].var()) - 0.19) < 0.06
 
