@@ -90,6 +90,8 @@ ROWS = (
     Row("affine_kernel<float, true>", "update.cu", 12, (37, 37, 28.5)),
     Row("affine_kernel<BFloat16, true>", "update.cu", 10, (38, 38, 30)),
     Row("affine_kernel<Float16, true>", "update.cu", 10, (38, 38, 29.5)),
+    Row("table_kernel<float, true, Nothing>", "update.cu", 12, (37, 37, 28.5)),
+    Row("table_kernel<float, true, Known>", "update.cu", 17, (44, 45, 34.5)),
     Row("perturb_kernel<true>", "dsm.cu", 8, (34.5, 34.5, 26)),
     Row("loss_kernel<float, true>", "dsm.cu", 4, (34, 34, 27)),
     Row("loss_kernel<BFloat16, true>", "dsm.cu", 2, (35.5, 35.5, 29)),

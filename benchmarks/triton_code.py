@@ -16,7 +16,7 @@ from benchmarks import sass
 from score_kernels.backends.triton import OPTIONS, SUM_TILE, TILE, TURNS, kernels
 
 _THREADS = 32 * int(OPTIONS["num_warps"])
-F32, BF16, F16, I64 = "*fp32", "*bf16", "*fp16", "*i64"
+F32, BF16, F16, I64, U8 = "*fp32", "*bf16", "*fp16", "*i64", "*u8"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Kernel:
 
 def _step(score: str, like: str) -> Kernel:
     pointers = (("out", F32), ("x", F32), ("score", score))
-    constants = (("NOISE", True), ("table", None), ("step", None))
+    constants = (("NOISE", True),)
     counterpart = f"affine_kernel<{like}, true>"
     return Kernel(f"step {score[1:]}", kernels.update.step_kernel, pointers, constants, counterpart)
 
@@ -107,10 +107,24 @@ KERNELS = (
     _step(F16, "Float16"),
     Kernel(
         "step by table fp32",
-        kernels.update.step_kernel,
+        kernels.update.table_kernel,
         (("out", F32), ("x", F32), ("score", F32), ("table", F32), ("step", I64)),
-        (("NOISE", True),),
-        "affine_kernel<float, true>",
+        (("known", None), ("kept", None), ("PER_ROW", False)),
+        "table_kernel<float, true, Nothing>",
+    ),
+    Kernel(
+        "step by lines fp32",
+        kernels.update.table_kernel,
+        (("out", F32), ("x", F32), ("score", F32), ("table", F32)),
+        (("step", None), ("known", None), ("kept", None), ("PER_ROW", True)),
+        "table_kernel<float, true, Nothing>",
+    ),
+    Kernel(
+        "step with known fp32",
+        kernels.update.table_kernel,
+        (*((p, F32) for p in ("out", "x", "score", "table", "known")), ("kept", U8)),
+        (("step", None), ("PER_ROW", False)),
+        "table_kernel<float, true, Known>",
     ),
     Kernel(
         "perturb",

@@ -28,6 +28,19 @@ struct AffineArgs {
   NoiseKey key;
 };
 
+// The coefficients of an affine step where they lie, lines of `columns` floats: a, b, c and, for what
+// is known, its scale and spread. The line is number *step of `lines`, and the draw is moved on by
+// it; without a step it is line 0 or, with per_row, the row's own. Where `mask` is not 0 the result
+// is scale known + spread z instead, whatever x and the score are. known and mask go together.
+struct StepTable {
+  const float* table;
+  const int64_t* step;
+  uint64_t lines, columns;
+  bool per_row;
+  const float* known;
+  const uint8_t* mask;
+};
+
 // out = x + sigma z, sigma per row.
 struct PerturbArgs {
   float* out;

@@ -1,5 +1,6 @@
 // The affine step every sampler is made of, x <- a x + b score + c z, as one chain of fma: with
-// the noise of noise.h, whole chains then agree to the bit wherever the scores do.
+// the noise of noise.h, whole chains then agree to the bit wherever the scores do. Without noise
+// (c = 0) none is added: a product with 0 could change the sign of a zero.
 #pragma once
 
 #include "noise.h"

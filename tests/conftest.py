@@ -45,7 +45,8 @@ class _Backend:
 
     def __exit__(self, *_: object) -> None:
         self.forced.__exit__(None, None, None)
-        registry._BACKENDS.pop("fibers", None)
+        if self.name == "fibers":
+            registry._BACKENDS.pop("fibers")
         if self.isa:
             native._cpu.set_isa(self.before)
 

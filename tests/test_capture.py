@@ -15,9 +15,12 @@ import score_kernels
 from score_kernels import NoiseKey, _capture, ops
 from score_kernels.backends import choose
 from score_kernels.networks import MLPScore
+from score_kernels.sde import VP
 
 KEY = NoiseKey(11, purpose=2, draw=5)
 SIGMAS = [2.0, 1.0, 0.3]
+WHOLE = torch.ones(3, 4, dtype=torch.bool)
+FIVE = {"table": torch.ones(3, 5), "known": torch.ones(3, 4), "mask": WHOLE}
 TABLE = torch.tensor([[1.0, 0.5, 0.7], [0.9, 0.1, 0.2], [0.8, 0.3, 0.0]])
 
 
@@ -46,6 +49,15 @@ def test_past_the_table_a_kernel_s_state_is_nan() -> None:
     "change, message",
     [
         ({"table": torch.ones(3, 2)}, r"table: got shape \(3, 2\).*expected \[steps, 3\]"),
+        ({"table": torch.ones(())}, r"table: got shape \(\).*expected \[steps, 3\]"),
+        ({"table": torch.ones(2, 3), "step": None}, r"table: .*expected \[B, 3\] or \[1, 3\]"),
+        ({"known": torch.ones(3, 4)}, "mask: got none, expected it beside"),
+        ({"mask": WHOLE}, "known: got none, expected it beside"),
+        ({"known": torch.ones(3, 4), "mask": WHOLE}, r"table: .* expected \[steps, 5\]"),
+        ({**FIVE, "known": torch.ones(3, 5)}, r"known: got shape \(3, 5\).*expected that of x"),
+        ({**FIVE, "known": WHOLE}, "known: got torch.bool on cpu, expected torch.float32"),
+        ({**FIVE, "mask": torch.ones(3, 4)}, "mask: got torch.float32 on cpu, expected torch.bool"),
+        ({"x": torch.randn(3, 4, requires_grad=True)}, "x: .*expected a contiguous tensor without"),
         ({"table": TABLE.double()}, "table: got torch.float64 on cpu, expected torch.float32"),
         ({"step": torch.zeros(1, dtype=torch.int64)}, r"step: got shape \(1,\).*no dimensions"),
         ({"step": torch.zeros(())}, "step: got torch.float32 on cpu, expected torch.int64"),
@@ -103,6 +115,26 @@ def test_a_replayed_chain_is_the_chain(monkeypatch: pytest.MonkeyPatch, record: 
             lambda x: -x, (4, 3), step_size=0.1, steps=5, seed=1, cuda_graph=True
         )
         assert torch.equal(graph, flat)
+
+
+@pytest.mark.skipif(not FIBERS, reason="needs a C++ compiler")
+def test_replayed_chains_keep_what_is_known_and_scale_the_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_capture, "captured", eagerly)
+    known, mask = torch.randn(5, 2), torch.tensor([True, False])
+    settings: dict[str, Any] = {"seed": 4, "known": known, "mask": mask}
+    with on_backend("fibers"):
+        want, got = (
+            score_kernels.euler_maruyama(
+                lambda x, _: -x, (5, 2), VP(), steps=7, cuda_graph=graph, **settings
+            )
+            for graph in (False, True)
+        )
+        assert torch.equal(got, want)
+        assert torch.equal(got[:, 0], known[:, 0])
+        with pytest.raises(ValueError, match="cuda_graph: got True with steps that are more than"):
+            score_kernels.probability_flow(lambda x, _: -x, (5, 2), SIGMAS, cuda_graph=True)
 
 
 def test_a_graph_needs_a_device_with_kernels() -> None:

@@ -12,6 +12,7 @@ import tolerances
 import torch
 from fibers.build import COMPILER, CUDA, ORDERS, Fibers, build_module, compile_fibers
 from rounding import probe_terms
+from steps import lines_and_masks
 from torch import Tensor
 
 from score_kernels import NoiseKey
@@ -86,6 +87,18 @@ def test_coefficients_and_draw_are_read_where_the_step_counter_is(cuda: Fibers) 
         native.backend.affine_step(want, x, score, *table[t].tolist(), KEY.at(9 + t).fields())
         same(got, want)
         step += 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lines_of_samples_and_known_elements(cuda: Fibers, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        x, score, known = torch.randn(shape), torch.randn(shape).to(dtype), torch.randn(shape)
+        for table, mask in lines_and_masks(shape):
+            given = None if mask is None else known
+            got, want = torch.empty(shape), torch.empty(shape)
+            for out, backend in ((got, cuda), (want, native.backend)):
+                backend.table_step(out, x, score, table, None, KEY.fields(), given, mask)
+            same(got, want)
 
 
 def test_views_off_the_vector_s_alignment(cuda: Fibers) -> None:

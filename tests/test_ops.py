@@ -12,6 +12,7 @@ import tolerances
 import torch
 import torch._dynamo.testing
 from conftest import NATIVE, on_backend
+from steps import lines_and_masks
 from torch import Tensor
 
 import score_kernels
@@ -83,6 +84,46 @@ def test_native_gives_the_reference_s_bits(
     for want, got in zip(*results, strict=True):
         assert torch.equal(want, got)
     assert torch.equal(results[1][0], results[1][1])
+
+
+@pytest.mark.parametrize("dtype", SCORES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lines_of_samples_and_known_elements(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, score = inputs(shape, dtype)
+    known = torch.randn(shape)
+    z = ops.normal(shape, KEY).double()
+    for lines, mask in lines_and_masks(shape):
+        k = [v.view(-1, *[1] * (len(shape) - 1)) for v in lines.double().unbind(1)]
+        want = k[0] * x + k[1] * score.double() + k[2] * z
+        if mask is not None:
+            want = torch.where(mask, k[3] * known + k[4] * z, want)
+        given = None if mask is None else known
+        got = ops.table_step_(x.clone(), score, lines, None, KEY, known=given, mask=mask)
+        error = tolerances.FP32_RELATIVE
+        np.testing.assert_allclose(got.double(), want, rtol=error, atol=40 * error)
+        with on_backend("reference"):
+            exact = ops.table_step_(x.clone(), score, lines, None, KEY, known=given, mask=mask)
+        assert torch.equal(got, exact)
+
+
+def test_known_elements_are_exact_whatever_is_there(backend: str) -> None:
+    """Signs of zeros and infinities are kept; a score that is NaN there does not matter."""
+    known = torch.tensor([[0.0, -0.0, 3.5, math.inf, -1e-45, 1.0, 2.0]])
+    mask = torch.tensor([[True] * 5 + [False] * 2])
+    line = torch.tensor([[1.0, 1.0, 0.5, 1.0, 0.0]])
+    nowhere = torch.where(mask, torch.nan, 1.0)
+    x = ops.table_step_(nowhere.clone(), nowhere, line, None, KEY, known=known, mask=mask)
+    assert torch.equal(x[mask].view(torch.int32), known[mask].view(torch.int32))
+    assert x[~mask].isfinite().all()
+    # What is known may be a view of the state itself, whole or in part.
+    memory = torch.randn(8)
+    state, ahead = memory[:7].view(1, 7), memory[1:].view(1, 7)
+    for view in (state, ahead):
+        want = view.clone()
+        ops.table_step_(state, state.clone(), line, None, KEY, known=view, mask=mask)
+        assert torch.equal(state[mask], want[mask])
 
 
 @pytest.mark.parametrize("dtype", SCORES)

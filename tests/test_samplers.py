@@ -154,6 +154,26 @@ def test_inpainting_keeps_what_is_known(name: str) -> None:
         assert torch.equal(one, x[5:6])
 
 
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in ("heun", "churn")])
+def test_known_parts_have_the_noise_that_the_score_is_told(name: str) -> None:
+    """800 chains of 64 known numbers: their spread at every call, to chance (alpha). Heun's second
+    call sees a step ahead, and churn has raised the noise of all. The first call at a level of
+    several steps still sees the one before, in all parts."""
+    calls: list[tuple[float, float]] = []
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append((float(sigma[0]), float((x.double() - 0.5).square().mean().sqrt())))
+        return gaussian(x, sigma)
+
+    SAMPLERS[name](score, (CHAINS, 64), seed=6, known=torch.tensor(0.5), mask=torch.tensor(True))
+    bound = stats.norm.isf(tolerances.ALPHA / (2 * len(calls))) / math.sqrt(2 * CHAINS * 64)
+    before = calls[0][0]
+    for sigma, found in calls:
+        levels = (sigma, before) if name in ("annealed", "C VE") else (sigma,)
+        assert min(abs(found / level - 1) for level in levels) <= bound + 1e-6
+        before = sigma
+
+
 def test_inpainting_without_noise_levels_keeps_known_parts_exact_all_along() -> None:
     known, mask = torch.randn(3), torch.tensor([True, False, True])
     seen: list[Tensor] = []

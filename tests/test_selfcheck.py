@@ -96,8 +96,17 @@ def repeating_draws(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def first_step_only(right: Callable[..., Any]) -> Callable[..., Any]:
-    def step(out: Tensor, x: Tensor, score: Tensor, table: Tensor, at: Tensor, key: Any) -> None:
-        right(out, x, score, table, torch.zeros_like(at), key)
+    def step(out: Tensor, x: Tensor, score: Tensor, table: Tensor, at: Any, *rest: Any) -> None:
+        right(out, x, score, table, None if at is None else torch.zeros_like(at), *rest)
+
+    return step
+
+
+def mask_forgotten(right: Callable[..., Any]) -> Callable[..., Any]:
+    def step(*arguments: Any) -> None:
+        known, mask = (*arguments[6:8], None, None)[:2]
+        everywhere = None if mask is None else torch.ones_like(mask)
+        right(*arguments[:6], known, everywhere)
 
     return step
 
@@ -137,6 +146,7 @@ def planted(right: Callable[..., Any]) -> Callable[..., Any]:
         ("fill", wide_normals, ["mean, variance, 4th moment", "Kolmogorov-Smirnov"]),
         ("fill", repeating_draws, ["correlations of neighbours", "golden words"]),
         ("table_step", first_step_only, ["steps from a table"]),
+        ("table_step", mask_forgotten, ["steps by lines, known elements", "annealed chain"]),
         ("dsm_gradient", a_thousandth_off, ["its gradient, fp32, bf16, fp16"]),
         ("dsm_loss", last_sample_forgotten, ["denoising loss", "training through dsm_loss"]),
         (

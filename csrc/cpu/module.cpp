@@ -22,15 +22,17 @@ struct Isa {
   bool (*supported)();
   decltype(&sk::portable::fill) fill;
   decltype(&sk::portable::affine_step) affine_step;
+  decltype(&sk::portable::table_step) table_step;
   decltype(&sk::portable::perturb) perturb;
   decltype(&sk::portable::dsm_loss) dsm_loss;
   decltype(&sk::portable::dsm_gradient) dsm_gradient;
   decltype(&sk::portable::probe) probe;
 };
 
-#define SK_ISA_ROW(isa, supported)                                                  \
-  {#isa,                 supported,        &sk::isa::fill,        &sk::isa::affine_step, \
-   &sk::isa::perturb, &sk::isa::dsm_loss, &sk::isa::dsm_gradient, &sk::isa::probe}
+#define SK_ISA_ROW(isa, supported)                                                        \
+  {#isa,                  supported,           &sk::isa::fill,     &sk::isa::affine_step,  \
+   &sk::isa::table_step, &sk::isa::perturb,   &sk::isa::dsm_loss, &sk::isa::dsm_gradient, \
+   &sk::isa::probe}
 
 // Best first.
 constexpr Isa kIsas[] = {
@@ -94,19 +96,33 @@ void fill(uintptr_t out, uint64_t rows, uint64_t elements, int kind, uint64_t se
 }
 
 void affine_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, uint64_t rows,
-                 uint64_t elements, float a, float b, float c, uintptr_t table, uintptr_t step,
-                 uint64_t steps, uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample) {
-  if (table) {
-    const int64_t at = *reinterpret_cast<const int64_t*>(step);
-    if (uint64_t(at) >= steps) throw py::value_error("step: points past the table");
-    const float* row = reinterpret_cast<const float*>(table) + 3 * at;
-    a = row[0], b = row[1], c = row[2];
-    draw += uint32_t(at);
-  }
+                 uint64_t elements, float a, float b, float c, uint64_t seed, uint32_t purpose,
+                 uint32_t draw, uint64_t first_sample) {
   run(rows, elements, [&] {
     current.load()->affine_step({reinterpret_cast<float*>(out), reinterpret_cast<const float*>(x),
                                  reinterpret_cast<const void*>(score), sk::Dtype(score_dtype),
                                  rows, elements, a, b, c, {seed, first_sample, draw, purpose}});
+  });
+}
+
+void table_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, uint64_t rows,
+                uint64_t elements, uintptr_t table, uintptr_t step, uint64_t lines,
+                uint64_t columns, bool per_row, uintptr_t known, uintptr_t mask, uint64_t seed,
+                uint32_t purpose, uint32_t draw, uint64_t first_sample) {
+  const float* line = reinterpret_cast<const float*>(table);
+  if (step) {
+    const int64_t at = *reinterpret_cast<const int64_t*>(step);
+    if (uint64_t(at) >= lines) throw py::value_error("step: points past the table");
+    line += columns * uint64_t(at);
+    draw += uint32_t(at);
+  }
+  run(rows, elements, [&] {
+    current.load()->table_step(
+        {reinterpret_cast<float*>(out), reinterpret_cast<const float*>(x),
+         reinterpret_cast<const void*>(score), sk::Dtype(score_dtype), rows, elements, 0, 0, 0,
+         {seed, first_sample, draw, purpose}},
+        {line, nullptr, lines, columns, per_row, reinterpret_cast<const float*>(known),
+         reinterpret_cast<const uint8_t*>(mask)});
   });
 }
 
@@ -164,6 +180,7 @@ PYBIND11_MODULE(_cpu, m) {
   }, "Threads a kernel may use; 0 when built without OpenMP.");
   m.def("fill", &fill);
   m.def("affine_step", &affine_step);
+  m.def("table_step", &table_step);
   m.def("perturb", &perturb);
   m.def("dsm", &dsm);
   m.def("probe", &probe);

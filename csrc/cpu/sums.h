@@ -68,12 +68,5 @@ SK_INLINE void scale_row(float* out, const float* values, uint64_t count, float 
   for (uint64_t i = 0; i < count; ++i) out[i] = factor * values[i];
 }
 
-// Rows of a tile, one after the other: body(row, first element inside the tile, count).
-template <class Body>
-SK_INLINE void for_each_row(const Tile& tile, const Body& body) {
-  const uint64_t count = tile.count / tile.rows;
-  for (uint64_t r = 0; r < tile.rows; ++r) body(tile.row + r, r * count, count);
-}
-
 }  // namespace
 }  // namespace sk

@@ -62,6 +62,13 @@ void for_each_tile(uint64_t rows, uint64_t elements, const Body& body) {
   for (int64_t i = 0; i < count; ++i) body(tiling[uint64_t(i)]);
 }
 
+// Rows of a tile, one after the other: body(row, first element inside the tile, count).
+template <class Body>
+SK_INLINE void for_each_row(const Tile& tile, const Body& body) {
+  const uint64_t count = tile.count / tile.rows;
+  for (uint64_t r = 0; r < tile.rows; ++r) body(tile.row + r, r * count, count);
+}
+
 template <bool kWrite>
 SK_INLINE void prefetch(const void* p, uint64_t bytes) {
   constexpr uint64_t kLine = 64;

@@ -12,17 +12,11 @@ struct Place {
   void* stream;
 };
 
-// Coefficients and draw read on the device, so that a captured graph goes on from replay to replay:
-// (a, b, c) = table[*step] and draw = key.draw + *step, *step < steps; past the table they are NaN.
-// A null table stands for args' own.
-struct StepTable {
-  const float* table;
-  const int64_t* step;
-  uint64_t steps;
-};
-
 void fill(const FillArgs& args, const Place& place);
-void affine_step(const AffineArgs& args, const StepTable& steps, const Place& place);
+void affine_step(const AffineArgs& args, const Place& place);
+// args' own a, b and c are not read. The step is, on the device, so that a captured graph goes on
+// from replay to replay; past the table the coefficients are NaN.
+void table_step(const AffineArgs& args, const StepTable& table, const Place& place);
 void perturb(const PerturbArgs& args, const Place& place);
 // `partial`: partials(elements) floats a row for each sum; unused, and may be null, if that is 1.
 void dsm_loss(const DsmArgs& args, float* partial, const Place& place);

@@ -15,7 +15,6 @@
 namespace sk {
 
 using cuda::Place;
-using cuda::StepTable;
 
 namespace {
 

@@ -31,13 +31,25 @@ void fill(uintptr_t out, uint64_t rows, uint64_t elements, int kind, uint64_t se
 }
 
 void affine_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, uint64_t rows,
-                 uint64_t elements, float a, float b, float c, uintptr_t table, uintptr_t step,
-                 uint64_t steps, uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample, int device,
-                 uintptr_t stream) {
+                 uint64_t elements, float a, float b, float c, uint64_t seed, uint32_t purpose,
+                 uint32_t draw, uint64_t first_sample, int device, uintptr_t stream) {
   sk::cuda::affine_step(
       {at<float>(out), at<const float>(x), at<const void>(score), Dtype(score_dtype), rows,
        elements, a, b, c, {seed, first_sample, draw, purpose}},
-      {at<const float>(table), at<const int64_t>(step), steps}, place_of(device, stream));
+      place_of(device, stream));
+}
+
+void table_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, uint64_t rows,
+                uint64_t elements, uintptr_t table, uintptr_t step, uint64_t lines,
+                uint64_t columns, bool per_row, uintptr_t known, uintptr_t mask, uint64_t seed,
+                uint32_t purpose, uint32_t draw, uint64_t first_sample, int device,
+                uintptr_t stream) {
+  sk::cuda::table_step(
+      {at<float>(out), at<const float>(x), at<const void>(score), Dtype(score_dtype), rows,
+       elements, 0, 0, 0, {seed, first_sample, draw, purpose}},
+      {at<const float>(table), at<const int64_t>(step), lines, columns, per_row,
+       at<const float>(known), at<const uint8_t>(mask)},
+      place_of(device, stream));
 }
 
 void perturb(uintptr_t out, uintptr_t x, uintptr_t sigma, uint64_t rows, uint64_t elements,
@@ -92,6 +104,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("partials", &sk::cuda::partials, "Pieces that a row of so many elements is summed in.");
   m.def("fill", &fill);
   m.def("affine_step", &affine_step);
+  m.def("table_step", &table_step);
   m.def("perturb", &perturb);
   m.def("dsm", &dsm);
   m.def("probe", &probe);

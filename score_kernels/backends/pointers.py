@@ -45,24 +45,44 @@ class PointerKernels:
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
     ) -> None:
-        self._step(out, x, score, (a, b, c, 0, 0, 0), key)
-
-    def table_step(
-        self, out: Tensor, x: Tensor, score: Tensor, table: Tensor, step: Tensor, key: Key
-    ) -> None:
-        at = table.data_ptr(), step.data_ptr(), table.shape[0]
-        self._step(out, x, score, (0.0, 0.0, 0.0, *at), key)
-
-    def _step(
-        self, out: Tensor, x: Tensor, score: Tensor, coefficients: tuple[float, ...], key: Key
-    ) -> None:
         self.kernels.affine_step(
             out.data_ptr(),
             x.data_ptr(),
             score.data_ptr(),
             DTYPES[score.dtype],
             *_sizes(x),
-            *coefficients,
+            a,
+            b,
+            c,
+            *key,
+            *self.place(x.device),
+        )
+
+    def table_step(
+        self,
+        out: Tensor,
+        x: Tensor,
+        score: Tensor,
+        table: Tensor,
+        step: Tensor | None,
+        key: Key,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        lines, columns = table.shape
+        self.kernels.table_step(
+            out.data_ptr(),
+            x.data_ptr(),
+            score.data_ptr(),
+            DTYPES[score.dtype],
+            *_sizes(x),
+            table.data_ptr(),
+            _address(step),
+            lines,
+            columns,
+            step is None and lines > 1,
+            _address(known),
+            _address(mask),
             *key,
             *self.place(x.device),
         )

@@ -79,34 +79,52 @@ class Reference:
         c: float,
         key: Key,
     ) -> None:
-        if x.numel() == 0:
-            return
-        z = None
-        if c != 0:
-            z = _normal_like(x, key)
-        if x.dtype == torch.float64:
-            result = a * x + b * score.double()
-            out.copy_(result if z is None else result + c * z.double())
-            return
-        home = "cpu" if x.device.type == "mps" else x.device
         # Coefficients enter an fp32 kernel rounded to fp32, once.
-        a, b, c = torch.tensor([a, b, c], dtype=torch.float32).double().tolist()
-        source, scores, target = x.view(-1), score.reshape(-1), out.view(-1)
-        for piece in _pieces(x.numel(), 4 * _PIECE):
-            step = _fma(
-                b, scores[piece].to(home).double(), _round(a * source[piece].to(home).double())
-            )
-            if z is not None:
-                step = _fma(c, z.view(-1)[piece].to(home).double(), step)
-            target[piece] = step.float().to(x.device)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.table_step(out, x, score, torch.tensor([[a, b, c]], dtype=dtype), None, key)
 
     def table_step(
-        self, out: Tensor, x: Tensor, score: Tensor, table: Tensor, step: Tensor, key: Key
+        self,
+        out: Tensor,
+        x: Tensor,
+        score: Tensor,
+        table: Tensor,
+        step: Tensor | None,
+        key: Key,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
-        at = int(step)
-        a, b, c = table[at].tolist()
-        seed, purpose, draw, first_sample = key
-        self.affine_step(out, x, score, a, b, c, (seed, purpose, draw + at, first_sample))
+        if x.numel() == 0:
+            return
+        home = torch.device("cpu") if x.device.type == "mps" else x.device
+        lines = table.to(home).double()
+        if step is not None:
+            at = int(step)
+            lines = lines[at : at + 1]
+            key = (*key[:2], key[2] + at, key[3])
+        z = _normal_like(x, key).to(home).view(-1) if bool((lines[:, 2::2] != 0).any()) else None
+        # An fp64 state has an update in plain fp64.
+        fma = _fma if x.dtype == torch.float32 else _plain_fma
+        product = _round if x.dtype == torch.float32 else torch.Tensor.double
+        elements = x.numel() // x.shape[0]
+        for piece in _pieces(x.numel(), 4 * _PIECE):
+            row = torch.arange(piece.start, piece.stop, device=home) // elements
+            # One line for all is not spread out.
+            k = lines[row if len(lines) > 1 else slice(None)].unbind(1)
+
+            def take(values: Tensor, piece: slice = piece) -> Tensor:
+                return values.reshape(-1)[piece].to(home).double()
+
+            def noisy(value: Tensor, spread: Tensor, piece: slice = piece) -> Tensor:
+                if z is None:
+                    return value
+                return torch.where(spread == 0, value, fma(spread, z[piece].double(), value))
+
+            value = noisy(fma(k[1], take(score), product(k[0] * take(x))), k[2])
+            if known is not None and mask is not None:
+                given = noisy(product(k[3] * take(known)), k[4])
+                value = torch.where(mask.reshape(-1)[piece].to(home), given, value)
+            out.view(-1)[piece] = value.to(x.dtype).to(x.device)
 
     def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
         z = _normal_like(x, key)
@@ -246,6 +264,10 @@ def _normal(words: Tensor) -> Tensor:
 
 
 _MAPS = {"words": lambda w: w, "normal": _normal, "uniform": _uniform, "rademacher": _rademacher}
+
+
+def _plain_fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return a * b + c
 
 
 def _fma(a: float | Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -53,10 +53,22 @@ class Backend(Protocol):
         """out = a x + b score + c z, all contiguous; out may be x; c = 0 draws no noise."""
 
     def table_step(
-        self, out: Tensor, x: Tensor, score: Tensor, table: Tensor, step: Tensor, key: Key
+        self,
+        out: Tensor,
+        x: Tensor,
+        score: Tensor,
+        table: Tensor,
+        step: Tensor | None,
+        key: Key,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         """affine_step with (a, b, c) = table[step] and draw + step, read where the tensors are:
-        table [steps, 3] float32 and step, int64 without dimensions, contiguous, on x's device."""
+        table [lines, 3] float32 and step, int64 without dimensions, contiguous, on x's device.
+        Without a step the table has one line for all samples or one for each. With known, in x's
+        shape and dtype, and mask, bool, the table has five columns, and out is table[., 3] known +
+        table[., 4] z where mask is true, whatever x and score are there; a spread of 0 draws no
+        noise. known shares no memory with out."""
 
     def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
         """x + sigma z; x contiguous, sigma [B] float32."""

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from score_kernels import ops
+from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey, Purpose, resolve
 from score_kernels.parametrization import as_score
+from score_kernels.sampling.reverse import norms
 from score_kernels.sde import Discrete
 
 try:
@@ -191,14 +193,13 @@ class FusedScoreSdeVeScheduler(_Named, ScoreSdeVeScheduler):
         """The parent's, with the noise of this step's key. A generator is refused."""
         self._check_timesteps()
         key = self._next(generator)
-        noise = ops.normal(sample.shape, key, device=sample.device)
-        size, noise_size = (v.flatten(1).norm(dim=1).mean() for v in (model_output, noise))
-        step = 2 * (self.config.snr * noise_size / size) ** 2
-        # The step size stays on the device: reading it back would wait for the network.
-        table = torch.stack([torch.ones_like(step), step, (2 * step).sqrt()]).float()[None]
-        first = torch.zeros((), dtype=torch.int64, device=sample.device)
         x = sample.clone(memory_format=torch.contiguous_format)
-        ops.table_step_(x, model_output, table, first, key)
+        backend, score = choose(x.device, x.dtype), model_output.contiguous()
+        noise_size, size = norms(backend, score, key.fields(), batch_mean=True)
+        step = 2 * self.config.snr**2 * noise_size / size
+        # The step size stays on the device: reading it back would wait for the network.
+        table = torch.stack([torch.ones_like(step), step, (2 * step).sqrt()])[None]
+        ops.table_step_(x, score, table, None, key)
         return SchedulerOutput(x) if return_dict else (x,)
 
     def _check_timesteps(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,19 +74,35 @@ def langevin_step(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Te
     return _step(x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise, in_place=False)
 
 
-def table_step_(x: Tensor, score: Tensor, table: Tensor, step: Tensor, noise: NoiseKey) -> Tensor:
-    """:func:`affine_step_` with ``a, b, c = table[step]`` and the noise's draw moved on by `step`.
+def table_step_(
+    x: Tensor,
+    score: Tensor,
+    table: Tensor,
+    step: Tensor | None,
+    noise: NoiseKey,
+    *,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """:func:`affine_step_` with coefficients that lie on the device, and with known elements.
 
-    Both are read where the tensors are, so that a captured CUDA graph that ends with
-    ``step.add_(1)`` does the next step of a chain at each replay. Not differentiable.
+    With a `step`, ``a, b, c = table[step]`` and the noise's draw is moved on by it: a captured CUDA
+    graph that ends with ``step.add_(1)`` does the next step of a chain at each replay. Without one
+    the table has a line for each sample, or one for all.
+
+    With `known` the table has two columns more, a scale and a spread: where `mask` is true,
+    ``x <- scale known + spread z``, whatever x and score are there (inpainting). Not
+    differentiable.
 
     Args:
         x: ``[B, ...]`` float32 (or float64 on the reference backend), contiguous.
         score: x's shape and device; float32, bfloat16 or float16.
-        table: ``[steps, 3]`` float32 on x's device, contiguous.
-        step: int64 without dimensions, on x's device, ``0 <= step < steps``. On a GPU, where a
-            look at it would wait for the device, a step outside makes x NaN.
-        noise: names the noise of step 0; see :class:`score_kernels.NoiseKey`.
+        table: x's dtype and device, contiguous; ``[steps, 3]`` or, without a step, ``[B, 3]`` or
+            ``[1, 3]``; with known ``[..., 5]``.
+        step: int64 without dimensions, on x's device, ``0 <= step < steps``; or None. On a GPU,
+            where a look at it would wait for the device, a step outside makes x NaN.
+        noise: names the noise, with a step that of step 0; see :class:`score_kernels.NoiseKey`.
+        known, mask: x's shape and device, contiguous; x's dtype and bool.
 
     Returns:
         x.
@@ -94,29 +111,42 @@ def table_step_(x: Tensor, score: Tensor, table: Tensor, step: Tensor, noise: No
         TypeError, ValueError: an argument is of the wrong kind, shape or device, or out of range.
     """
     _check_step(x, score, noise)
+    if (known is None) != (mask is None):
+        missing = "known" if known is None else "mask"
+        raise ValueError(f"{missing}: got none, expected it beside the other of known and mask")
+    columns = 3 if known is None else 5
     _check.instance("table", table, Tensor, "a tensor")
-    _check.instance("step", step, Tensor, "a tensor")
-    for name, value, dtype, shape in (
-        ("table", table, torch.float32, (*table.shape[:1], 3)),
-        ("step", step, torch.int64, ()),
-    ):
-        if value.dtype != dtype or value.device != x.device:
-            raise TypeError(
-                f"{name}: got {value.dtype} on {value.device}, expected {dtype} on {x.device}"
-            )
-        if value.shape != shape or not value.is_contiguous():
-            wanted = "[steps, 3]" if name == "table" else "no dimensions"
-            raise ValueError(
-                f"{name}: got shape {tuple(value.shape)} and strides {value.stride()}, "
-                f"expected {wanted}, contiguous"
-            )
-    if not x.is_contiguous() or x.requires_grad and torch.is_grad_enabled():
+    lines = table.shape[:1] if step is not None or table.shape[:1] == x.shape[:1] else (1,)
+    wanted = f"[steps, {columns}]" if step is not None else f"[B, {columns}] or [1, {columns}]"
+    _check_part("table", table, x.dtype, (*lines, columns), wanted, x)
+    if step is not None:
+        _check_part("step", step, torch.int64, (), "no dimensions", x)
+    if known is not None:
+        _check_part("known", known, x.dtype, x.shape, "that of x", x)
+        _check_part("mask", mask, torch.bool, x.shape, "that of x", x)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or score.requires_grad)
+    if needs_grad or not x.is_contiguous():
         raise ValueError(
-            f"x: got strides {x.stride()} and requires_grad={x.requires_grad}, expected a "
+            f"x: got strides {x.stride()} and requires_grad={needs_grad}, expected a "
             "contiguous tensor without gradient"
         )
-    _table_op(x, score, table, step, *signed(noise.fields()))
+    _table_op(x, score, table, step, known, mask, *signed(noise.fields()))
     return x
+
+
+def _check_part(
+    name: str, value: Any, dtype: torch.dtype, shape: Sequence[int], wanted: str, x: Tensor
+) -> None:
+    _check.instance(name, value, Tensor, "a tensor")
+    if value.dtype != dtype or value.device != x.device:
+        raise TypeError(
+            f"{name}: got {value.dtype} on {value.device}, expected {dtype} on {x.device}"
+        )
+    if value.shape != tuple(shape) or not value.is_contiguous():
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)} and strides {value.stride()}, "
+            f"expected {wanted}, contiguous"
+        )
 
 
 def _step(
@@ -174,14 +204,15 @@ class _AffineStepInPlace(_AffineStep):
         ctx.mark_dirty(inputs[0])
 
 
-def _contiguous_score(x: Tensor, score: Tensor) -> Tensor:
-    """The score as the kernels read it: contiguous, and not half overlapping the state."""
-    if not score.is_contiguous():
-        return score.contiguous()
-    distance = score.data_ptr() - x.data_ptr()
-    if distance and -score.nbytes < distance < x.nbytes:
-        return score.clone()
-    return score
+def _readable(x: Tensor, value: Tensor) -> Tensor:
+    """What is read beside the state x: contiguous, and not half overlapping it."""
+    if not value.is_contiguous():
+        return value.contiguous()
+    return value.clone() if value.data_ptr() != x.data_ptr() and _overlap(x, value) else value
+
+
+def _overlap(x: Tensor, value: Tensor) -> bool:
+    return -value.nbytes < value.data_ptr() - x.data_ptr() < x.nbytes
 
 
 def _affine_step(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: int) -> Tensor:
@@ -194,7 +225,7 @@ def _affine_step(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: i
 def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: int) -> None:
     step = choose(x.device, x.dtype).affine_step
     if x.is_contiguous():
-        step(x, x, _contiguous_score(x, score), a, b, c, unsigned(key))
+        step(x, x, _readable(x, score), a, b, c, unsigned(key))
         torch.autograd.graph.increment_version(x)
         return
     if torch._debug_has_internal_overlap(x) == 1:
@@ -207,11 +238,22 @@ def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: 
     x.copy_(dense)
 
 
-def _table_step_(x: Tensor, score: Tensor, table: Tensor, step: Tensor, *key: int) -> None:
-    if step.is_cpu and not 0 <= int(step) < len(table):
+def _table_step_(
+    x: Tensor,
+    score: Tensor,
+    table: Tensor,
+    step: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
+    *key: int,
+) -> None:
+    if step is not None and step.is_cpu and not 0 <= int(step) < len(table):
         raise ValueError(f"step: got {int(step)}, expected 0 <= step < {len(table)}")
     backend = choose(x.device, x.dtype)
-    backend.table_step(x, x, _contiguous_score(x, score), table, step, unsigned(key))
+    score, table = _readable(x, score), _readable(x, table)
+    # Kernels may read known elements after they have written x.
+    known = known.clone() if known is not None and _overlap(x, known) else known
+    backend.table_step(x, x, score, table, step, unsigned(key), known, mask)
     torch.autograd.graph.increment_version(x)
 
 
@@ -225,7 +267,8 @@ _in_place_op = register(
     f"affine_step_(Tensor(a!) x, {_STEP}) -> ()", _affine_step_, lambda *_: None
 )
 _table_op = register(
-    f"table_step_(Tensor(a!) x, Tensor score, Tensor table, Tensor step, {KEY}) -> ()",
+    "table_step_(Tensor(a!) x, Tensor score, Tensor table, Tensor? step, Tensor? known, "
+    f"Tensor? mask, {KEY}) -> ()",
     _table_step_,
     lambda *_: None,
 )

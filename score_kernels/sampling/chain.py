@@ -86,7 +86,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """`steps` equal steps ``x <- a x + b score + c z`` at one noise level.
+    """`steps` equal steps ``x <- a x + b score + c z`` at one noise level, one kernel each.
 
     Attributes:
         sigma: the level that the score is told; nan: it is told none.
@@ -94,7 +94,7 @@ class Phase:
         steps: their number.
         mean: the score sees ``x / mean``: m(t) of :mod:`score_kernels.sde`.
         after: noise level and mean of the state after a step, where they are others than before.
-        move: a step of another form, in place of a, b and c.
+        move: what comes before the kernel where one call of the score is not all.
     """
 
     sigma: float
@@ -113,9 +113,15 @@ class Phase:
 
 
 class Move(Protocol):
-    """A step that is not one affine step, in place on x; key is that of its noise."""
+    """What comes before a step's kernel; key names the step's noise.
 
-    def __call__(self, network: Network, backend: Backend, x: Tensor, key: Key) -> None: ...
+    It may change x, and returns the score for the kernel and, if these are not the phase's own, the
+    coefficients ``[B, 3]`` of each sample.
+    """
+
+    def __call__(
+        self, network: Network, backend: Backend, x: Tensor, key: Key
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 def run(
@@ -168,21 +174,23 @@ def run(
                 "that many steps as shape_or_init"
             )
         network = Network(score, x, conditions, guidance)
-        kept = None if known is None and mask is None else _Known(x, known, mask, noise)
-        if kept is not None and not first_step:
-            kept.put(x, plan[0].sigma, plan[0].mean, draw=total)
-        backend = choose(x.device, x.dtype)
-        step = backend.affine_step
+        update = _Update(choose(x.device, x.dtype), x, plan, known, mask)
+        if not first_step:
+            update.start(x, noise.for_purpose(Purpose.KNOWN).fields())
         seed, purpose, _, first_sample = noise.fields()
         film = x.new_empty((_frame_count(record_every, first_step, total), *x.shape), device="cpu")
         frames = iter(film)
         seen = Progress(step=0, level=-1, sigma=math.nan, x=x)
         replay = None
         if cuda_graph:
-            _capture.check(backend, x)
-            _check_capturable(plan, kept)
+            _capture.check(update.backend, x)
+            if any(phase.move is not None for phase in plan):
+                raise ValueError(
+                    "cuda_graph: got True with steps that are more than one call of score and one "
+                    "affine step, which are not captured"
+                )
             if first_step < total:
-                replay = _replay(network, x, plan, noise, first_step, backend)
+                replay = _replay(network, x, plan, noise, first_step, update)
         for t, index in _steps(plan, first_step, progress):
             phase = plan[index]
             if replay is not None:
@@ -192,14 +200,12 @@ def run(
                 if index != seen.level:
                     seen.level, seen.sigma = index, phase.sigma
                     network.at(phase.sigma, phase.mean)
-                    a, b, c = phase.a, phase.b, phase.c
                 key = (seed, purpose, t, first_sample)
                 if phase.move is None:
-                    step(x, x, network(x), a, b, c, key)
+                    update(x, network(x), index, key)
                 else:
-                    phase.move(network, backend, x, key)
-            if kept is not None:
-                kept.put(x, *phase.end, draw=t)
+                    value, coefficients = phase.move(network, update.backend, x, key)
+                    update(x, value, index, key, coefficients)
             # A score that is itself a gradient may have saved x: let autograd notice the change.
             torch.autograd.graph.increment_version(x)
             if callback is not None:
@@ -208,11 +214,10 @@ def run(
             if record_every is not None and (t + 1) % record_every == 0:
                 next(frames).copy_(x)
         if denoise:
-            last, mean = plan[-1].end
-            network.at(last, mean)
-            step(x, x, network(x), 1 / mean, last**2, 0.0, noise.fields())
-        if kept is not None:
-            kept.put(x, 0.0, 1.0, draw=0)
+            network.at(*plan[-1].end)
+            update(x, network(x), _DENOISE, noise.fields())
+        else:
+            update.finish(x)
         if record_every is None:
             return x
         next(frames).copy_(x)
@@ -234,16 +239,17 @@ class Network:
         self.conditions = dict(conditions or {})
         self.guidance = guidance
         self.told = True
-        self.mean = 1.0
+        # What x is multiplied by: a number or, under a captured graph, a tensor of x's dtype.
+        self.scale: float | Tensor = 1.0
 
     def at(self, sigma: float, mean: float) -> None:
         """Move to another noise level."""
         self.told = not math.isnan(sigma)
         self.sigma.fill_(sigma)
-        self.mean = mean
+        self.scale = 1 / mean
 
     def __call__(self, x: Tensor) -> Tensor:
-        seen = x if self.mean == 1.0 else x / self.mean
+        seen = x if isinstance(self.scale, float) and self.scale == 1.0 else x * self.scale
         told = (self.sigma,) if self.told else ()
         value = self.score(seen, *told, **self.conditions)
         _check.score_like(x, value)
@@ -254,52 +260,97 @@ class Network:
         return value.contiguous().resolve_neg()
 
 
-class _Known:
-    """The part of the state that is given: inpainting."""
+# The line of the denoising step in a plan's table: its last.
+_DENOISE = -1
+
+
+class _Update:
+    """The kernel that ends every step of a plan.
+
+    Known data makes it a step by a table: a line for every phase, of a, b, c and the scale and
+    spread of the known part after the step, and one for the denoising at the end.
+    """
 
     def __init__(
-        self, x: Tensor, known: Tensor | None, mask: Tensor | None, noise: NoiseKey
+        self,
+        backend: Backend,
+        x: Tensor,
+        plan: list[Phase],
+        known: Tensor | None,
+        mask: Tensor | None,
     ) -> None:
-        if known is None or mask is None:
-            missing = "mask" if mask is None else "known"
-            raise ValueError(f"{missing}: got none, expected it beside the other of known and mask")
-        _check.instance("known", known, Tensor, "a tensor")
-        _check.instance("mask", mask, Tensor, "a tensor")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask: got dtype {mask.dtype}, expected torch.bool, true where known")
-        parts = []
-        for name, value in (("known", known.to(x.dtype)), ("mask", mask)):
-            try:
-                parts.append(value.to(x.device).expand(x.shape).contiguous())
-            except RuntimeError:
-                raise ValueError(
-                    f"{name}: got shape {tuple(value.shape)}, expected one that broadcasts to the "
-                    f"state's, {tuple(x.shape)}"
-                ) from None
-        self.known, self.mask = parts
-        # What is not kept may hold anything, NaN too.
-        self.known = torch.where(self.mask, self.known, 0.0)
-        self.noise = noise.for_purpose(Purpose.KNOWN)
+        self.backend = backend
+        sigma, mean = plan[-1].end
+        last = Phase(sigma, 1 / mean, sigma**2, after=(0.0, 1.0))
+        self.plan = [*plan, last]
+        self.known: Tensor | None
+        self.mask: Tensor | None
+        self.known, self.mask = _given(x, known, mask)
+        if self.known is not None:
+            self.table = self.lines(x, self.plan)
+            first = Phase(math.nan, after=(plan[0].sigma, plan[0].mean))
+            self.first = self.lines(x, [first])
 
-    def put(self, x: Tensor, sigma: float, mean: float, draw: int) -> None:
-        """Known parts with the noise of a level, in place; with none (0 or nan) they are exact."""
-        if sigma > 0:
-            level = x.new_full(x.shape[:1], sigma, dtype=torch.float32)
-            value = ops.perturb(self.known, level, self.noise.at(draw % 2**32))
-            value = value if mean == 1.0 else value.mul_(mean)
+    def lines(self, x: Tensor, plan: list[Phase]) -> Tensor:
+        """[phases, 3 or 5]: the coefficients on x's device."""
+        columns = 3 if self.known is None else 5
+        lines = [(p.a, p.b, p.c, p.end[1], p.end[1] * _spread(p.end[0]))[:columns] for p in plan]
+        return torch.tensor(lines, dtype=x.dtype).to(x.device)
+
+    def __call__(
+        self, x: Tensor, score: Tensor, index: int, key: Key, coefficients: Tensor | None = None
+    ) -> None:
+        """The step of phase number `index`, in place on x."""
+        if self.known is not None:
+            line = self.table[index].unsqueeze(0)
+            if coefficients is not None:
+                line = torch.cat((coefficients, line[:, 3:].expand(x.shape[0], 2)), 1)
+            self.backend.table_step(x, x, score, line, None, key, self.known, self.mask)
+        elif coefficients is not None:
+            self.backend.table_step(x, x, score, coefficients, None, key)
         else:
-            value = self.known
-        torch.where(self.mask, value, x, out=x)
+            phase = self.plan[index]
+            self.backend.affine_step(x, x, score, phase.a, phase.b, phase.c, key)
+
+    def start(self, x: Tensor, key: Key) -> None:
+        """Known parts at the level that a plan begins at."""
+        if self.known is not None:
+            self.backend.table_step(x, x, x, self.first, None, key, self.known, self.mask)
+
+    def finish(self, x: Tensor) -> None:
+        """Known parts exact."""
+        if self.known is not None and self.mask is not None:
+            torch.where(self.mask, self.known, x, out=x)
 
 
-def _check_capturable(plan: list[Phase], kept: _Known | None) -> None:
-    for what, found in (
-        ("known and mask", kept is not None),
-        ("steps that are not affine", any(phase.move is not None for phase in plan)),
-        ("a diffusion that scales the data", any(phase.mean != 1.0 for phase in plan)),
-    ):
-        if found:
-            raise ValueError(f"cuda_graph: got True with {what}, which is not captured yet")
+def _spread(sigma: float) -> float:
+    """The known part's noise at a level; Langevin dynamics without levels has none."""
+    return 0.0 if math.isnan(sigma) else sigma
+
+
+def _given(
+    x: Tensor, known: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The known part of a state in its shape, checked."""
+    if known is None and mask is None:
+        return None, None
+    if known is None or mask is None:
+        missing = "mask" if mask is None else "known"
+        raise ValueError(f"{missing}: got none, expected it beside the other of known and mask")
+    _check.instance("known", known, Tensor, "a tensor")
+    _check.instance("mask", mask, Tensor, "a tensor")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: got dtype {mask.dtype}, expected torch.bool, true where known")
+    parts = []
+    for name, value in (("known", known.to(x.dtype)), ("mask", mask)):
+        try:
+            parts.append(value.to(x.device).expand(x.shape).contiguous())
+        except RuntimeError:
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}, expected one that broadcasts to the "
+                f"state's, {tuple(x.shape)}"
+            ) from None
+    return parts[0], parts[1]
 
 
 def _replay(
@@ -308,21 +359,26 @@ def _replay(
     plan: list[Phase],
     noise: NoiseKey,
     first_step: int,
-    backend: Backend,
+    update: _Update,
 ) -> Callable[[], None]:
     """One step of the chain as a captured graph. What changes from step to step is in tables."""
-    steps = torch.tensor([phase.steps for phase in plan])
-    rows = torch.tensor(
-        [(phase.sigma, phase.a, phase.b, phase.c) for phase in plan], dtype=torch.float32
-    )
-    rows = rows.repeat_interleave(steps, 0).to(x.device)
-    sigmas, table = rows[:, 0].contiguous(), rows[:, 1:].contiguous()
+    steps = torch.tensor([phase.steps for phase in plan]).to(x.device)
+    table = update.lines(x, plan).repeat_interleave(steps, 0)
+    seen = torch.tensor([(phase.sigma, 1 / phase.mean) for phase in plan], dtype=torch.float32)
+    sigmas, scales = seen.to(x.device).repeat_interleave(steps, 0).unbind(1)
     counter = torch.full((), first_step, dtype=torch.int64, device=x.device)
     network.at(plan[0].sigma, 1.0)
+    scaled = any(phase.mean != 1.0 for phase in plan)
 
     def step() -> None:
-        network.sigma.copy_(sigmas.index_select(0, counter.view(1)).expand_as(network.sigma))
-        backend.table_step(x, x, network(x), table, counter, noise.fields())
+        at = counter.view(1)
+        network.sigma.copy_(sigmas.index_select(0, at).expand_as(network.sigma))
+        if scaled:
+            network.scale = scales.index_select(0, at).view(())
+        value = network(x)
+        update.backend.table_step(
+            x, x, value, table, counter, noise.fields(), update.known, update.mask
+        )
         counter.add_(1)
 
     return _capture.captured(step, x, counter)

@@ -61,7 +61,8 @@ def probability_flow(
         raised = (1 + gamma) * sigma
         spread = churn_noise * math.sqrt(raised**2 - sigma**2)
         move = _Flow(raised, following, spread, heun=method == "heun" and following > 0)
-        plan.append(Phase(sigma, after=(following, 1.0), move=move))
+        b = (raised - following) * (following / 2 if move.heun else raised)
+        plan.append(Phase(sigma, 1.0, b, after=(following, 1.0), move=move))
     return run(score, shape_or_init, plan, scale=levels[0], **options)
 
 
@@ -74,21 +75,22 @@ class _Flow:
     spread: float
     heun: bool
 
-    def __call__(self, network: Network, backend: Backend, x: Tensor, key: Key) -> None:
+    def __call__(
+        self, network: Network, backend: Backend, x: Tensor, key: Key
+    ) -> tuple[Tensor, None]:
         step, length = backend.affine_step, self.sigma - self.following
         if self.spread:
             step(x, x, x, 1.0, 0.0, self.spread, key)
             network.at(self.sigma, 1.0)
         slope = network(x)
-        b = length * self.sigma
         if not self.heun:
-            step(x, x, slope, 1.0, b, 0.0, key)
-            return
+            return slope, None
+        b = length * self.sigma
         ahead = torch.empty_like(x)
         step(ahead, x, slope, 1.0, b, 0.0, key)
         step(x, x, slope, 1.0, b / 2, 0.0, key)
         network.at(self.following, 1.0)
-        step(x, x, network(ahead), 1.0, length * self.following / 2, 0.0, key)
+        return network(ahead), None
 
 
 def log_likelihood(

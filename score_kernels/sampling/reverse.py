@@ -217,16 +217,25 @@ class _ByNorms:
     factor: float
     batch_mean: bool
 
-    def __call__(self, network: Network, backend: Backend, x: Tensor, key: Key) -> None:
-        s = network(x).to(x.dtype) / self.mean
-        # Both norms come from one pass, in which z is made; nothing waits for the device.
-        sums = backend.probe_sums("normal", s, None, False, key)
-        z_squared, s_squared = sums[0], sums[3]
-        if self.batch_mean:
-            z_squared, s_squared = (v.sqrt().mean().square() for v in (z_squared, s_squared))
+    def __call__(
+        self, network: Network, backend: Backend, x: Tensor, key: Key
+    ) -> tuple[Tensor, Tensor]:
+        value = network(x)
+        z_squared, s_squared = norms(backend, value, key, self.batch_mean)
         # Where the score is 0 there is nothing to weigh the noise against.
         size = torch.where(s_squared > 0, self.factor * z_squared / s_squared, 0.0)
-        size = size.expand(x.shape[0])
-        spread = (2 * size).sqrt().to(torch.float32).contiguous()
-        x.addcmul_(size.to(x.dtype).view(-1, *[1] * (x.dim() - 1)), s)
-        x.copy_(backend.perturb(x, spread, key))
+        # The network's value is m times the score of x itself.
+        size = size.expand(x.shape[0]) * self.mean
+        spread = (2 * self.mean * size).sqrt()
+        lines = torch.stack((torch.ones_like(size), size, spread), 1)
+        return value, lines.to(x.dtype)
+
+
+def norms(backend: Backend, score: Tensor, key: Key, batch_mean: bool) -> tuple[Tensor, Tensor]:
+    """The squared norms of a step's noise and of the score, [B], in one pass that makes the noise;
+    or of the means of the norms. Nothing waits for the device."""
+    sums = backend.probe_sums("normal", score, None, False, key)
+    z_squared, s_squared = sums[0], sums[3]
+    if batch_mean:
+        z_squared, s_squared = (v.sqrt().mean().square() for v in (z_squared, s_squared))
+    return z_squared, s_squared

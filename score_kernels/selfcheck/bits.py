@@ -286,6 +286,26 @@ def _table(kit: Kit) -> Finding:
     return kit.same(partial(make, by_table=True), partial(make, by_table=False))
 
 
+def _lines(kit: Kit) -> Finding:
+    def make(device: torch.device) -> list[Tensor]:
+        out = []
+        for shape, dtype in product(_PARITY, SCORES):
+            lines = randn((shape[0], 5), 8)
+            lines[::2, 2], lines[::3, 4] = 0, 0
+            lines, mask = lines.to(device), (randn(shape, 7) > 0).to(device)
+            score, known = randn(shape, 2).to(device, dtype), randn(shape, 3).to(device)
+            for of_all in (False, True):
+                five = lines[:1] if of_all else lines
+                x = randn(shape, 1).to(device)
+                ops.table_step_(x, score, five[:, :3].contiguous(), None, KEY)
+                out.append(x.clone())
+                ops.table_step_(x, score, five, None, KEY, known=known, mask=mask)
+                out.append(x)
+        return out
+
+    return kit.same(make)
+
+
 def _chain(kit: Kit) -> Finding:
     def score(x: Tensor, sigma: Tensor) -> Tensor:
         # One rounding, the same on every device.
@@ -294,7 +314,9 @@ def _chain(kit: Kit) -> Finding:
     def make(device: torch.device) -> list[Tensor]:
         sample = partial(annealed_langevin, score, sigmas=[1.0, 0.4, 0.1], steps_per_level=5)
         sample = partial(sample, step_size=0.01, seed=9, record_every=4, device=device)
-        return [sample((rows, 37), first_sample=2**32 - 3) for rows in (8, 300)]
+        plain = [sample((rows, 37), first_sample=2**32 - 3) for rows in (8, 300)]
+        known, mask = randn((37,), 4).to(device), (randn((37,), 5) > 0).to(device)
+        return [*plain, sample((8, 37), known=known, mask=mask)]
 
     return kit.same(make)
 
@@ -316,5 +338,6 @@ CHECKS: dict[str, Callable[[Kit], Finding]] = {
     "training through dsm_loss": _training,
     "ten runs of every reduction": _repeats,
     "steps from a table": _table,
+    "steps by lines, known elements": _lines,
     "annealed chain": _chain,
 }

@@ -77,7 +77,8 @@ void run(uint64_t rows, uint64_t elements, uint64_t shift) {
   sk::cuda::perturb({noisy.at<float>(), x.at<float>(), sigma.at<float>(), rows, elements, kKey},
                     kPlace);
   report("perturb", 0, rows, elements, shift, noisy);
-  const float table[6] = {1.0f, 0.5f, 0.25f, 0.9f, 0.4f, 0.3f};
+  Buffer table = floats(5 * rows, 0), mask(count, 1, shift);
+  for (uint64_t i = 0; i < count; ++i) mask.at<uint8_t>()[i] = i % 3 == 0;
   const int64_t step = 1;
   for (int d = 0; d < 3; ++d) {
     const Dtype dtype = Dtype(d);
@@ -86,14 +87,21 @@ void run(uint64_t rows, uint64_t elements, uint64_t shift) {
       Buffer out(count, 4, shift);
       sk::cuda::affine_step({out.at<float>(), x.at<float>(), score.at<void>(), dtype, rows,
                              elements, 0.9f, 0.4f, c, kKey},
-                            {nullptr, nullptr, 0}, kPlace);
+                            kPlace);
       report("affine", d, rows, elements, shift, out);
     }
-    Buffer stepped = floats(count, shift);
-    sk::cuda::affine_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows,
-                           elements, 0.0f, 0.0f, 0.0f, kKey},
-                          {table, &step, 2}, kPlace);
-    report("table", d, rows, elements, shift, stepped);
+    for (const bool per_row : {false, true})
+      for (const bool some : {false, true}) {
+        Buffer stepped = floats(count, shift);
+        const uint64_t columns = some ? 5 : 3;
+        sk::cuda::table_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype,
+                              rows, elements, 0, 0, 0, kKey},
+                             {table.at<float>(), per_row ? nullptr : &step, rows, columns, per_row,
+                              some ? x.at<float>() : nullptr,
+                              some ? mask.at<uint8_t>() : nullptr},
+                             kPlace);
+        report("table", d, rows, elements, shift, stepped);
+      }
     Buffer loss(rows, 4, 0), gradient(count, d == 0 ? 4 : 2, shift);
     sk::DsmArgs dsm = {loss.at<float>(), gradient.at<float>(), score.at<void>(), dtype,
                        sigma.at<float>(), weight.at<float>(), sigma.at<float>(), rows, elements,

@@ -11,6 +11,7 @@ import tolerances
 import torch
 from conftest import FIBERS, NATIVE, on_backend
 from rounding import probe_terms
+from steps import lines_and_masks
 from torch import Tensor
 
 import score_kernels
@@ -90,6 +91,18 @@ def test_update(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         step = torch.full((), t)
         triton.backend.table_step(got, x, score, table, step, earlier)
         native.backend.table_step(want, x, score, table, step, earlier)
+        close(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lines_of_samples_and_known_elements(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, score, known = torch.randn(shape), torch.randn(shape).to(dtype), torch.randn(shape)
+    for table, mask in lines_and_masks(shape):
+        given = None if mask is None else known
+        got, want = torch.empty(shape), torch.empty(shape)
+        for out, backend in ((got, triton.backend), (want, native.backend)):
+            backend.table_step(out, x, score, table, None, KEY.fields(), given, mask)
         close(got, want)
 
 

@@ -82,14 +82,25 @@ class Triton:
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
     ) -> None:
-        arguments = (out, x, score, a, b, c, None, None, 0)
+        arguments = (out, x, score, a, b, c)
         self._launch(_kernels().update.step_kernel, x, arguments, key, NOISE=c != 0)
 
     def table_step(
-        self, out: Tensor, x: Tensor, score: Tensor, table: Tensor, step: Tensor, key: Key
+        self,
+        out: Tensor,
+        x: Tensor,
+        score: Tensor,
+        table: Tensor,
+        step: Tensor | None,
+        key: Key,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
-        arguments = (out, x, score, 0.0, 0.0, 0.0, table, step, len(table))
-        self._launch(_kernels().update.step_kernel, x, arguments, key, NOISE=True)
+        lines = len(table)
+        bits = None if mask is None else mask.view(torch.uint8)
+        arguments = (out, x, score, table, step, lines, known, bits)
+        per_row = step is None and lines > 1
+        self._launch(_kernels().update.table_kernel, x, arguments, key, PER_ROW=per_row)
 
     def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
         out = torch.empty_like(x)

@@ -9,7 +9,7 @@ from score_kernels.backends.triton.fill import KEY
 from score_kernels.backends.triton.noise import fma, like, mul, noise, piece_of_grid, tile
 
 
-@triton.jit(do_not_specialize=[*KEY, "steps"])
+@triton.jit(do_not_specialize=KEY)
 def step_kernel(
     out,
     x,
@@ -17,9 +17,6 @@ def step_kernel(
     a,
     b,
     c,
-    table,
-    step,
-    steps: tl.int64,
     rows: tl.int64,
     elements: tl.int64,
     seed: tl.uint64,
@@ -33,19 +30,73 @@ def step_kernel(
     PACKED: tl.constexpr,
 ):
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    if table is not None:
-        at = tl.load(step)
-        inside = (at >= 0) & (at < steps)
-        a = tl.load(table + 3 * at, mask=inside, other=float("nan"))
-        b = tl.load(table + 3 * at + 1, mask=inside, other=float("nan"))
-        c = tl.load(table + 3 * at + 2, mask=inside, other=float("nan"))
-        draw += at.to(tl.uint32)
-    before = tl.load(x + offset, mask=mask, other=0.0)
-    slope = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
-    after = fma(like(slope, b), slope, mul(like(before, a), before, PACKED), PACKED)
+    after = combine(x, score, a, b, offset, mask, PACKED)
     if NOISE:
         z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
-        noisy = fma(like(z, c), z, after, PACKED)
-        # No noise is drawn at c = 0: a product with it could change the sign of a zero.
-        after = tl.where(c == 0, after, noisy) if table is not None else noisy
+        after = fma(like(z, c), z, after, PACKED)
     tl.store(out + offset, after, mask=mask)
+
+
+@triton.jit(do_not_specialize=[*KEY, "lines"])
+def table_kernel(
+    out,
+    x,
+    score,
+    table,
+    step,
+    lines: tl.int64,
+    known,
+    kept,
+    rows: tl.int64,
+    elements: tl.int64,
+    seed: tl.uint64,
+    purpose: tl.uint32,
+    draw: tl.uint32,
+    first_sample: tl.uint64,
+    PER_ROW: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """csrc/args.h's StepTable; kept is its mask."""
+    row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
+    COLUMNS: tl.constexpr = 3 if known is None else 5
+    if PER_ROW:
+        line = table + COLUMNS * row.to(tl.int64)
+        inside = row < rows
+    elif step is not None:
+        at = tl.load(step)
+        line = table + COLUMNS * at
+        inside = (at >= 0) & (at < lines)
+        draw += at.to(tl.uint32)
+    else:
+        line = table
+        inside = lines > 0
+    a = tl.load(line, mask=inside, other=float("nan"))
+    b = tl.load(line + 1, mask=inside, other=float("nan"))
+    c = tl.load(line + 2, mask=inside, other=float("nan"))
+    after = combine(x, score, a, b, offset, mask, PACKED)
+    z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
+    after = noisy(c, z, after, PACKED)
+    if known is not None:
+        scale = tl.load(line + 3, mask=inside, other=float("nan"))
+        spread = tl.load(line + 4, mask=inside, other=float("nan"))
+        given = tl.load(known + offset, mask=mask, other=0.0)
+        given = noisy(spread, z, mul(like(given, scale), given, PACKED), PACKED)
+        after = tl.where(tl.load(kept + offset, mask=mask, other=0) != 0, given, after)
+    tl.store(out + offset, after, mask=mask)
+
+
+@triton.jit
+def combine(x, score, a, b, offset, mask, PACKED: tl.constexpr):
+    before = tl.load(x + offset, mask=mask, other=0.0)
+    slope = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
+    return fma(like(slope, b), slope, mul(like(before, a), before, PACKED), PACKED)
+
+
+@triton.jit
+def noisy(c, z, value, PACKED: tl.constexpr):
+    """No noise is drawn at c = 0: a product with it could change the sign of a zero."""
+    spread = like(z, c)
+    return tl.where(spread == 0, value, fma(spread, z, value, PACKED))

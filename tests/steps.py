@@ -1,0 +1,21 @@
+"""Tables of coefficients and masks for steps that are not the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def lines_and_masks(shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Lines of each sample and of all, without and with a mask; some add no noise."""
+    rows = shape[0]
+    for mask in (None, torch.rand(shape) < 0.5):
+        lines = torch.randn(rows, 3 if mask is None else 5)
+        lines[::2, 2] = 0
+        if mask is not None:
+            lines[::3, 4] = 0
+        yield lines, mask
+        for row in range(min(rows, 4)):
+            yield lines[row : row + 1].clone(), mask
