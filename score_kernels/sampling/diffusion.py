@@ -15,7 +15,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from score_kernels import _check
-from score_kernels.sampling.chain import Options, Phase, Score, run
+from score_kernels.sampling.chain import Options, run
+from score_kernels.sampling.steps import Phase, Score
 from score_kernels.sde import Discrete
 
 __all__ = ["ddim", "ddpm"]

@@ -14,7 +14,8 @@ from typing_extensions import Unpack
 from score_kernels import _check, ops
 from score_kernels.backends import Backend
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
-from score_kernels.sampling.chain import Network, Options, Phase, Score, run
+from score_kernels.sampling.chain import Options, run
+from score_kernels.sampling.steps import Network, Phase, Score
 
 __all__ = ["log_likelihood", "probability_flow"]
 

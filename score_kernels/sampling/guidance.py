@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from score_kernels import _check
-from score_kernels.sampling.chain import Score
+from score_kernels.sampling.steps import Score
 
 __all__ = ["classifier_free", "interpolate"]
 

@@ -13,7 +13,8 @@ from typing_extensions import Unpack
 from score_kernels import _check
 from score_kernels.backends import Backend
 from score_kernels.noise import Key
-from score_kernels.sampling.chain import Network, Options, Phase, Score, run
+from score_kernels.sampling.chain import Options, run
+from score_kernels.sampling.steps import Network, Phase, Score
 from score_kernels.sde import SDE, VE, VP, SubVP
 
 __all__ = ["euler_maruyama", "predictor_corrector"]

@@ -1,0 +1,156 @@
+"""Chains that diverge: what is reported, where they stop, and what looking costs."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import score_kernels as sk
+from score_kernels.sde import VE
+
+SIGMAS = sk.geometric_sigmas(10.0, 0.1, 40)
+ROWS, STEPS = 5, 120
+
+
+class Faulty:
+    """-x / (1 + sigma^2), but at one call something else for one sample."""
+
+    def __init__(self, call: int, row: int = 3, value: float = math.nan) -> None:
+        self.call, self.row, self.value, self.calls = call, row, value, 0
+        self.marks: list[Tensor] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        score = -x / (1 + sigma.view(-1, 1) ** 2)
+        # A call is recognised by its state, so that doing it again gives the same.
+        if self.calls == self.call:
+            self.marks.append(x.clone())
+        self.calls += 1
+        if self.marks and torch.equal(x, self.marks[0]):
+            score[self.row, 1] = self.value
+        return score
+
+
+def sampler(score: Any, **options: Any) -> Tensor:
+    return sk.annealed_langevin(
+        score, (ROWS, 3), SIGMAS, steps_per_level=3, step_size=1e-3, seed=1, **options
+    )
+
+
+@pytest.mark.parametrize("step", [0, 1, 49, 50, 51, 118, 119])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_level_step_and_sample_are_named(step: int, value: float) -> None:
+    sigma = f"{float(SIGMAS[step // 3]):g}"
+    message = (
+        rf"x: sample {2**40 + 3} is not finite after step {step} \(level {step // 3}, sigma = "
+        rf"{sigma}\), 1 of 5 samples in all; score returned what is not finite, from a state of up"
+    )
+    with pytest.raises(FloatingPointError, match=message.replace("+", r"\+")):
+        sampler(Faulty(step, value=value), first_sample=2**40)
+
+
+def test_the_denoising_is_looked_at() -> None:
+    with pytest.raises(FloatingPointError, match="not finite after the denoising at the end"):
+        sampler(Faulty(STEPS))
+
+
+def test_a_step_too_large_is_called_so() -> None:
+    with pytest.raises(
+        FloatingPointError, match="step 1[0-9]*.*the step is too large, from a state"
+    ):
+        sk.langevin(lambda x: -x, (2, 2), step_size=1e3, steps=40, seed=0)
+
+
+@pytest.mark.parametrize("step", [0, 30, 99, 119, STEPS])
+def test_stopping_gives_the_last_state_seen_to_be_finite(step: int) -> None:
+    states: list[Tensor] = []
+    sampler(Faulty(10**9), callback=lambda p: states.append(p.x.clone()))
+    done = step // 50 * 50
+    with pytest.warns(RuntimeWarning, match=f"stopped, with the state after {done} steps"):
+        x = sampler(Faulty(step), on_nan="stop")
+    if done:
+        assert torch.equal(x, states[done - 1])
+    with pytest.warns(RuntimeWarning, match="is not finite after"):
+        film = sampler(Faulty(step), on_nan="stop", record_every=20)
+    assert torch.equal(film[-1], x) and len(film) == done // 20 + 1
+    for i, frame in enumerate(film[:-1]):
+        assert torch.equal(frame, states[20 * i + 19])
+
+
+def test_ignoring_is_as_without_looking() -> None:
+    x = sampler(Faulty(60), on_nan="ignore")
+    assert x[3].isnan().any() and x[[0, 1, 2, 4]].isfinite().all()
+    assert torch.equal(sampler(Faulty(10**9), on_nan="ignore"), sampler(Faulty(10**9)))
+
+
+def test_a_score_that_is_no_function_is_told_so() -> None:
+    calls = [0]
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        calls[0] += 1
+        return x * (math.nan if calls[0] == 70 else -1.0)
+
+    with pytest.raises(FloatingPointError, match="steps 50 to 99, but finite when they were done"):
+        sampler(score)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(sk.predictor_corrector, sde=VE(0.1, 10.0), steps=60),
+        partial(sk.probability_flow, sigmas=SIGMAS),
+        partial(sk.euler_maruyama, sde=VE(0.1, 10.0), steps=60),
+    ],
+)
+def test_every_kind_of_step_is_done_again(make: Any) -> None:
+    with pytest.raises(FloatingPointError, match="x: sample 3 is not finite after step .*level"):
+        make(Faulty(41), (ROWS, 3), seed=2)
+
+
+def test_looks_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for the device: three in 120 steps, and one at each end."""
+    looks = []
+    for name in ("__bool__", "__float__", "item", "cpu"):
+        wait = getattr(Tensor, name)
+
+        def look(t: Tensor, wait: Any = wait) -> Any:
+            looks.append(1)
+            return wait(t)
+
+        monkeypatch.setattr(Tensor, name, look)
+    sampler(lambda x, sigma: -x)
+    assert len(looks) == 4
+
+
+def test_large_finite_numbers_are_finite() -> None:
+    start = torch.full((2, 8), 3e38)
+    assert sk.langevin(lambda x: 0 * x, start, step_size=1e-3, steps=3).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"on_nan": "never"}, "on_nan: got 'never', expected 'raise', 'stop' or 'ignore'"),
+        (
+            {
+                "known": torch.tensor([math.inf, 0.0, 0.0]),
+                "mask": torch.tensor([True, False, True]),
+            },
+            "known: not finite where mask is true",
+        ),
+    ],
+)
+def test_wrong_input_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampler(lambda x, sigma: -x, **options)
+
+
+def test_a_start_that_is_not_finite_is_named() -> None:
+    start = torch.zeros(4, 2)
+    start[2, 1] = math.nan
+    with pytest.raises(ValueError, match="shape_or_init: got a state that is not finite in 1 of 4"):
+        sk.langevin(lambda x: -x, start, step_size=0.1, steps=3)
