@@ -38,6 +38,7 @@ class Batches:
         seed: decides the order.
         workers: processes that fetch a dataset's items.
         conditions: names of what follows the sample in a dataset's items.
+        places: which of a batch's samples are wanted, as indices; default: all.
 
     Raises:
         TypeError: data is none of these.
@@ -45,7 +46,13 @@ class Batches:
     """
 
     def __init__(
-        self, data: Any, batch_size: int, seed: int, workers: int, conditions: Sequence[str]
+        self,
+        data: Any,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        conditions: Sequence[str],
+        places: Tensor | None = None,
     ) -> None:
         if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise TypeError(
@@ -62,6 +69,7 @@ class Batches:
         self.seed = seed
         self.workers = workers
         self.conditions = tuple(conditions)
+        self.places = torch.arange(batch_size) if places is None else places
         self._epochs: dict[int, Tensor] = {}
 
     def epoch(self, step: int) -> int:
@@ -69,14 +77,14 @@ class Batches:
         return step * self.batch_size // self.count
 
     def rows(self, step: int) -> Tensor:
-        """Indices ``[batch_size]`` of the samples of a step."""
+        """Indices of the samples wanted of a step."""
         at, last = step * self.batch_size, (step + 1) * self.batch_size
         parts: list[Tensor] = []
         while at < last:
             epoch, start = divmod(at, self.count)
             parts.append(self._order(epoch)[start : start + last - at])
             at += len(parts[-1])
-        return torch.cat(parts)
+        return torch.cat(parts)[self.places]
 
     def between(self, first: int, last: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """(samples, conditions by name) of the steps from first to last - 1, on the CPU or where

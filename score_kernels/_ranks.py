@@ -79,9 +79,20 @@ def joined(device: str) -> Iterator[Ranks]:
                 "processes, one for each GPU: torchrun --nproc-per-node"
             )
         torch.cuda.set_device(local)
-    # CPU tensors and objects go by gloo, those of GPUs by NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    # After a restart torchrun's store still holds the addresses of those that died (torch 2.13).
+    store, rank, size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        # CPU tensors and objects go by gloo, those of GPUs by NCCL.
+        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=size,
+    )
     try:
-        yield current()
+        ranks = current()
+        yield ranks
+        # None leaves while another one still talks to it.
+        ranks.wait()
     finally:
         dist.destroy_process_group()

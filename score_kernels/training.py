@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
@@ -18,6 +20,7 @@ from score_kernels import _check, checkpoint, ops
 from score_kernels._batches import Batches
 from score_kernels._objectives import Objective, objective
 from score_kernels._progress import Meter
+from score_kernels._ranks import current
 from score_kernels.noise import NoiseKey, Purpose, fresh_seed
 
 __all__ = ["Trainer"]
@@ -32,6 +35,12 @@ class Trainer:
     noise levels, their noise, and what torch's generators give to dropout and augmentation. So a
     training that was killed and resumed has the bits of one that was not, on the same machine with
     the same number of threads.
+
+    Under torchrun, where a process group is there before the trainer is made, every rank takes its
+    share of each batch and the gradients are averaged by torch's DistributedDataParallel. Samples,
+    levels and noise are those of the same batch on one process, so that losses and gradients are
+    the same to summation order, and a checkpoint, which rank 0 writes, can be resumed with another
+    number of ranks. All ranks make the same calls; only the first one shows progress.
 
     The averaged weights are ``ema <- m ema + (1 - m) weights`` after each step, from the initial
     weights on, buffers copied (technique 5 of NCSNv2, Song and Ermon 2020, arXiv 2006.09011).
@@ -48,9 +57,10 @@ class Trainer:
             ``loss(net, x, sigmas, noise)`` of a batch and the :class:`NoiseKey` of its samples at
             this step, which returns one number, the mean over the batch, or the ``[B]`` losses.
         weighting: p of the levels' weight ``sigma^p`` (not for a loss of your own). 2 is NCSN's.
-        batch_size: samples an optimiser step, over all parts.
-        accumulate: parts that a batch is split into to save memory: the same noise and samples, the
-            gradient to summation order. It must divide batch_size.
+        batch_size: samples an optimiser step, over all parts and ranks.
+        accumulate: parts that a rank's share of a batch is split into to save memory: the same
+            noise and samples, the gradient to summation order. Times the ranks it must divide
+            batch_size.
         ema_decay: m above, in [0, 1).
         ema_warmup: take ``min(m, (1 + n) / (10 + n))`` at step n, for trainings shorter than a few
             ``1 / (1 - m)`` steps.
@@ -71,6 +81,7 @@ class Trainer:
         step: optimiser steps taken.
         losses: ``[step]`` float32, the loss of every step, on the CPU.
         level_losses: for every complete epoch its mean loss at each level, ``[L]``.
+        ranks: this process among those of the training: ``rank``, ``size``, ``first``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
@@ -98,14 +109,17 @@ class Trainer:
     ) -> None:
         _check.instance("net", net, nn.Module, "a torch.nn.Module")
         _check.instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        self.ranks = current()
         self.net = net
         self.optimizer = optimizer
         self.sigmas = torch.tensor(_check.noise_levels(sigmas), dtype=torch.float32)
         self.batch_size = _check.count("batch_size", batch_size, least=1)
         self.accumulate = _check.count("accumulate", accumulate, least=1)
-        if batch_size % accumulate:
+        if batch_size % (accumulate * self.ranks.size):
+            among = "" if self.ranks.size == 1 else f", times the {self.ranks.size} ranks,"
             raise ValueError(
-                f"accumulate: got {accumulate}, expected a divisor of batch_size = {batch_size}"
+                f"accumulate: got {accumulate}, expected it to divide{among} batch_size = "
+                f"{batch_size}"
             )
         self.ema_decay = _check.not_negative("ema_decay", ema_decay)
         if ema_decay >= 1:
@@ -118,7 +132,8 @@ class Trainer:
             raise ValueError(f"precision: got {precision!r}, expected one of {list(_PRECISIONS)}")
         self.precision = precision
         self.conditions = tuple(conditions)
-        self.seed = NoiseKey(fresh_seed() if seed is None else seed).seed
+        # One for all ranks.
+        self.seed = self.ranks.gathered(NoiseKey(fresh_seed() if seed is None else seed).seed)[0]
         self.about = dict(about or {})
         self.weighting = _check.number("weighting", weighting)
         self.loss = loss if isinstance(loss, str) else "custom"
@@ -127,6 +142,8 @@ class Trainer:
         if parameter is None:
             raise ValueError("net: got a network without parameters, expected one to train")
         self.device = parameter.device
+        # What the losses call. It gives all ranks the weights of the first one.
+        self._parallel = net if self.ranks.size == 1 else DistributedDataParallel(net)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         self._average = AveragedModel(net, multi_avg_fn=self._blend)
         # The first update copies: the average starts at the initial weights.
@@ -201,9 +218,11 @@ class Trainer:
         save_every = _check.count("save_every", save_every, least=1)
         report_every = _check.count("report_every", report_every, least=1)
         workers = _check.count("workers", workers, least=0)
-        batches = Batches(data, self.batch_size, self.seed, workers, self.conditions)
+        batches = Batches(
+            data, self.batch_size, self.seed, workers, self.conditions, self._places()
+        )
         path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and path.exists():
+        if path is not None and self._exists(path):
             if not resume:
                 raise FileExistsError(
                     f"checkpoint: {path} exists; go on from it with resume=True, or name another"
@@ -214,9 +233,10 @@ class Trainer:
                 f"data: got {batches.count} samples, and {self._data_count} in the steps before"
             )
         self._data_count = batches.count
+        shown = (tensorboard, progress) if self.ranks.first else (None, False)
         self.net.train()
         with (
-            Meter(self, steps, batches.epoch(steps), tensorboard, progress) as meter,
+            Meter(self, steps, batches.epoch(steps), *shown) as meter,
             self._own_random_state(),
         ):
             stream = batches.between(self.step, steps)
@@ -236,19 +256,23 @@ class Trainer:
                 if path is not None and (last or self.step % save_every == 0):
                     self.save(path)
             # Where there was no step to do.
-            if path is not None and not path.exists():
+            if path is not None and not self._exists(path):
                 self.save(path)
         return self.losses
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, atomically: weights, averaged weights and their count, optimiser,
-        scheduler, loss scale, step, seed, settings, losses, `about`.
+        scheduler, loss scale, step, seed, settings, losses, `about`. All ranks call it, the first
+        one writes.
 
         Raises:
             FloatingPointError: a loss since the last look is not finite; nothing is written.
             OSError: the file cannot be written; an earlier one is as it was.
         """
         self._collect()
+        levels = self._summed(self._levels)
+        if not self.ranks.first:
+            return
         state = {
             "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
@@ -261,7 +285,7 @@ class Trainer:
             "sigmas": self.sigmas,
             "data_count": self._data_count,
             "losses": self.losses,
-            "levels": self._levels,
+            "levels": levels,
             "level_losses": self.level_losses,
             "about": self.about,
         }
@@ -307,26 +331,28 @@ class Trainer:
         self.step = state["step"]
         self._data_count = state["data_count"]
         self._losses, self._pending = state["losses"], []
-        self._levels.copy_(state["levels"])
+        # Every rank adds to its own; their sum is what was saved.
+        self._levels.copy_(state["levels"] if self.ranks.first else torch.zeros(()))
         self.level_losses = list(state["level_losses"])
         self.about = dict(state["about"])
 
     def _one_step(self, x: Tensor, conditions: dict[str, Any]) -> None:
-        part = self.batch_size // self.accumulate
+        part = self.batch_size // (self.accumulate * self.ranks.size)
         key = NoiseKey(self.seed, draw=self.step)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for first in range(0, self.batch_size, part):
-            rows = slice(first, first + part)
+        for i, first in enumerate(self._firsts()):
+            rows = slice(i * part, (i + 1) * part)
             given = {n: c[rows].to(self.device, non_blocking=True) for n, c in conditions.items()}
-            with self._autocast():
-                loss, by_level = self._objective(
-                    self.net,
-                    x[rows].to(self.device, torch.float32, non_blocking=True),
-                    key.for_samples(first),
-                    given,
-                )
-            self._scaler.scale(loss / self.accumulate).backward()
+            with self._together(i + 1 == self.accumulate):
+                with self._autocast():
+                    loss, by_level = self._objective(
+                        self._parallel,
+                        x[rows].to(self.device, torch.float32, non_blocking=True),
+                        key.for_samples(first),
+                        given,
+                    )
+                self._scaler.scale(loss / self.accumulate).backward()
             total += loss.detach() / self.accumulate
             if by_level is not None:
                 each, labels = by_level[0].double(), by_level[1]
@@ -344,6 +370,34 @@ class Trainer:
         self._pending.append(total)
         self.step += 1
 
+    def _firsts(self) -> list[int]:
+        """Place in the batch of the first sample of each of this rank's parts."""
+        part = self.batch_size // (self.accumulate * self.ranks.size)
+        return [(i * self.ranks.size + self.ranks.rank) * part for i in range(self.accumulate)]
+
+    def _places(self) -> Tensor:
+        """Places in the batch of all of this rank's samples."""
+        part = self.batch_size // (self.accumulate * self.ranks.size)
+        return torch.cat([torch.arange(first, first + part) for first in self._firsts()])
+
+    def _together(self, last: bool) -> Any:
+        """Gradients are averaged over the ranks with the last part."""
+        if isinstance(self._parallel, DistributedDataParallel) and not last:
+            return self._parallel.no_sync()
+        return nullcontext()
+
+    def _summed(self, value: Tensor) -> Tensor:
+        """Over the ranks."""
+        if self.ranks.size == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    def _exists(self, path: Path) -> bool:
+        """Whether the first rank finds the file, which all act upon."""
+        return self.ranks.gathered(path.exists())[0]
+
     def _blend(self, averaged: Any, current: Any, _: Tensor | int) -> None:
         """One step of the average; it is counted here, on the host."""
         n = self.step
@@ -354,11 +408,11 @@ class Trainer:
         """Bring the pending losses to the host and look at them."""
         if not self._pending:
             return
-        losses = torch.stack(self._pending).float().cpu()
+        losses = self._summed(torch.stack(self._pending).float()).cpu() / self.ranks.size
         bad = losses.isfinite().logical_not().nonzero()
         if len(bad):
             step = self.step - len(losses) + int(bad[0])
-            sums = self._levels[0].cpu()
+            sums = self._summed(self._levels[0]).cpu()
             levels = [f"{s:g}" for s in self.sigmas[sums.isfinite().logical_not()].tolist()]
             where = f", at noise level sigma = {', '.join(levels[:5])}" if levels else ""
             raise FloatingPointError(
@@ -371,7 +425,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         # Before the levels of a loss that is not finite are forgotten.
         self._collect()
-        sums, counts = self._levels.cpu()
+        sums, counts = self._summed(self._levels).cpu()
         self.level_losses.append((sums / counts).float())
         self._levels.zero_()
 
@@ -392,7 +446,9 @@ class Trainer:
         }
 
     def _torch_seed(self) -> int:
-        key = NoiseKey(self.seed, purpose=Purpose.TORCH_SEED, draw=self.step)
+        key = NoiseKey(
+            self.seed, purpose=Purpose.TORCH_SEED, draw=self.step, first_sample=self.ranks.rank
+        )
         low, high = ops.words((1, 2), key, device="cpu")[0].tolist()
         return high << 32 | low
 

@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_is_named_and_not_saved(tmp_path: Path) -> Non
                     out = torch.where(sigma[:, None] > 1, math.inf, out)
                 return out
 
-        trainer.net = Poisoned(trainer.net)
+        trainer.net = trainer._parallel = Poisoned(trainer.net)
         trainer._average = torch.optim.swa_utils.AveragedModel(trainer.net)
         return trainer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import score_kernels
 from score_kernels import config, data, pictures
+from score_kernels._ranks import Ranks, joined
 from score_kernels.commands._trained import draw_samples, network, read_about
 from score_kernels.config import Config
 from score_kernels.schedules import suggest_schedule
@@ -33,6 +35,9 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
     """Train a network on files and write to a folder: ``checkpoint.pt``, ``config.toml`` (all
     settings), ``loss.png`` and ``samples.png`` (a sheet of samples of the averaged weights).
 
+    Under torchrun the ranks share each batch (see :class:`score_kernels.Trainer`) and the first one
+    writes; started again by torchrun it goes on from the checkpoint.
+
     Sizes, channels and ranges are the data's; for the network values are scaled to [-1, 1].
 
     Args:
@@ -51,33 +56,42 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
             names the file, and nothing is overwritten.
     """
     pictures.require()
+    with joined(settings.training.device) as ranks:
+        return _train(settings, out, ranks, resume=resume, progress=progress)
+
+
+def _train(settings: Config, out: Path, ranks: Ranks, *, resume: bool, progress: bool) -> Trainer:
+    shown = progress and ranks.first
     path = out / CHECKPOINT
+    # After a rank has died torchrun starts all of them again, with the same command.
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if path.exists() and not resume:
         raise FileExistsError(f"{path} exists; go on from it with --resume, or name another --out")
     earlier = read_about(path) if path.exists() else None
     if settings.data.path is None:
         raise ValueError("data: got none, expected a path: --data PATH or path = in [data]")
-    source = data.load(settings.data.path, key=settings.data.key, progress=progress)
+    source = data.load(settings.data.path, key=settings.data.key, progress=shown)
     if earlier is None:
-        about = _describe(settings, source, progress)
+        about = _describe(settings, source, shown)
     else:
         about = earlier
         _check_same(path, earlier, settings, source)
-    print(f"{source}\n{about['schedule']['why']}")
-    trainer = _trainer(settings, about)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
+    trainer = _trainer(settings, about, ranks.device(settings.training.device))
+    if ranks.first:
+        print(f"{source}\n{about['schedule']['why']}")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
     count, every = settings.sampling.count, settings.sampling.every
     drawn = [0]
 
     def draw(name: str) -> None:
         if count and len(source.shape) == 3:
-            x = draw_samples(
-                trainer.ema, about, count, seed=settings.training.seed, progress=progress
-            )
+            x = draw_samples(trainer.ema, about, count, seed=settings.training.seed, progress=shown)
             pictures.save_sheet(out / name, x)
 
     def watch(trainer: Trainer) -> None:
+        if not ranks.first:
+            return
         # As often as the checkpoint: a picture costs as much as some steps of a small network.
         last = trainer.step == settings.training.steps
         if last or trainer.step - drawn[-1] >= settings.training.save_every:
@@ -98,8 +112,9 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
         callback=watch,
         progress=progress,
     )
-    draw("samples.png")
-    print(f"Trained to step {trainer.step}; written to {out}")
+    if ranks.first:
+        draw("samples.png")
+        print(f"Trained to step {trainer.step}; written to {out}")
     return trainer
 
 
@@ -163,13 +178,13 @@ def _check_same(path: Path, about: dict[str, Any], settings: Config, source: dat
         raise ValueError(f"checkpoint {path}: cannot be resumed: {'; '.join(differ)}")
 
 
-def _trainer(settings: Config, about: dict[str, Any]) -> Trainer:
+def _trainer(settings: Config, about: dict[str, Any], device: torch.device) -> Trainer:
     training = settings.training
     # Only the network's start is drawn from torch's global generator; leave that as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         net = network(about)
-    net.to(training.device)
+    net.to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=training.learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR
     return Trainer(
