@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import score_kernels
 from score_kernels.selfcheck import bits, gpu, laws
 from score_kernels.selfcheck.kit import Kit, NotHere
 
-__all__ = ["Check", "run", "selfcheck"]
+__all__ = ["Check", "kit_of", "name_of", "only", "run", "selfcheck"]
 
 CHECKS = {**bits.CHECKS, **laws.CHECKS, **gpu.CHECKS}
 # Longer figures, the messages of errors, do not widen the table.
@@ -66,7 +66,7 @@ def selfcheck(device: torch.device | str = "cpu", *, quick: bool = False) -> lis
     Raises:
         ValueError: there is no such device here, or a forced backend cannot serve it.
     """
-    return list(_each(_kit(device, quick)))
+    return list(_each(kit_of(device, quick)))
 
 
 def run(device: str, *, quick: bool) -> int:
@@ -75,8 +75,8 @@ def run(device: str, *, quick: bool) -> int:
     Raises:
         ValueError: as `selfcheck`.
     """
-    kit, start = _kit(device, quick), time.perf_counter()
-    print(f"checking {kit.backend.name} on {kit.device}: {_name_of(kit.device)}\n", flush=True)
+    kit, start = kit_of(device, quick), time.perf_counter()
+    print(f"checking {kit.backend.name} on {kit.device}: {name_of(kit.device)}\n", flush=True)
     done = []
     # Without a terminal there is no bar.
     for check in tqdm(_each(kit), total=len(CHECKS), desc="selfcheck", leave=False, disable=None):
@@ -89,8 +89,15 @@ def run(device: str, *, quick: bool) -> int:
     return 1 if count[False] else 0
 
 
-def _each(kit: Kit) -> Iterator[Check]:
+def only(kit: Kit, names: Collection[str]) -> list[Check]:
+    """Some of the checks, by name."""
+    return list(_each(kit, names))
+
+
+def _each(kit: Kit, names: Collection[str] = CHECKS.keys()) -> Iterator[Check]:
     for name, check in CHECKS.items():
+        if name not in names:
+            continue
         try:
             yield Check(name, *check(kit))
         except NotHere as why:
@@ -105,7 +112,8 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _kit(device: torch.device | str, quick: bool) -> Kit:
+def kit_of(device: torch.device | str, quick: bool) -> Kit:
+    """What checks on a device are given. Raises ValueError as `selfcheck`."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
@@ -129,7 +137,8 @@ def _kit(device: torch.device | str, quick: bool) -> Kit:
     return kit
 
 
-def _name_of(device: torch.device) -> str:
+def name_of(device: torch.device) -> str:
+    """The name of the card or the processor."""
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         memory = f"{card.total_memory / 2**30:.0f} GiB"
