@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -88,6 +89,8 @@ def joined(device: str) -> Iterator[Ranks]:
         store=dist.PrefixStore(f"attempt {attempt}", store),
         rank=rank,
         world_size=size,
+        # A rank may have much more to do than another before they meet.
+        timeout=timedelta(days=7),
     )
     try:
         ranks = current()

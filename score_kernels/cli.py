@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _add_train(commands)
     _add_sample(commands)
+    _add_bench(commands)
     arguments = parser.parse_args(argv)
     try:
         return _COMMANDS[arguments.command](arguments)
@@ -76,16 +77,58 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_sample(commands: Any) -> None:
-    sample = commands.add_parser("sample", help="make new images with a checkpoint of train")
+    sample = commands.add_parser(
+        "sample",
+        help="make new samples with a checkpoint of train",
+        description="Make new samples with a checkpoint of train, in shards with a manifest. "
+        "Stopped or killed, the same command goes on; shards that are there are checked. With "
+        "several processes: torchrun --nproc-per-node 2 -m score_kernels.cli sample CHECKPOINT "
+        "--num-samples 50000 ...",
+    )
     sample.add_argument("checkpoint", type=Path)
-    sample.add_argument("--num", type=int, default=64, help="how many (default 64)")
+    # torchrun takes --num, wherever it stands, for an abbreviation of an option of its own.
+    sample.add_argument(
+        "--num",
+        "--num-samples",
+        type=int,
+        default=64,
+        help="how many (default 64); under torchrun by the longer name only",
+    )
     sample.add_argument("--out", type=Path, default=Path("samples"), help="folder (samples)")
+    sample.add_argument(
+        "--format",
+        choices=("npz", "png"),
+        default="npz",
+        help="arrays, or images of 1 or 3 channels (default npz)",
+    )
+    sample.add_argument("--shard-size", type=int, default=1024, help="samples a shard (1024)")
     sample.add_argument("--seed", type=int, default=0, help="names all noise (default 0)")
-    sample.add_argument("--first", type=int, default=0, help="index of the first sample")
+    sample.add_argument("--first", type=int, default=0, help="id of the first sample")
     sample.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    sample.add_argument("--batch-size", type=int, default=64, help="changes no sample's noise")
+    sample.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        help="changes no sample's noise; torch's own sums may round differently for other sizes, "
+        "on a CPU for batches of less than 16, and other numbers of threads (default 64)",
+    )
     sample.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    sample.add_argument("--overwrite", action="store_true", help="replace an earlier samples.npz")
+    sample.add_argument(
+        "--overwrite", action="store_true", help="start afresh: remove an earlier run from --out"
+    )
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench", help="time every op against PyTorch and other libraries, on this machine"
+    )
+    bench.add_argument("--out", type=Path, default=Path("bench"), help="folder (bench)")
+    bench.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    bench.add_argument("--op", action="append", default=[], help="only this one; may be repeated")
+    bench.add_argument("--threads", type=int, help="of torch (default: as many as it takes)")
+    bench.add_argument("--rounds", type=int, default=15, help="turns of each variant (15)")
+    bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -139,10 +182,26 @@ def _sample(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         batch_size=arguments.batch_size,
         first_sample=arguments.first,
+        format=arguments.format,
+        shard_size=arguments.shard_size,
         device=arguments.device,
         overwrite=arguments.overwrite,
     )
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from score_kernels.bench import bench
+
+    return bench(
+        arguments.out,
+        device=arguments.device,
+        names=arguments.op,
+        threads=arguments.threads,
+        rounds=arguments.rounds,
+        quick=arguments.quick,
+        compiled=not arguments.no_compile,
+    )
 
 
 _COMMANDS = {
@@ -151,6 +210,7 @@ _COMMANDS = {
     "demo": _demo,
     "train": _train,
     "sample": _sample,
+    "bench": _bench,
 }
 
 
