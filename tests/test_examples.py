@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from score_kernels import annealed_langevin
+from score_kernels import annealed_langevin, checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -83,6 +84,48 @@ def test_fashion_mnist(tmp_path: Path) -> None:
 def test_quality(tmp_path: Path) -> None:
     out = run("quality.py", "--out", tmp_path, "--steps", 2, "--budgets", 13)
     assert out.count("| ") > 10 and (tmp_path / "quality.png").stat().st_size > 5000
+
+
+def test_inpainting(tmp_path: Path) -> None:
+    out = run("inpainting.py", "--out", tmp_path, "--steps", 2)
+    assert "known pixels exact in all 32 completions: True" in out
+    assert (tmp_path / "inpainting.png").stat().st_size > 500
+
+
+def test_the_posterior_of_a_logistic_regression(tmp_path: Path) -> None:
+    out = run("bayesian_logistic_regression.py", "--out", tmp_path, "--chains", 300)
+    assert (tmp_path / "posterior.png").stat().st_size > 5000
+    found = [line.split() for line in out.splitlines() if line.count("+-") == 2]
+    assert len(found) == 11
+    for *_, mean, _, deviation, at, _, laplace in found:
+        # The posterior is skewed, its Laplace approximation is not: near, not the same.
+        assert abs(float(mean) - float(at)) < 0.6 * float(laplace) + 0.1
+        assert 0.8 < float(deviation) / float(laplace) < 1.4
+    right = float(out.split("held-out tumours: ")[1].split("%")[0])
+    assert right > 90
+
+
+def test_diffusers_network(tmp_path: Path) -> None:
+    out = run("diffusers_network.py", "--out", tmp_path, "--steps", 2, "--calls", 10)
+    assert out.count(": pixels from") == 5 and "nan" not in out
+    assert (tmp_path / "diffusers.png").stat().st_size > 500
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    out = run("torchrun.py", "--out", tmp_path / "one", "--steps", 3, "--samples", 5)
+    assert "1 processes, 3 steps" in out
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    example = [str(EXAMPLES / "torchrun.py"), "--out", str(tmp_path / "two"), "--steps", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, *example, "--samples", "5"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes, 3 steps") == 1
+    one, two = (
+        checkpoint.read(tmp_path / name / "checkpoint.pt")["losses"] for name in ("one", "two")
+    )
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("row", ["ncsnv2-cifar10 | 3072 | 50 | 232", "so from 50 to 0.01 L = 219"])

@@ -105,6 +105,13 @@ def predictor_corrector(
     """
     moments = _moments(sde, steps, end)
     predict = None if predictor is None else _predictor(predictor, sde)
+    steepest = max(n.beta * (n.time - t.time) for n, t in zip(moments, moments[1:], strict=False))
+    if steepest >= 1:
+        least = math.floor(steepest * (len(moments) - 1)) + 1
+        raise ValueError(
+            f"steps: got {len(moments) - 1}, in which beta h reaches {steepest:.3g}; expected it "
+            f"below 1, at least {least} steps"
+        )
     if corrector not in (None, "langevin", "ald"):
         raise ValueError(f"corrector: got {corrector!r}, expected 'langevin', 'ald' or None")
     if predict is None and corrector is None:
