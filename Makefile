@@ -1,13 +1,18 @@
 # make demo    train on real digits, sample new ones, write a report to demo-output/
 # make test    lint, types, tests
 # make bench   kernels against eager and compiled PyTorch
+# make stats   a billion normals through statistical tests (five minutes)
+# make docs    the documentation as a site, in site/
+# make format  Python and C++ in the project's style
 # Each makes .venv by itself when it is missing. PYTHON names the interpreter it is made with.
 
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := demo,test
 
-.PHONY: demo test lint bench clean
+CXX_FILES = $(shell git ls-files "*.h" "*.cpp" "*.cu")
+
+.PHONY: demo test lint bench stats docs format clean
 
 demo: .venv/ready
 	$(BIN)/score-kernels demo --out demo-output
@@ -20,6 +25,18 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+stats: .venv/ready
+	$(BIN)/python -m tools.noise_statistics --count 1e9
+
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/ready
 	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-columns=median,iqr,rounds

@@ -28,10 +28,11 @@ struct AffineArgs {
   NoiseKey key;
 };
 
-// The coefficients of an affine step where they lie, lines of `columns` floats: a, b, c and, for what
-// is known, its scale and spread. The line is number *step of `lines`, and the draw is moved on by
-// it; without a step it is line 0 or, with per_row, the row's own. Where `mask` is not 0 the result
-// is scale known + spread z instead, whatever x and the score are. known and mask go together.
+// The coefficients of an affine step where they lie, lines of `columns` floats: a, b, c and, for
+// what is known, its scale and spread. The line is number *step of `lines`, and the draw is moved
+// on by it; without a step it is line 0 or, with per_row, the row's own. Where `mask` is not 0 the
+// result is scale known + spread z instead, whatever x and the score are. known and mask go
+// together.
 struct StepTable {
   const float* table;
   const int64_t* step;
@@ -67,7 +68,8 @@ struct DsmArgs {
 
 // A probe v per row, normals or random signs. Without factor: out is [4, rows], the sums v.v, v.a,
 // v.b and a.a (b may be null); with `differences` a and b are replaced by (a + b) / 2 and a - b.
-// With factor: out is factor v or, with x, the pair x + factor v, x - factor v, [2, rows, elements].
+// With factor: out is factor v or, with x, the pair x + factor v, x - factor v, [2, rows,
+// elements].
 struct ProbeArgs {
   float* out;
   Kind kind;

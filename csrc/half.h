@@ -27,7 +27,8 @@ SK_INLINE uint16_t to_float16(float x) {
   if (x != x) return uint16_t(sign | 0x7E00u);
   if (magnitude >= 0x477FF000u) return uint16_t(sign | 0x7C00u);
   // Below 2^-14 the unit is 2^-24: adding 1/2 leaves the rounded number of units in the low bits.
-  if (magnitude < 0x38800000u) return uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) & 0xFFFFu));
+  if (magnitude < 0x38800000u)
+    return uint16_t(sign | (to_bits(from_bits(magnitude) + 0.5f) & 0xFFFFu));
   return uint16_t(sign | ((magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u)) >> 13));
 }
 

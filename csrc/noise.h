@@ -167,8 +167,8 @@ SK_INLINE void half_circle(U w, F& cosine, F& sine) {
   const F q = g * g;
   cosine = horner(q, F(0x1p+0f), F(-0x1.3bd3bp+0f), F(0x1.03bd9ap-2f), F(-0x1.55020cp-6f),
                   F(0x1.c2939ap-11f));
-  sine = g * horner(q, F(0x1.921fb4p+0f), F(-0x1.4abba2p-1f), F(0x1.466504p-4f),
-                    F(-0x1.31fbf4p-8f), F(0x1.3912a8p-13f));
+  sine = g * horner(q, F(0x1.921fb4p+0f), F(-0x1.4abba2p-1f), F(0x1.466504p-4f), F(-0x1.31fbf4p-8f),
+                    F(0x1.3912a8p-13f));
 }
 
 template <class F, class U>

@@ -5,12 +5,20 @@ from __future__ import annotations
 import enum
 import itertools
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from score_kernels._torch import is_compiling, transforms_active
+
+# What has its values in memory, if it is on a device that has any.
+PLAIN = (Tensor, torch.nn.Parameter)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def unsigned(name: str, value: Any, bits: int) -> int:
@@ -19,12 +27,16 @@ def unsigned(name: str, value: Any, bits: int) -> int:
     # torch.compile they may be symbols that know little more than that.
     if isinstance(value, enum.Enum):
         value = value.value
-    elif isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
             raise TypeError(f"{name}: got {_kind(value)}, expected an integer")
-        value = operator.index(value)
+        try:
+            value = operator.index(value)
+        # What an array of several numbers says.
+        except TypeError:
+            raise TypeError(f"{name}: got {_kind(value)}, expected an integer") from None
     if not 0 <= value < 1 << bits:
-        raise ValueError(f"{name}: got {value}, expected 0 <= {name} < 2**{bits}")
+        raise ValueError(f"{name}: got {_digits(value)}, expected 0 <= {name} < 2**{bits}")
     return value
 
 
@@ -38,10 +50,18 @@ def count(name: str, value: Any, *, least: int) -> int:
 
 def number(name: str, value: Any) -> float:
     """A finite Python (or NumPy) number."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+    if isinstance(value, (bool, np.bool_, np.complexfloating, Tensor)) or not hasattr(
+        value, "__float__"
+    ):
         hint = "; call .item() where you can afford to wait" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name}: got {_kind(value)}, expected a number{hint}")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got {_kind(value)}, expected a finite number") from None
+    # What an array of several numbers says.
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {_kind(value)}, expected a number") from None
     if not math.isfinite(value):
         raise ValueError(f"{name}: got {value}, expected a finite number")
     return value
@@ -74,12 +94,17 @@ def not_negative(name: str, value: Any) -> float:
 def noise_levels(sigmas: Any, name: str = "sigmas") -> list[float]:
     """Strictly decreasing positive noise levels, as Python floats."""
     if isinstance(sigmas, Tensor):
-        if sigmas.dim() != 1 or not sigmas.dtype.is_floating_point:
+        dense(name, sigmas)
+        if sigmas.dim() != 1 or not sigmas.dtype.is_floating_point or sigmas.is_meta:
             raise ValueError(f"{name}: got {_kind(sigmas)}, expected one dimension of floats")
         sigmas = sigmas.detach().double().tolist()
     elif isinstance(sigmas, str) or not hasattr(sigmas, "__iter__"):
         raise TypeError(f"{name}: got {_kind(sigmas)}, expected a tensor or a sequence of numbers")
     levels = [positive(f"{name}[{i}]", s) for i, s in enumerate(sigmas)]
+    for i, level in enumerate(levels):
+        # Scores are told float32; within its range no square here leaves float64's.
+        if not 2.0**-126 <= level <= _LARGEST:
+            raise ValueError(f"{name}[{i}]: got {level}, expected a number within float32's range")
     if not levels:
         raise ValueError(f"{name}: got none, expected at least one noise level")
     for i, (larger, smaller) in enumerate(itertools.pairwise(levels)):
@@ -91,16 +116,22 @@ def noise_levels(sigmas: Any, name: str = "sigmas") -> list[float]:
     return levels
 
 
-def noise_shape(shape: Any) -> tuple[int, ...]:
-    """A shape [B, ...] whose samples fit the noise contract's 32-bit block."""
-    if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise TypeError(f"shape: got {_kind(shape)}, expected a sequence of integers [B, ...]")
-    sizes = tuple(count("shape", n, least=0) for n in shape)
+def noise_shape(shape: Any, name: str = "shape") -> tuple[int, ...]:
+    """A shape [B, ...] whose samples fit the noise contract's 32-bit block; name is that of the
+    argument which has it."""
+    if not isinstance(shape, Sequence) or isinstance(shape, (str, bytes, bytearray)):
+        raise TypeError(f"{name}: got {_kind(shape)}, expected a sequence of integers [B, ...]")
+    sizes = tuple(count(name, n, least=0) for n in shape)
     if not sizes:
-        raise ValueError("shape: got (), expected at least the batch dimension [B, ...]")
+        raise ValueError(f"{name}: got (), expected at least the batch dimension [B, ...]")
     if math.prod(sizes[1:]) > 2**34:
         raise ValueError(
-            f"shape: got samples of {math.prod(sizes[1:])} elements, expected at most 2**34"
+            f"{name}: got samples of {math.prod(sizes[1:])} elements, expected at most 2**34"
+        )
+    if math.prod(sizes) > 2**59:
+        raise ValueError(
+            f"{name}: got {sizes[0]} samples of {math.prod(sizes[1:])} elements, expected at most "
+            "2**59 elements in all"
         )
     return sizes
 
@@ -118,6 +149,29 @@ def reduction(value: Any) -> None:
     """The name of a reduction over the batch."""
     if value not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {value!r}, expected 'mean', 'sum' or 'none'")
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {_kind(value)}, expected True or False")
+    return bool(value)
+
+
+def device(name: str, value: Any) -> torch.device | None:
+    """A device that torch can use, or none."""
+    if value is None:
+        return None
+    try:
+        place = torch.device(value)
+        if place.type not in ("cpu", "meta"):
+            torch.empty(0, device=place)
+    # torch has another error for each way in which a device is not there.
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: got {_kind(value)}, expected a device to use here ({why})") from None
+    return place
 
 
 def instance(name: str, value: Any, kind: type, expected: str) -> None:
@@ -140,15 +194,41 @@ def state(name: str, value: Any) -> None:
             f"{name}: got dtype {value.dtype}, expected torch.float32 "
             f"(or torch.float64 on the reference backend){hint}"
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
+    dense(name, value)
     if value.dim() == 0:
         raise ValueError(f"{name}: got a tensor without dimensions, expected [B, ...]")
+
+
+def dense(name: str, value: Tensor) -> None:
+    """A tensor whose elements lie in memory with strides."""
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: got layout {layout}, expected a dense tensor")
+    if type(value) in PLAIN and not is_compiling() and not transforms_active():
+        memory(name, value)
+
+
+def memory(name: str, value: Tensor) -> None:
+    """Not a tensor whose storage was made smaller under it, as by `untyped_storage().resize_(0)`:
+    kernels, torch's too, would read and write what is not there."""
+    count = value.numel()
+    if not count or not (value.is_cpu or value.is_cuda) or value._is_zerotensor():
+        return
+    if not value.is_contiguous():
+        count = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    there = value.untyped_storage().nbytes()
+    needed = (value.storage_offset() + count) * value.itemsize
+    if there < needed:
+        raise ValueError(
+            f"{name}: got a tensor whose storage was resized to {there} bytes, expected the "
+            f"{needed} that its shape and strides reach over"
+        )
 
 
 def score_like(x: Tensor, score: Any, name: str = "score") -> None:
     """A score that fits the state x: shape, device, dtype."""
     instance(name, score, Tensor, "a tensor")
+    dense(name, score)
     if score.shape != x.shape:
         raise ValueError(
             f"{name}: got shape {tuple(score.shape)}, expected that of x, {tuple(x.shape)}"
@@ -163,8 +243,6 @@ def score_like(x: Tensor, score: Any, name: str = "score") -> None:
         raise TypeError(
             f"{name}: got dtype {score.dtype}, expected one of {names} with x of {x.dtype}"
         )
-    if score.layout is not torch.strided:
-        raise TypeError(f"{name}: got layout {score.layout}, expected a dense tensor")
 
 
 def score(name: str, value: Any) -> None:
@@ -174,8 +252,7 @@ def score(name: str, value: Any) -> None:
         raise TypeError(
             f"{name}: got dtype {value.dtype}, expected a floating one of 16 to 64 bits"
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor")
+    dense(name, value)
     if value.dim() == 0:
         raise ValueError(f"{name}: got a tensor without dimensions, expected [B, ...]")
 
@@ -185,6 +262,7 @@ def per_sample(name: str, value: Any, batch: Tensor) -> None:
     instance(name, value, Tensor, "a tensor [B]")
     if value.dtype != torch.float32:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected torch.float32")
+    dense(name, value)
     if value.shape != batch.shape[:1]:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, expected [B] = {tuple(batch.shape[:1])}"
@@ -206,6 +284,19 @@ def sigma(value: Tensor, x: Tensor) -> None:
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
+        if value.is_nested:
+            return f"a nested tensor of dtype {value.dtype}"
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    words = " ".join(repr(value).split())
+    if isinstance(value, numbers.Integral):
+        return f"{type(value).__name__} {_digits(int(value))}"
+    try:
+        words = " ".join(repr(value).split())
+    # An integer inside may be longer than Python writes out.
+    except ValueError:
+        return type(value).__name__
     return f"{type(value).__name__} {words if len(words) <= 60 else words[:57] + '...'}"
+
+
+def _digits(value: int) -> str:
+    # Python refuses to write out what is longer still.
+    return str(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"

@@ -8,14 +8,12 @@ What diffusion models predict is one of four quantities, each of which gives the
 ``y = x_0 + sigma z`` the data plus noise that a score is told, m what a schedule leaves of the data
 (1 without one) and ``x_t = m y = m x_0 + std z`` what its network sees:
 
-=========  ======================================  ==============================================
-name       what it is                              as the score of y
-=========  ======================================  ==============================================
-epsilon    z                                       ``-epsilon / sigma``
-x0         x_0                                     ``(x0 - y) / sigma^2``
-v          ``m z - std x_0``                       ``-(v / m + sigma y) / (sigma (1 + sigma^2))``
-score      ``grad log p_t(x_t)``                   ``m score``
-=========  ======================================  ==============================================
+| name | what it is | as the score of y |
+|---|---|---|
+| epsilon | z | ``-epsilon / sigma`` |
+| x0 | x_0 | ``(x0 - y) / sigma^2`` |
+| v | ``m z - std x_0`` | ``-(v / m + sigma y) / (sigma (1 + sigma^2))`` |
+| score | ``grad log p_t(x_t)`` | ``m score`` |
 
 v is that of Salimans and Ho (2022, arXiv 2202.00512), who have ``m^2 + std^2 = 1``; its line here
 needs no more than ``std = m sigma``, so that it holds for every schedule. Each is meant as the mean

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+
+from tools import run_docs
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_code_blocks_run_in_order() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    assert len(blocks) == 4
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+def test_the_code_blocks_run_in_order(tmp_path: Path) -> None:
+    page = ROOT / "README.md"
+    python = [b for b in run_docs.blocks(page.read_text()) if b.language == "python"]
+    assert len(python) == 4
+    names = run_docs.run(page, tmp_path)
     assert {"again", "loss", "samples"} <= names.keys()
-
-
-def test_the_pictures_are_there() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", readme):
-        assert (ROOT / target).exists(), target

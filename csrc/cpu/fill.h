@@ -120,8 +120,8 @@ SK_INLINE void fill_row(float* out, const NoiseKey& key, uint64_t row, uint32_t 
   const Wide low3 = Vector::wide(uint32_t(draw)), zero = Vector::wide(0);
   const auto start = [&](Wide blocks) SK_LAMBDA_INLINE {
     const Wide p0 = Vector::multiply(blocks, Vector::wide(kPhiloxM0));
-    const Wide p1 = Vector::multiply(Vector::exclusive(Vector::high(p0), high1, zero),
-                                     Vector::wide(kPhiloxM1));
+    const Wide p1 =
+        Vector::multiply(Vector::exclusive(Vector::high(p0), high1, zero), Vector::wide(kPhiloxM1));
     return Half{Vector::exclusive(Vector::high(p1), high2, zero), p1,
                 Vector::exclusive(p0, high3, zero), low3};
   };
@@ -184,8 +184,8 @@ SK_INLINE void fill_blocks(float* out, const NoiseKey& key, const Tile& tile, ui
     const U b = Vector::load(block), l = Vector::load(low), h = Vector::load(high);
     Half even[1] = {{Vector::even(b), draw, Vector::even(l), Vector::even(h)}};
     Half odd[1] = {{Vector::odd(b), draw, Vector::odd(l), Vector::odd(h)}};
-    finish<Map, false>(out + 4 * base, even, odd,
-                       {uint32_t(key.seed), uint32_t(key.seed >> 32)}, 0);
+    finish<Map, false>(out + 4 * base, even, odd, {uint32_t(key.seed), uint32_t(key.seed >> 32)},
+                       0);
   }
 }
 

@@ -1,12 +1,13 @@
 // What module.cpp calls. Every kernel is compiled once per instruction set (SK_ISA names the
-// namespace) and chosen at run time. Pointers may have any alignment.
+// namespace) and chosen at run time. Pointers need no more alignment than their elements.
 #pragma once
 
 #include "../args.h"
 
 namespace sk {
 
-// table_step: args' own a, b and c are not read, and the table's step is null: it has been looked up.
+// table_step: args' own a, b and c are not read, and the table's step is null: it has been looked
+// up.
 #define SK_DECLARE_KERNELS(isa)                                    \
   namespace isa {                                                  \
   void fill(const FillArgs& args);                                 \

@@ -29,10 +29,14 @@ void fill_words(const FillArgs& args) {
 
 void fill(const FillArgs& args) {
   switch (args.kind) {
-    case Kind::kWords: return fill_words(args);
-    case Kind::kNormal: return fill_floats<NormalMap>(args);
-    case Kind::kUniform: return fill_floats<UniformMap>(args);
-    case Kind::kRademacher: return fill_floats<RademacherMap>(args);
+    case Kind::kWords:
+      return fill_words(args);
+    case Kind::kNormal:
+      return fill_floats<NormalMap>(args);
+    case Kind::kUniform:
+      return fill_floats<UniformMap>(args);
+    case Kind::kRademacher:
+      return fill_floats<RademacherMap>(args);
   }
 }
 

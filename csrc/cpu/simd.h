@@ -134,9 +134,7 @@ struct Vector {
   static SK_INLINE U join_low(Wide a, Wide b) {
     return U(_mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xAA));
   }
-  static SK_INLINE U join_high(Wide a, Wide b) {
-    return U(_mm256_blend_epi32(high(a), b, 0xAA));
-  }
+  static SK_INLINE U join_high(Wide a, Wide b) { return U(_mm256_blend_epi32(high(a), b, 0xAA)); }
 
   static SK_INLINE U load(const uint32_t* p) {
     return U(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -44,8 +44,8 @@ SK_INLINE void mean_and_difference(const float* a, const float* b, float* mean, 
   }
 }
 
-SK_INLINE void shift_row(float* above, float* below, const float* x, const float* v,
-                         uint64_t count, float step) {
+SK_INLINE void shift_row(float* above, float* below, const float* x, const float* v, uint64_t count,
+                         float step) {
 #pragma omp simd
   for (uint64_t i = 0; i < count; ++i) {
     above[i] = shifted(x[i], step, v[i]);

@@ -27,7 +27,8 @@ class LaneSums {
     }
     spill();
 #endif
-    for (uint64_t lane = 0; lane < count; ++lane) lanes_[lane] = fma(a[lane], b[lane], lanes_[lane]);
+    for (uint64_t lane = 0; lane < count; ++lane)
+      lanes_[lane] = fma(a[lane], b[lane], lanes_[lane]);
   }
 
   // After this nothing may be added.
@@ -55,8 +56,8 @@ class LaneSums {
 #endif
 };
 
-// What LaneSums gives for at most kSumLanes elements, one a lane, without the lanes: short rows spend
-// their time on setting those up.
+// What LaneSums gives for at most kSumLanes elements, one a lane, without the lanes: short rows
+// spend their time on setting those up.
 SK_INLINE double short_sum(const float* a, const float* b, uint64_t count) {
   double sum = 0.0;
   for (uint64_t i = 0; i < count; ++i) sum += a[i] * b[i];

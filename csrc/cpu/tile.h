@@ -6,6 +6,7 @@
 // too short to fill the vectors, several whole rows.
 #pragma once
 
+#include "fork.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -54,7 +55,7 @@ void for_each_tile(uint64_t rows, uint64_t elements, const Body& body) {
   const Tiling tiling(rows, elements);
   const int64_t count = int64_t(tiling.count);
   // A parallel region costs some 300 ns even with one thread, as much as 400 elements.
-  if (rows * elements <= kSerial) {
+  if (rows * elements <= kSerial || one_thread) {
     for (int64_t i = 0; i < count; ++i) body(tiling[uint64_t(i)]);
     return;
   }

@@ -59,15 +59,14 @@ void affine_step(const AffineArgs& args) {
     const float* x = args.x + tile.offset;
     float* out = args.out + tile.offset;
     if (args.c != 0.0f)
-      fill_tile<NormalMap>(z, args.key, args.elements, tile,
-                           [=](uint64_t first, uint64_t count) SK_LAMBDA_INLINE {
-                             prefetch<true>(out + first, count * sizeof(float));
-                             if (out != x) prefetch<false>(x + first, count * sizeof(float));
-                             const uint64_t size = size_of(args.score_dtype);
-                             prefetch<false>(score_at(args.score, args.score_dtype, tile) +
-                                                 first * size,
-                                             count * size);
-                           });
+      fill_tile<NormalMap>(
+          z, args.key, args.elements, tile, [=](uint64_t first, uint64_t count) SK_LAMBDA_INLINE {
+            prefetch<true>(out + first, count * sizeof(float));
+            if (out != x) prefetch<false>(x + first, count * sizeof(float));
+            const uint64_t size = size_of(args.score_dtype);
+            prefetch<false>(score_at(args.score, args.score_dtype, tile) + first * size,
+                            count * size);
+          });
     const float* score = score_tile(args.score, args.score_dtype, tile, converted);
     if (args.c == 0.0f) return combine(out, x, score, tile.count, args.a, args.b);
     combine(out, x, score, z, tile.count, args.a, args.b, args.c);

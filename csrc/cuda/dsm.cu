@@ -2,7 +2,6 @@
 // gradient is computed from the score in the backward pass: reading that again costs less than
 // keeping anything.
 #include "../dsm.h"
-
 #include "sums.h"
 
 namespace sk {
@@ -17,8 +16,7 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(PerturbArgs args) {
     const float sigma = args.sigma[row];
     each_turn(walk_of_grid(elements), [&](auto count, uint32_t quad) {
       Quad noisy[count.value];
-      for (int i = 0; i < count.value; ++i)
-        noisy[i] = load<kVector>(x, quad, i * kWarp, elements);
+      for (int i = 0; i < count.value; ++i) noisy[i] = load<kVector>(x, quad, i * kWarp, elements);
       for (int i = 0; i < count.value; ++i) {
         const Quad z = NormalQuads::of(words_of(args.key, row, quad + i * kWarp));
         for (uint32_t e = 0; e < kQuad; ++e)
@@ -51,8 +49,8 @@ __device__ __forceinline__ float loss_of(const DsmArgs& args, uint64_t row, doub
 
 // The losses, if rows are of one piece, or else the sums of squares of the pieces.
 template <class Score, bool kVector>
-__global__ void __launch_bounds__(kThreads) loss_kernel(DsmArgs args, float* partial,
-                                                        uint32_t pieces) {
+__global__ void __launch_bounds__(kThreads)
+    loss_kernel(DsmArgs args, float* partial, uint32_t pieces) {
   const uint64_t elements = args.elements;
   sum_pieces<1>(
       args.rows, elements, pieces,
@@ -78,8 +76,8 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(DsmArgs args, float* par
       });
 }
 
-__global__ void __launch_bounds__(kWarp) total_kernel(DsmArgs args, const float* partial,
-                                                      uint32_t pieces) {
+__global__ void __launch_bounds__(kWarp)
+    total_kernel(DsmArgs args, const float* partial, uint32_t pieces) {
   for (uint64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     const double squares = add_pieces(partial + row * pieces, pieces);
     if (threadIdx.x == 0) args.loss[row] = loss_of(args, row, squares);
@@ -114,8 +112,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(DsmArgs args, Score*
 void cuda::perturb(const PerturbArgs& args, const Place& place) {
   if (args.rows == 0 || args.elements == 0) return;
   const DeviceGuard guard(place.device);
-  const bool vector =
-      args.elements % kQuad == 0 && whole_quads(args.x) && whole_quads(args.out);
+  const bool vector = args.elements % kQuad == 0 && whole_quads(args.x) && whole_quads(args.out);
   launch("perturb", vector ? perturb_kernel<true> : perturb_kernel<false>,
          grid_of_turns(args.rows, args.elements, place), args);
 }

@@ -98,9 +98,12 @@ bool whole_quads(const T* pointer) {
 template <class Body>
 void with_dtype(Dtype dtype, const Body& body) {
   switch (dtype) {
-    case Dtype::kFloat32: return body(static_cast<float*>(nullptr));
-    case Dtype::kBFloat16: return body(static_cast<BFloat16*>(nullptr));
-    case Dtype::kFloat16: return body(static_cast<Float16*>(nullptr));
+    case Dtype::kFloat32:
+      return body(static_cast<float*>(nullptr));
+    case Dtype::kBFloat16:
+      return body(static_cast<BFloat16*>(nullptr));
+    case Dtype::kFloat16:
+      return body(static_cast<Float16*>(nullptr));
   }
 }
 

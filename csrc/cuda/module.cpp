@@ -33,10 +33,17 @@ void fill(uintptr_t out, uint64_t rows, uint64_t elements, int kind, uint64_t se
 void affine_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, uint64_t rows,
                  uint64_t elements, float a, float b, float c, uint64_t seed, uint32_t purpose,
                  uint32_t draw, uint64_t first_sample, int device, uintptr_t stream) {
-  sk::cuda::affine_step(
-      {at<float>(out), at<const float>(x), at<const void>(score), Dtype(score_dtype), rows,
-       elements, a, b, c, {seed, first_sample, draw, purpose}},
-      place_of(device, stream));
+  sk::cuda::affine_step({at<float>(out),
+                         at<const float>(x),
+                         at<const void>(score),
+                         Dtype(score_dtype),
+                         rows,
+                         elements,
+                         a,
+                         b,
+                         c,
+                         {seed, first_sample, draw, purpose}},
+                        place_of(device, stream));
 }
 
 void table_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, uint64_t rows,
@@ -44,18 +51,29 @@ void table_step(uintptr_t out, uintptr_t x, uintptr_t score, int score_dtype, ui
                 uint64_t columns, bool per_row, uintptr_t known, uintptr_t mask, uint64_t seed,
                 uint32_t purpose, uint32_t draw, uint64_t first_sample, int device,
                 uintptr_t stream) {
-  sk::cuda::table_step(
-      {at<float>(out), at<const float>(x), at<const void>(score), Dtype(score_dtype), rows,
-       elements, 0, 0, 0, {seed, first_sample, draw, purpose}},
-      {at<const float>(table), at<const int64_t>(step), lines, columns, per_row,
-       at<const float>(known), at<const uint8_t>(mask)},
-      place_of(device, stream));
+  sk::cuda::table_step({at<float>(out),
+                        at<const float>(x),
+                        at<const void>(score),
+                        Dtype(score_dtype),
+                        rows,
+                        elements,
+                        0,
+                        0,
+                        0,
+                        {seed, first_sample, draw, purpose}},
+                       {at<const float>(table), at<const int64_t>(step), lines, columns, per_row,
+                        at<const float>(known), at<const uint8_t>(mask)},
+                       place_of(device, stream));
 }
 
 void perturb(uintptr_t out, uintptr_t x, uintptr_t sigma, uint64_t rows, uint64_t elements,
              uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample, int device,
              uintptr_t stream) {
-  sk::cuda::perturb({at<float>(out), at<const float>(x), at<const float>(sigma), rows, elements,
+  sk::cuda::perturb({at<float>(out),
+                     at<const float>(x),
+                     at<const float>(sigma),
+                     rows,
+                     elements,
                      {seed, first_sample, draw, purpose}},
                     place_of(device, stream));
 }
@@ -65,9 +83,15 @@ void dsm(uintptr_t loss, uintptr_t gradient, uintptr_t partial, uintptr_t score,
          uintptr_t sigma, uintptr_t weight, uintptr_t upstream, uint64_t rows, uint64_t elements,
          uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample, int device,
          uintptr_t stream) {
-  const sk::DsmArgs args = {at<float>(loss), at<float>(gradient), at<const void>(score),
-                            Dtype(score_dtype), at<const float>(sigma), at<const float>(weight),
-                            at<const float>(upstream), rows, elements,
+  const sk::DsmArgs args = {at<float>(loss),
+                            at<float>(gradient),
+                            at<const void>(score),
+                            Dtype(score_dtype),
+                            at<const float>(sigma),
+                            at<const float>(weight),
+                            at<const float>(upstream),
+                            rows,
+                            elements,
                             {seed, first_sample, draw, purpose}};
   if (upstream)
     sk::cuda::dsm_gradient(args, place_of(device, stream));
@@ -79,8 +103,16 @@ void probe(uintptr_t out, uintptr_t partial, int kind, uintptr_t a, uintptr_t b,
            bool differences, uintptr_t factor, uintptr_t x, uint64_t rows, uint64_t elements,
            uint64_t seed, uint32_t purpose, uint32_t draw, uint64_t first_sample, int device,
            uintptr_t stream) {
-  sk::cuda::probe({at<float>(out), Kind(kind), at<const void>(a), at<const void>(b), Dtype(dtype),
-                   differences, at<const float>(factor), at<const float>(x), rows, elements,
+  sk::cuda::probe({at<float>(out),
+                   Kind(kind),
+                   at<const void>(a),
+                   at<const void>(b),
+                   Dtype(dtype),
+                   differences,
+                   at<const float>(factor),
+                   at<const float>(x),
+                   rows,
+                   elements,
                    {seed, first_sample, draw, purpose}},
                   at<float>(partial), place_of(device, stream));
 }

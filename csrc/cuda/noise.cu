@@ -36,10 +36,14 @@ void cuda::fill(const FillArgs& args, const Place& place) {
   if (args.rows == 0 || args.elements == 0) return;
   const DeviceGuard guard(place.device);
   switch (args.kind) {
-    case Kind::kWords: return fill_with<WordQuads, int64_t>(args, place);
-    case Kind::kNormal: return fill_with<NormalQuads, float>(args, place);
-    case Kind::kUniform: return fill_with<UniformQuads, float>(args, place);
-    case Kind::kRademacher: return fill_with<RademacherQuads, float>(args, place);
+    case Kind::kWords:
+      return fill_with<WordQuads, int64_t>(args, place);
+    case Kind::kNormal:
+      return fill_with<NormalQuads, float>(args, place);
+    case Kind::kUniform:
+      return fill_with<UniformQuads, float>(args, place);
+    case Kind::kRademacher:
+      return fill_with<RademacherQuads, float>(args, place);
   }
 }
 

@@ -22,9 +22,9 @@ struct Pair {
   __device__ __forceinline__ Pair(float a, float b) : a(a), b(b) {}
 };
 
-#define SK_BITWISE(op)                                                               \
-  __device__ __forceinline__ BitPair operator op(BitPair x, BitPair y) {             \
-    return {x.a op y.a, x.b op y.b};                                                 \
+#define SK_BITWISE(op)                                                   \
+  __device__ __forceinline__ BitPair operator op(BitPair x, BitPair y) { \
+    return {x.a op y.a, x.b op y.b};                                     \
   }
 SK_BITWISE(+)
 SK_BITWISE(-)

@@ -1,6 +1,5 @@
 // Sliced score matching: sums over a probe v that is made in the kernel, and the probe scaled.
 #include "../ssm.h"
-
 #include "sums.h"
 
 namespace sk {
@@ -8,8 +7,8 @@ namespace {
 
 // The sums v.v, v.a, v.b and a.a of each row, or of its pieces: [4, rows] or [4, rows, pieces].
 template <class Noise, class T, bool kVector, bool kDifferences>
-__global__ void __launch_bounds__(kThreads) sums_kernel(ProbeArgs args, float* to,
-                                                        uint32_t pieces) {
+__global__ void __launch_bounds__(kThreads)
+    sums_kernel(ProbeArgs args, float* to, uint32_t pieces) {
   const uint64_t elements = args.elements;
   sum_pieces<kProbeSums>(
       args.rows, elements, pieces,
@@ -40,13 +39,12 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(ProbeArgs args, float* t
       },
       [&](uint64_t row, uint32_t piece, float (&sums)[kProbeSums]) {
         if (!args.b) sums[kVB] = 0.0f;
-        for (int k = 0; k < kProbeSums; ++k)
-          to[(k * args.rows + row) * pieces + piece] = sums[k];
+        for (int k = 0; k < kProbeSums; ++k) to[(k * args.rows + row) * pieces + piece] = sums[k];
       });
 }
 
-__global__ void __launch_bounds__(kWarp) total_kernel(float* out, uint64_t count,
-                                                      const float* partial, uint32_t pieces) {
+__global__ void __launch_bounds__(kWarp)
+    total_kernel(float* out, uint64_t count, const float* partial, uint32_t pieces) {
   for (uint64_t i = blockIdx.x; i < count; i += gridDim.x) {
     const double sum = add_pieces(partial + i * pieces, pieces);
     if (threadIdx.x == 0) out[i] = float(sum);

@@ -1,6 +1,5 @@
 // The affine step x <- a x + b score + c z.
 #include "../update.h"
-
 #include "launch.h"
 
 namespace sk {
@@ -84,8 +83,8 @@ __device__ __forceinline__ Coefficients read(const float* line, bool scaled) {
 }
 
 template <class Score, bool kVector, class Kept>
-__global__ void __launch_bounds__(kThreads) table_kernel(AffineArgs args, StepTable table,
-                                                         Kept kept) {
+__global__ void __launch_bounds__(kThreads)
+    table_kernel(AffineArgs args, StepTable table, Kept kept) {
   NoiseKey key = args.key;
   uint64_t line = 0;
   bool inside = true;
@@ -137,8 +136,7 @@ void cuda::table_step(const AffineArgs& args, const StepTable& table, const Plac
              grid, args, table, Nothing{});
       return;
     }
-    const bool vector =
-        vectors<Score>(args) && whole_quads(table.known) && whole_quads(table.mask);
+    const bool vector = vectors<Score>(args) && whole_quads(table.known) && whole_quads(table.mask);
     launch("table_step",
            vector ? table_kernel<Score, true, Known> : table_kernel<Score, false, Known>, grid,
            args, table, Known{table.known, table.mask});

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from score_kernels._torch import is_compiling, modes_active, transforms_active
 from score_kernels.backends.pointers import PointerKernels
@@ -77,8 +78,8 @@ def quick_step(
 
     None, with nothing done, for everything but plain contiguous fp32 CPU tensors, and when another
     backend is forced: the caller then checks in full and dispatches. So do calls that are traced,
-    differentiated or transformed, and tensors whose memory does not hold their values (a lazy
-    negation).
+    differentiated (also forwards) or transformed, and tensors whose memory does not hold their
+    values (a lazy negation, zeros without memory).
     """
     if not (
         quick
@@ -90,19 +91,27 @@ def quick_step(
         and x.layout is score.layout is _STRIDED
         and not (is_compiling() or transforms_active() or modes_active())
         and not ((x.requires_grad or score.requires_grad) and _is_grad_enabled())
+        and forward_ad._current_level < 0
         and x.is_contiguous()
         and score.is_contiguous()
         and not (x.is_neg() or score.is_neg())
     ):
         return None
-    shape, count = x.shape, x.numel()
-    if not count or shape != score.shape or not shape:
+    try:
+        shape, count = x.shape, x.numel()
+        if not 0 < count <= 1 << 34 or shape != score.shape or not shape:
+            return None
+    # Nested tensors have no shape.
+    except RuntimeError:
         return None
     rows = shape[0]
     if noise.first_sample + rows > 1 << 56:
         return None
     source = x.data_ptr()
     distance = score.data_ptr() - source
+    # No memory: zeros without any, or freed ones. The full way knows which.
+    if not source or distance == -source:
+        return None
     out, target = x, source
     if not in_place:
         out = torch.empty_like(x)

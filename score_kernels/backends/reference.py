@@ -284,5 +284,7 @@ def _fma(a: float | Tensor, b: Tensor, c: Tensor) -> Tensor:
     bits = total.view(torch.int64)
     even = (bits & 1) == 0
     towards = torch.where((error > 0) == (total > 0), 1, -1)
-    odd = torch.where((error != 0) & even, bits + towards, bits)
+    # An infinite sum has no error to speak of.
+    inexact = (error != 0) & total.isfinite()
+    odd = torch.where(inexact & even, bits + towards, bits)
     return _round(odd.view(torch.float64))

@@ -107,7 +107,8 @@ _ALL: tuple[Backend, ...] = (
 )
 _BACKENDS = {backend.name: backend for backend in _ALL}
 _forced: str | None = None
-_choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
+# By what was forced, too: a thread may choose while another one changes that.
+_choices: dict[tuple[str | None, torch.device, torch.dtype], Backend] = {}
 
 
 def backends() -> dict[str, str]:
@@ -124,9 +125,10 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
     Raises:
         ValueError: a forced backend cannot serve it.
     """
-    found = _choices.get((device, dtype))
+    forced = _forced
+    found = _choices.get((forced, device, dtype))
     if found is None:
-        found = _choices[device, dtype] = _search(device, dtype)
+        found = _choices[forced, device, dtype] = _search(forced, device, dtype)
     return found
 
 
@@ -135,12 +137,12 @@ def _choose_anew() -> None:
     native.quick = _forced in (None, "native") and not native.backend.unavailable()
 
 
-def _search(device: torch.device, dtype: torch.dtype) -> Backend:
-    if _forced is not None:
-        backend = _BACKENDS[_forced]
+def _search(forced: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    if forced is not None:
+        backend = _BACKENDS[forced]
         if why := backend.refuses(device, dtype):
             raise ValueError(
-                f"backend: {_forced!r} is forced but {why}; "
+                f"backend: {forced!r} is forced but {why}; "
                 "use_backend(None) chooses by device and dtype"
             )
         return backend

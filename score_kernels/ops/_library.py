@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from score_kernels import _check
 from score_kernels._torch import is_compiling, modes_active, profiler_enabled, transforms_active
 from score_kernels.noise import Key
 
@@ -20,7 +20,8 @@ library = torch.library.Library("score_kernels", "DEF")
 # The last four arguments of every op.
 KEY = "SymInt seed, SymInt purpose, SymInt draw, SymInt first_sample"
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# torch's own makes the negation of a lazily negated tensor real, but fails in place.
+_FALLTHROUGH = torch.library.fallthrough_kernel
 
 
 def signed(key: Key) -> Key:
@@ -43,17 +44,37 @@ def register(
     """
     name = schema.partition("(")[0]
     library.define(schema)
-    library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"score_kernels::{name}", fake)
     op = getattr(torch.ops.score_kernels, name)
+    parts = [(i, a) for i, a in enumerate(op.default._schema.arguments) if "Tensor" in str(a.type)]
+    # What is written is the implementation's own to resolve.
+    tensors = [(i, a.name, a.alias_info is not None) for i, a in parts]
+
+    def stored(*arguments: Any) -> Any:
+        """The implementation, on tensors whose memory holds their values."""
+        resolved = list(arguments)
+        for i, argument, written in tensors:
+            value = resolved[i]
+            if value is None:
+                continue
+            _check.memory(argument, value)
+            if value.is_neg() and not written:
+                resolved[i] = value.resolve_neg()
+        return implementation(*resolved)
+
+    library.impl(name, stored, "CompositeExplicitAutograd")
+    library.impl(name, _FALLTHROUGH, "Negative")
+    torch.library.register_fake(f"score_kernels::{name}", fake)
 
     def call(*arguments: Any) -> Any:
         if is_compiling() or transforms_active() or modes_active() or profiler_enabled():
             return op(*arguments)
-        for value in arguments:
-            if isinstance(value, Tensor) and (type(value) not in _PLAIN or value.is_neg()):
+        for i, _, _ in tensors:
+            value = arguments[i]
+            if value is not None and (
+                type(value) not in _check.PLAIN or value.is_meta or value._is_zerotensor()
+            ):
                 return op(*arguments)
-        return implementation(*arguments)
+        return stored(*arguments)
 
     return call
 

@@ -34,7 +34,7 @@ def perturb(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     """
     _check.instance("noise", noise, NoiseKey, "a NoiseKey")
     _check.state("x", x)
-    _check.noise_shape(x.shape)
+    _check.noise_shape(x.shape, "x")
     _check.sample_range(noise.first_sample, x.shape[0])
     _check.per_sample("sigma", sigma, x)
     # Under torch.func the plain formula serves: it has every derivative and batching rule.
@@ -69,7 +69,7 @@ def dsm_loss_from_score(
     """
     _check.instance("noise", noise, NoiseKey, "a NoiseKey")
     _check.score("score", score)
-    _check.noise_shape(score.shape)
+    _check.noise_shape(score.shape, "score")
     _check.sample_range(noise.first_sample, score.shape[0])
     _check.per_sample("sigma", sigma, score)
     if weight is not None:

@@ -90,8 +90,14 @@ def _fill(
     _check.sample_range(noise.first_sample, sizes[0])
     if kind != "words" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
-    home = None if device is None else torch.device(device)
-    return _OPS[kind](list(sizes), home, *signed(noise.fields())).to(dtype)
+    home = _check.device("device", device)
+    filled = _OPS[kind](list(sizes), home, *signed(noise.fields()))
+    if filled.dtype == dtype:
+        return filled
+    try:
+        return filled.to(dtype)
+    except NotImplementedError:
+        raise TypeError(f"dtype: got {dtype}, expected one that torch converts to") from None
 
 
 def _register_fill(kind: str) -> Callable[..., Any]:

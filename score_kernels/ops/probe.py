@@ -93,7 +93,7 @@ def ssm_reduce(
     """
     _check_probe(s, noise, probe, "s")
     _check_like("g", g, "s", s)
-    return apply(_Reduce, g, s, noise, probe, bool(variance_reduced))
+    return apply(_Reduce, g, s, noise, probe, _check.flag("variance_reduced", variance_reduced))
 
 
 def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tensor:
@@ -144,7 +144,8 @@ def fd_reduce(
     _check_probe(above, noise, probe, "above")
     _check_like("below", below, "above", above)
     _check_steps(step, above)
-    return apply(_Difference, above, below, step, noise, probe, bool(variance_reduced))
+    reduced = _check.flag("variance_reduced", variance_reduced)
+    return apply(_Difference, above, below, step, noise, probe, reduced)
 
 
 def _check_like(name: str, value: Tensor, other: str, like: Tensor) -> None:
@@ -160,6 +161,9 @@ def _check_like(name: str, value: Tensor, other: str, like: Tensor) -> None:
 
 def _check_steps(step: Tensor, batch: Tensor) -> None:
     _check.state("step", step)
+    dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
+    if step.dtype != dtype:
+        raise TypeError(f"step: got dtype {step.dtype}, expected {dtype}")
     if step.shape != batch.shape[:1] or step.device != batch.device:
         raise ValueError(
             f"step: got shape {tuple(step.shape)} on {step.device}, expected [B] = "
@@ -170,8 +174,9 @@ def _check_steps(step: Tensor, batch: Tensor) -> None:
 def _check_probe(values: Tensor, noise: NoiseKey, probe: str, name: str) -> None:
     _check.instance("noise", noise, NoiseKey, "a NoiseKey")
     _check.score(name, values)
-    _check.noise_shape(values.shape)
+    _check.noise_shape(values.shape, name)
     _check.sample_range(noise.first_sample, values.shape[0])
+    _check.instance("probe", probe, str, "a string")
     if probe not in _KINDS:
         raise ValueError(f"probe: got {probe!r}, expected one of {', '.join(_KINDS)}")
 
@@ -183,15 +188,16 @@ def _sums(
     key = signed(noise.fields())
     sums = _sums_op(_KINDS[probe], a, b, differences, *key)
     vv, va, vb, aa = sums.unbind(0)
-    if probe == "sphere":
-        radius = (math.prod(a.shape[1:]) / vv).sqrt()
+    elements = math.prod(a.shape[1:])
+    if probe == "sphere" and elements:
+        radius = (elements / vv).sqrt()
         va, vb = radius * va, radius * vb
     return va, vb, aa
 
 
 def _factor(g: Tensor, shape: tuple[int, ...], noise: NoiseKey, probe: str) -> Tensor:
     """What the kernel's probe is to be multiplied with for g times the probe asked for."""
-    if probe != "sphere":
+    if probe != "sphere" or not math.prod(shape[1:]):
         return g
     blank = g.new_zeros(()).expand(shape)
     key = signed(noise.fields())

@@ -124,12 +124,15 @@ def table_step_(
     if known is not None:
         _check_part("known", known, x.dtype, x.shape, "that of x", x)
         _check_part("mask", mask, torch.bool, x.shape, "that of x", x)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or score.requires_grad)
-    if needs_grad or not x.is_contiguous():
+    if not x.is_contiguous() or x.is_neg():
         raise ValueError(
-            f"x: got strides {x.stride()} and requires_grad={needs_grad}, expected a "
-            "contiguous tensor without gradient"
+            f"x: got strides {x.stride()}{', negated lazily' if x.is_neg() else ''}, expected a "
+            "contiguous tensor"
         )
+    given = {"x": x, "score": score, "table": table, "known": known}
+    for name, value in given.items():
+        if torch.is_grad_enabled() and value is not None and value.requires_grad:
+            raise ValueError(f"{name}: got requires_grad=True, expected a tensor without gradient")
     _table_op(x, score, table, step, known, mask, *signed(noise.fields()))
     return x
 
@@ -138,6 +141,7 @@ def _check_part(
     name: str, value: Any, dtype: torch.dtype, shape: Sequence[int], wanted: str, x: Tensor
 ) -> None:
     _check.instance(name, value, Tensor, "a tensor")
+    _check.dense(name, value)
     if value.dtype != dtype or value.device != x.device:
         raise TypeError(
             f"{name}: got {value.dtype} on {value.device}, expected {dtype} on {x.device}"
@@ -164,7 +168,7 @@ def _check_step(x: Tensor, score: Tensor, noise: NoiseKey) -> None:
     _check.state("x", x)
     _check.score_like(x, score)
     _check.sample_range(noise.first_sample, x.shape[0])
-    _check.noise_shape(x.shape)
+    _check.noise_shape(x.shape, "x")
 
 
 class _AffineStep(torch.autograd.Function):
@@ -204,15 +208,36 @@ class _AffineStepInPlace(_AffineStep):
         ctx.mark_dirty(inputs[0])
 
 
-def _readable(x: Tensor, value: Tensor) -> Tensor:
-    """What is read beside the state x: contiguous, and not half overlapping it."""
-    if not value.is_contiguous():
-        return value.contiguous()
-    return value.clone() if value.data_ptr() != x.data_ptr() and _overlap(x, value) else value
+def readable(x: Tensor, score: Tensor) -> Tensor:
+    """A score to read while the state x is written: contiguous, and x itself or apart from it."""
+    if not score.is_contiguous():
+        return score.contiguous()
+    itself = score.data_ptr() == x.data_ptr() and score.dtype == x.dtype
+    return score if itself else _apart(x, score)
 
 
-def _overlap(x: Tensor, value: Tensor) -> bool:
-    return -value.nbytes < value.data_ptr() - x.data_ptr() < x.nbytes
+def _apart(x: Tensor, value: Tensor) -> Tensor:
+    """A contiguous tensor, copied if x would be written over it."""
+    overlap = -value.nbytes < value.data_ptr() - x.data_ptr() < x.nbytes
+    return value.clone() if overlap else value
+
+
+def _shares_elements(x: Tensor) -> bool:
+    """Whether two indices of x lead to one place in memory."""
+    reach = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < reach:
+            break
+        reach += (size - 1) * stride
+    else:
+        return False
+    # Strides that are not nested, or shared ones: count the places.
+    if torch._debug_has_internal_overlap(x) == 1:
+        return True
+    reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    places = torch.zeros(reach, dtype=torch.bool)
+    places.as_strided(x.shape, x.stride(), 0).fill_(True)
+    return int(places.count_nonzero()) < x.numel()
 
 
 def _affine_step(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: int) -> Tensor:
@@ -224,16 +249,16 @@ def _affine_step(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: i
 
 def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: int) -> None:
     step = choose(x.device, x.dtype).affine_step
-    if x.is_contiguous():
-        step(x, x, _readable(x, score), a, b, c, unsigned(key))
+    if x.is_contiguous() and not x.is_neg():
+        step(x, x, readable(x, score), a, b, c, unsigned(key))
         torch.autograd.graph.increment_version(x)
         return
-    if torch._debug_has_internal_overlap(x) == 1:
+    if _shares_elements(x):
         raise ValueError(
             f"x: got strides {x.stride()} for shape {tuple(x.shape)}, expected a "
             "tensor whose elements do not share memory (clone an expanded one)"
         )
-    dense = x.contiguous()
+    dense = x.resolve_neg().contiguous()
     step(dense, dense, score.contiguous(), a, b, c, unsigned(key))
     x.copy_(dense)
 
@@ -250,9 +275,9 @@ def _table_step_(
     if step is not None and step.is_cpu and not 0 <= int(step) < len(table):
         raise ValueError(f"step: got {int(step)}, expected 0 <= step < {len(table)}")
     backend = choose(x.device, x.dtype)
-    score, table = _readable(x, score), _readable(x, table)
-    # Kernels may read known elements after they have written x.
-    known = known.clone() if known is not None and _overlap(x, known) else known
+    # Kernels may read all but the score after they have written x.
+    score, table = readable(x, score), _apart(x, table)
+    step, known, mask = (None if t is None else _apart(x, t) for t in (step, known, mask))
     backend.table_step(x, x, score, table, step, unsigned(key), known, mask)
     torch.autograd.graph.increment_version(x)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -122,12 +122,12 @@ def predictor_corrector(
     for now, then in zip(moments, moments[1:], strict=False):
         place = now if corrector_first else then
         share = 1.0 if isinstance(sde, VE) else 1 - now.beta * (now.time - then.time)
-        correct = (
-            [] if corrector is None else [_corrector(corrector, place, share, snr, batch_mean)]
-        )
         predicted = [] if predict is None else [predict(now, then)]
-        repeated = correct * repeats
-        plan += [*repeated, *predicted] if corrector_first else [*predicted, *repeated]
+        if corrector is None:
+            corrected = []
+        else:
+            corrected = [_corrector(corrector, place, share, snr, batch_mean, repeats)]
+        plan += [*corrected, *predicted] if corrector_first else [*predicted, *corrected]
     return run(score, shape_or_init, plan, scale=_prior(sde), denoise=denoise, **options)
 
 
@@ -209,12 +209,14 @@ def _predictor(name: str, sde: SDE) -> Callable[[_Moment, _Moment], Phase]:
     return table[name]
 
 
-def _corrector(name: str, place: _Moment, share: float, snr: float, batch_mean: bool) -> Phase:
+def _corrector(
+    name: str, place: _Moment, share: float, snr: float, batch_mean: bool, repeats: int
+) -> Phase:
     if name == "ald":
         size = 2 * share * (snr * place.std) ** 2
-        return _phase(place, place, 1.0, size, math.sqrt(2 * size))
+        return replace(_phase(place, place, 1.0, size, math.sqrt(2 * size)), steps=repeats)
     move = _ByNorms(place.mean, 2 * share * snr**2, batch_mean)
-    return Phase(place.sigma, mean=place.mean, move=move)
+    return Phase(place.sigma, steps=repeats, mean=place.mean, move=move)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from score_kernels import _capture, _check
 from score_kernels.backends import Backend
 from score_kernels.noise import Key, NoiseKey
+from score_kernels.ops.update import readable
 
 __all__ = ["Network", "Phase", "Score", "Steps", "Update"]
 
@@ -92,7 +93,7 @@ class Network:
             added = self.guidance(seen, self.sigma)
             _check.score_like(x, added, "guidance")
             value = value + added
-        return value.contiguous().resolve_neg()
+        return readable(x, value.contiguous().resolve_neg())
 
 
 # The line of the denoising step in a plan's table: its last.

@@ -1,5 +1,6 @@
-// Runs every launcher over sizes, dtypes and alignments on buffers of exactly their size, and prints
-// a line with a checksum of what it wrote. For sanitizers and planted defects; no Python in it.
+// Runs every launcher over sizes, dtypes and alignments on buffers of exactly their size, and
+// prints a line with a checksum of what it wrote. For sanitizers and planted defects; no Python in
+// it.
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -23,12 +24,15 @@ const sk::cuda::Place kPlace = {0, nullptr};
 class Buffer {
  public:
   Buffer(uint64_t count, uint64_t size, uint64_t shift)
-      : bytes_((count + shift) * size), storage_(new char[bytes_ ? bytes_ : 1]),
+      : bytes_((count + shift) * size),
+        storage_(new char[bytes_ ? bytes_ : 1]),
         data_(storage_.get() + shift * size) {
     memset(storage_.get(), 0xFF, bytes_);
   }
   template <class T>
-  T* at() { return reinterpret_cast<T*>(data_); }
+  T* at() {
+    return reinterpret_cast<T*>(data_);
+  }
   uint64_t checksum() const {
     uint64_t sum = 14695981039346656037u;
     for (uint64_t i = 0; i < bytes_; ++i) sum = (sum ^ uint8_t(storage_[i])) * 1099511628211u;
@@ -97,15 +101,16 @@ void run(uint64_t rows, uint64_t elements, uint64_t shift) {
         sk::cuda::table_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype,
                               rows, elements, 0, 0, 0, kKey},
                              {table.at<float>(), per_row ? nullptr : &step, rows, columns, per_row,
-                              some ? x.at<float>() : nullptr,
-                              some ? mask.at<uint8_t>() : nullptr},
+                              some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr},
                              kPlace);
         report("table", d, rows, elements, shift, stepped);
       }
     Buffer loss(rows, 4, 0), gradient(count, d == 0 ? 4 : 2, shift);
-    sk::DsmArgs dsm = {loss.at<float>(), gradient.at<float>(), score.at<void>(), dtype,
-                       sigma.at<float>(), weight.at<float>(), sigma.at<float>(), rows, elements,
-                       kKey};
+    sk::DsmArgs dsm = {loss.at<float>(),  gradient.at<float>(),
+                       score.at<void>(),  dtype,
+                       sigma.at<float>(), weight.at<float>(),
+                       sigma.at<float>(), rows,
+                       elements,          kKey};
     sk::cuda::dsm_loss(dsm, partial.at<float>(), kPlace);
     report("loss", d, rows, elements, shift, loss);
     sk::cuda::dsm_gradient(dsm, kPlace);

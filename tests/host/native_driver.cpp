@@ -1,0 +1,196 @@
+// Runs every kernel of csrc/cpu in one instruction set over sizes, dtypes and alignments, on
+// buffers of exactly their size, and prints a line with a checksum of what it wrote. For sanitizers
+// and planted defects; no Python in it. Its argument names the instruction set.
+#include <cinttypes>
+#include <cstdio>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+
+#include "cpu/kernels.h"
+#include "half.h"
+
+namespace {
+
+using sk::Dtype;
+using sk::Kind;
+
+// The last but one sample whose low word does not carry.
+const sk::NoiseKey kKey = {0x8000000000000005u, 0xFFFFFFFEu, 9, 3};
+
+// `count` elements of `size` bytes each, `shift` elements away from an aligned address.
+class Buffer {
+ public:
+  Buffer(uint64_t count, uint64_t size, uint64_t shift)
+      : bytes_((count + shift) * size),
+        storage_(new char[bytes_]),
+        data_(storage_.get() + shift * size) {
+    memset(storage_.get(), 0xFF, bytes_);
+  }
+  template <class T>
+  T* at() {
+    return reinterpret_cast<T*>(data_);
+  }
+  uint64_t checksum() const {
+    uint64_t sum = 14695981039346656037u;
+    for (uint64_t i = 0; i < bytes_; ++i) sum = (sum ^ uint8_t(storage_[i])) * 1099511628211u;
+    return sum;
+  }
+
+ private:
+  uint64_t bytes_;
+  std::unique_ptr<char[]> storage_;
+  char* data_;
+};
+
+float value(uint64_t i) { return float(int64_t(i * 2654435761u % 2001) - 1000) * 0x1p-9f; }
+
+Buffer floats(uint64_t count, uint64_t shift) {
+  Buffer buffer(count, 4, shift);
+  for (uint64_t i = 0; i < count; ++i) buffer.at<float>()[i] = value(i);
+  return buffer;
+}
+
+Buffer scores(uint64_t count, Dtype dtype, uint64_t shift) {
+  if (dtype == Dtype::kFloat32) return floats(count, shift);
+  Buffer buffer(count, 2, shift);
+  for (uint64_t i = 0; i < count; ++i)
+    buffer.at<uint16_t>()[i] =
+        dtype == Dtype::kBFloat16 ? sk::to_bfloat16(value(i)) : sk::to_float16(value(i));
+  return buffer;
+}
+
+// Every other line has no noise, and every third a known part without noise.
+Buffer lines(uint64_t rows, uint64_t columns) {
+  Buffer table = floats(columns * rows, 0);
+  for (uint64_t row = 0; row < rows; row += 2) table.at<float>()[columns * row + 2] = 0;
+  for (uint64_t row = 0; columns == 5 && row < rows; row += 3) table.at<float>()[5 * row + 4] = 0;
+  return table;
+}
+
+struct Kernels {
+  const char* name;
+  bool here;
+  decltype(&sk::portable::fill) fill;
+  decltype(&sk::portable::affine_step) affine_step;
+  decltype(&sk::portable::table_step) table_step;
+  decltype(&sk::portable::perturb) perturb;
+  decltype(&sk::portable::dsm_loss) dsm_loss;
+  decltype(&sk::portable::dsm_gradient) dsm_gradient;
+  decltype(&sk::portable::probe) probe;
+
+  void run(uint64_t rows, uint64_t elements, uint64_t shift) const;
+};
+
+void Kernels::run(uint64_t rows, uint64_t elements, uint64_t shift) const {
+  const auto report = [=](const char* op, int variant, const Buffer& out) {
+    printf("%s %d rows %" PRIu64 " elements %" PRIu64 " shift %" PRIu64 " %016" PRIx64 "\n", op,
+           variant, rows, elements, shift, out.checksum());
+  };
+  const uint64_t count = rows * elements;
+  Buffer x = floats(count, shift), sigma = floats(rows, shift), weight = floats(rows, shift);
+  for (int kind = 0; kind < 4; ++kind) {
+    Buffer out(count, kind == 0 ? 8 : 4, shift);
+    fill({out.at<void>(), rows, elements, Kind(kind), kKey});
+    report("fill", kind, out);
+  }
+  Buffer noisy(count, 4, shift);
+  perturb({noisy.at<float>(), x.at<float>(), sigma.at<float>(), rows, elements, kKey});
+  report("perturb", 0, noisy);
+  Buffer mask(count, 1, shift);
+  for (uint64_t i = 0; i < count; ++i) mask.at<uint8_t>()[i] = i % 3 == 0;
+  for (int d = 0; d < 3; ++d) {
+    const Dtype dtype = Dtype(d);
+    Buffer score = scores(count, dtype, shift), other = scores(count, dtype, shift);
+    for (const float c : {0.0f, 0.3f}) {
+      Buffer out(count, 4, shift), same = floats(count, shift);
+      affine_step({out.at<float>(), x.at<float>(), score.at<void>(), dtype, rows, elements, 0.9f,
+                   0.4f, c, kKey});
+      report("affine", d, out);
+      affine_step({same.at<float>(), same.at<float>(), score.at<void>(), dtype, rows, elements,
+                   0.9f, 0.4f, c, kKey});
+      report("affine in place", d, same);
+    }
+    for (const bool per_row : {false, true})
+      for (const bool some : {false, true}) {
+        const uint64_t columns = some ? 5 : 3;
+        Buffer stepped = floats(count, shift), table = lines(per_row ? rows : 1, columns);
+        table_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows,
+                    elements, 0, 0, 0, kKey},
+                   {table.at<float>(), nullptr, per_row ? rows : 1, columns, per_row,
+                    some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr});
+        report("table", 2 * per_row + some, stepped);
+      }
+    for (const bool weighted : {false, true}) {
+      Buffer loss(rows, 4, 0), again(rows, 4, 0), gradient(count, 4, shift);
+      sk::DsmArgs dsm = {again.at<float>(), nullptr,
+                         score.at<void>(),  dtype,
+                         sigma.at<float>(), weighted ? weight.at<float>() : nullptr,
+                         nullptr,           rows,
+                         elements,          kKey};
+      dsm_loss(dsm);
+      report("loss", d, again);
+      dsm.loss = loss.at<float>(), dsm.gradient = gradient.at<float>();
+      dsm_loss(dsm);
+      report("loss", d, loss);
+      report("gradient of the loss", d, gradient);
+      dsm.loss = nullptr, dsm.upstream = sigma.at<float>();
+      dsm_gradient(dsm);
+      report("gradient", d, gradient);
+    }
+    for (const Kind kind : {Kind::kNormal, Kind::kRademacher})
+      for (int variant = 0; variant < 3; ++variant) {
+        Buffer sums(4 * rows, 4, 0);
+        probe({sums.at<float>(), kind, score.at<void>(), variant ? other.at<void>() : nullptr,
+               dtype, variant == 2, nullptr, nullptr, rows, elements, kKey});
+        report("sums", variant, sums);
+      }
+  }
+  for (const Kind kind : {Kind::kNormal, Kind::kRademacher})
+    for (const bool pair : {false, true}) {
+      Buffer out((pair ? 2 : 1) * count, 4, shift);
+      probe({out.at<float>(), kind, nullptr, nullptr, Dtype::kFloat32, false, sigma.at<float>(),
+             pair ? x.at<float>() : nullptr, rows, elements, kKey});
+      report("scale", pair, out);
+    }
+}
+
+#define SK_KERNELS(isa, here) \
+  {#isa,                      \
+   here,                      \
+   &sk::isa::fill,            \
+   &sk::isa::affine_step,     \
+   &sk::isa::table_step,      \
+   &sk::isa::perturb,         \
+   &sk::isa::dsm_loss,        \
+   &sk::isa::dsm_gradient,    \
+   &sk::isa::probe}
+
+const Kernels kKernels[] = {
+#ifdef SK_X86
+    SK_KERNELS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") &&
+                           __builtin_cpu_supports("avx512vl")),
+    SK_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+#endif
+    SK_KERNELS(portable, true),
+};
+
+}  // namespace
+
+int main(int, char** arguments) {
+  for (const Kernels& kernels : kKernels) {
+    if (strcmp(kernels.name, arguments[1])) continue;
+    if (!kernels.here) return 77;
+    for (const uint64_t shift : {0, 1, 3}) {
+      for (const uint64_t elements : {1, 2, 3, 4, 5, 16, 17, 31, 64, 100, 132, 255})
+        kernels.run(37, elements, shift);
+      // Long rows, on several threads, and one element beyond whole tiles.
+      for (const uint64_t elements : {1023, 1024, 1025, 3073}) kernels.run(3, elements, shift);
+      // So many short rows that they are shared by threads.
+      for (const uint64_t elements : {1, 3, 21}) kernels.run(4099 / elements + 2, elements, shift);
+    }
+    return 0;
+  }
+  return 1;
+}

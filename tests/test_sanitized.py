@@ -1,0 +1,157 @@
+"""The native kernels, without Python, under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fibers.build import COMPILER, run
+
+pytestmark = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+DRIVER = HERE / "host/native_driver.cpp"
+
+
+def constants() -> dict[str, Any]:
+    """What setup.py says about compiling; importing it would build."""
+    found = {}
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:
+                continue
+    return found
+
+
+SETUP = constants()
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISAS: dict[str, str] = SETUP["X86_ISAS"] if X86 else {"portable": ""}
+FLAGS = [*SETUP["FLAGS"], "-fopenmp", *(["-DSK_X86"] if X86 else [])]
+# -O1, and without three checks of pointers that ASan makes at the access: they would triple the
+# time that compiling takes.
+SANITIZED = [
+    "-O1",
+    "-g1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=null,pointer-overflow,object-size",
+    "-fno-sanitize-recover=all",
+]
+
+
+def build(folder: Path, csrc: Path = ROOT / "csrc", extra: list[str] | None = None) -> Path:
+    """The driver with every kernel in every instruction set."""
+    command = [*COMPILER, *FLAGS, *(extra or [])]
+    folder.mkdir()
+    jobs = [(DRIVER, folder / "driver.o", f"-I{csrc}")]
+    for kernel, (isa, flags) in itertools.product(SETUP["KERNELS"], ISAS.items()):
+        made = folder / f"{kernel}.{isa}.o"
+        jobs.append((csrc / f"cpu/{kernel}.cpp", made, f"-DSK_ISA={isa} {flags}"))
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(
+            lambda job: run([*command, *shlex.split(job[2]), "-c", str(job[0]), "-o", str(job[1])]),
+            jobs,
+        ):
+            pass
+    program = folder / "driver"
+    run([*command, *(str(made) for _, made, _ in jobs), "-o", str(program)])
+    return program
+
+
+def drive(program: Path, isa: str, threads: int) -> subprocess.CompletedProcess[str]:
+    environment = {"OMP_NUM_THREADS": str(threads), "PATH": os.environ["PATH"]}
+    return subprocess.run(
+        [program, isa], capture_output=True, text=True, check=False, env=environment, timeout=120
+    )
+
+
+def here(program: Path) -> list[str]:
+    """The instruction sets of this processor."""
+    found = [isa for isa in ISAS if drive(program, isa, 1).returncode != 77]
+    assert "portable" in found
+    return found
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the driver prints: the same on every instruction set and number of threads."""
+    program = build(tmp_path_factory.mktemp("right") / "build")
+    texts = set()
+    for isa, threads in itertools.product(here(program), (1, 2)):
+        done = drive(program, isa, threads)
+        assert done.returncode == 0, done.stderr[-500:]
+        texts.add(done.stdout)
+    (text,) = texts
+    assert text.count("\n") > 3000
+    return text
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("sanitized") / "build", extra=SANITIZED)
+
+
+def test_sanitizers_are_silent(sanitized: Path, right: str) -> None:
+    for isa, threads in itertools.product(here(sanitized), (1, 2)):
+        done = drive(sanitized, isa, threads)
+        assert done.returncode == 0, f"{isa}, {threads} threads\n{done.stderr[-2000:]}"
+        assert done.stderr == ""
+        assert done.stdout == right
+
+
+DEFECTS = [
+    pytest.param(
+        "update.cpp",
+        "i < count; ++i) out[i] = affine(a, x[i], b, score[i]);",
+        "i <= count; ++i) out[i] = affine(a, x[i], b, score[i]);",
+        "heap-buffer-overflow",
+        id="an element past the end",
+    ),
+    pytest.param(
+        "tile.h",
+        "constexpr uint64_t kTileBuffer = kTile + 128;",
+        "constexpr uint64_t kTileBuffer = kTile - 16;",
+        "stack-buffer-overflow",
+        id="no room for a tile",
+    ),
+    pytest.param(
+        "update.cpp",
+        "row * table.columns : 0);",
+        "int32_t(row << 30) * int32_t(table.columns) : 0);",
+        "signed integer overflow",
+        id="an index of 32 bits",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, old, new, said", DEFECTS)
+def test_a_planted_defect_is_caught(
+    tmp_path: Path, sanitized: Path, name: str, old: str, new: str, said: str
+) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    text = (csrc / "cpu" / name).read_text()
+    assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}, expected once"
+    (csrc / "cpu" / name).write_text(text.replace(old, new))
+    # The rest is as it was: only the update's kernels are compiled again.
+    isa = here(sanitized)[0]
+    made, program = tmp_path / "update.o", tmp_path / "driver"
+    command = [*COMPILER, *FLAGS, *SANITIZED]
+    source = str(csrc / "cpu/update.cpp")
+    run([*command, f"-DSK_ISA={isa}", *shlex.split(ISAS[isa]), "-c", source, "-o", str(made)])
+    others = [o for o in sanitized.parent.glob("*.o") if o.name != f"update.{isa}.o"]
+    run([*command, *map(str, others), str(made), "-o", str(program)])
+    done = drive(program, isa, 1)
+    assert done.returncode != 0
+    assert said in done.stderr, done.stderr[-2000:]
