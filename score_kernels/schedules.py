@@ -119,8 +119,9 @@ def edm_sigmas(
     sigma_max, sigma_min = _check.ends(sigma_max, sigma_min)
     levels = _check.count("levels", levels, least=2)
     rho = _check.positive("rho", rho)
-    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return torch.linspace(*ends, levels, dtype=torch.float64).pow(rho).float()
+    # sigma^(1/rho) of a small rho may leave the range of numbers: in units of sigma_max it does not.
+    low = (sigma_min / sigma_max) ** (1 / rho)
+    return (sigma_max * torch.linspace(1, low, levels, dtype=torch.float64).pow(rho)).float()
 
 
 def level_overlap(dim: int, ratio: float) -> float:

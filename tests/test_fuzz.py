@@ -887,7 +887,10 @@ def scale_of(arguments: dict[str, Any]) -> float:
     return total * (1 + total) / smallest
 
 
-def check_result(made: Target, got: Any, want: Any, arguments: dict[str, Any]) -> None:
+def check_result(
+    made: Target, got: Any, want: Any, arguments: dict[str, Any], formula: bool
+) -> None:
+    """formula: a derivative by sigma is wanted, and torch's own operations round in between."""
     if made.compare == "any":
         return
     for a, b in zip(tensors_of(got), tensors_of(want), strict=True):
@@ -896,7 +899,6 @@ def check_result(made: Target, got: Any, want: Any, arguments: dict[str, Any]) -
         if a.is_meta or b.is_meta:
             assert a.is_meta
             continue
-        formula = getattr(arguments.get("sigma"), "requires_grad", False)
         if made.compare in ("bits", "chain") and not formula or not a.is_floating_point():
             if a.dtype.itemsize == 1:
                 a, b = a.float(), b.float()
@@ -959,7 +961,8 @@ def attempt(name: str, found: Arguments) -> str:
     with sk.use_backend("reference"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         want = made.function(**copies)
-    check_result(made, got, want, copies)
+    formula = getattr(arguments.get("sigma"), "requires_grad", False)
+    check_result(made, got, want, copies, formula)
     return "right"
 
 
@@ -1040,7 +1043,7 @@ def calls(
     (call if seed is None else hypothesis.seed(seed)(call))()
 
 
-CALLS = 20
+CALLS = 60
 
 
 def test_every_public_name_is_a_target() -> None:

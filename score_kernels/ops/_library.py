@@ -49,17 +49,20 @@ def register(
     # What is written is the implementation's own to resolve.
     tensors = [(i, a.name, a.alias_info is not None) for i, a in parts]
 
-    def stored(*arguments: Any) -> Any:
+    def resolved(*arguments: Any) -> Any:
         """The implementation, on tensors whose memory holds their values."""
-        resolved = list(arguments)
-        for i, argument, written in tensors:
-            value = resolved[i]
-            if value is None:
-                continue
-            _check.memory(argument, value)
-            if value.is_neg() and not written:
-                resolved[i] = value.resolve_neg()
-        return implementation(*resolved)
+        for i, _, written in tensors:
+            value = arguments[i]
+            if value is not None and value.is_neg() and not written:
+                arguments = (*arguments[:i], value.resolve_neg(), *arguments[i + 1 :])
+        return implementation(*arguments)
+
+    def stored(*arguments: Any) -> Any:
+        """The same for torch's dispatcher, which anyone may call."""
+        for i, argument, _ in tensors:
+            if arguments[i] is not None:
+                _check.memory(argument, arguments[i])
+        return resolved(*arguments)
 
     library.impl(name, stored, "CompositeExplicitAutograd")
     library.impl(name, _FALLTHROUGH, "Negative")
@@ -74,7 +77,7 @@ def register(
                 type(value) not in _check.PLAIN or value.is_meta or value._is_zerotensor()
             ):
                 return op(*arguments)
-        return stored(*arguments)
+        return resolved(*arguments)
 
     return call
 
