@@ -119,7 +119,7 @@ def edm_sigmas(
     sigma_max, sigma_min = _check.ends(sigma_max, sigma_min)
     levels = _check.count("levels", levels, least=2)
     rho = _check.positive("rho", rho)
-    # sigma^(1/rho) of a small rho may leave the range of numbers: in units of sigma_max it does not.
+    # In units of sigma_max: sigma^(1/rho) of a small rho may leave the range of numbers.
     low = (sigma_min / sigma_max) ** (1 / rho)
     return (sigma_max * torch.linspace(1, low, levels, dtype=torch.float64).pow(rho)).float()
 
