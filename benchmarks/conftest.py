@@ -1,4 +1,4 @@
-"""Prints the tables of a run: what pytest-benchmark timed and what was timed beside it."""
+"""Checks before it measures; prints what pytest-benchmark timed and what was timed beside it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import score_kernels
+from score_kernels.selfcheck import selfcheck
+
+
+def pytest_sessionstart() -> None:
+    """No figure of a library that computes something else."""
+    red = [check for check in selfcheck("cpu", quick=True) if check.ok is False]
+    if red:
+        found = "; ".join(f"{check.name}: {check.figure}" for check in red)
+        pytest.exit(f"nothing is measured, score-kernels selfcheck fails: {found}", returncode=1)
 
 
 def _processor() -> str:

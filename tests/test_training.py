@@ -369,7 +369,7 @@ def test_what_is_refused() -> None:
         ({"loss": "mse"}, ValueError, "loss: got 'mse', expected 'dsm', 'ssm' or a function"),
         ({"loss": 3}, TypeError, "loss: got int"),
         ({"batch_size": 0}, ValueError, "batch_size: got 0"),
-        ({"accumulate": 3}, ValueError, "accumulate: got 3, expected a divisor of batch_size"),
+        ({"accumulate": 3}, ValueError, "accumulate: got 3, expected it to divide batch_size"),
         ({"ema_decay": 1.0}, ValueError, "ema_decay: got 1.0"),
         ({"clip_norm": -1}, ValueError, "clip_norm: got -1"),
         ({"precision": "half"}, ValueError, "precision: got 'half'"),
