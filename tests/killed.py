@@ -9,14 +9,14 @@ Prints one JSON object.
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from forked import attempt
 
 import score_kernels
 from score_kernels import checkpoint
@@ -44,26 +44,6 @@ def train(path: Path, steps: int) -> None:
     trainer.fit(data, steps, checkpoint=path, resume=True, save_every=SAVE_EVERY, progress=False)
 
 
-def attempt(path: Path, seconds: float | None = None, steps: int = STEPS) -> bool:
-    """Train in a process of its own, killed after so many seconds. Whether it came to its end."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            train(path, steps)
-            code = 0
-        finally:
-            os._exit(code)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        return False
-    assert os.WEXITSTATUS(status) == 0, "an attempt failed"
-    return True
-
-
 def main() -> None:
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
@@ -71,18 +51,19 @@ def main() -> None:
     # The first step, with all that a process does once, and then the rest.
     for steps in (1, STEPS):
         started = time.perf_counter()
-        assert attempt(folder / "alone.pt", steps=steps)
+        assert attempt(partial(train, folder / "alone.pt", steps))
         times.append(time.perf_counter() - started)
     before, rest = times
     path, chance, reached = folder / "killed.pt", random.Random(), []
     while len(reached) < kills:
         # On average the training is at its end with the last kill; where it is earlier, it starts
         # again.
-        if attempt(path, chance.uniform(0.7, 1.4) * before + chance.uniform(0, 2) * rest / kills):
+        seconds = chance.uniform(0.7, 1.4) * before + chance.uniform(0, 2) * rest / kills
+        if attempt(partial(train, path, STEPS), seconds):
             path.unlink()
         else:
             reached.append(checkpoint.read(path)["step"] if path.exists() else 0)
-    assert attempt(path)
+    assert attempt(partial(train, path, STEPS))
     alone, killed = checkpoint.read(folder / "alone.pt"), checkpoint.read(path)
     left = sorted(p.name for p in folder.iterdir())
     print(json.dumps({"steps": reached, "files": left, "differ": differences(alone, killed, "")}))

@@ -13,13 +13,14 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import attempt
 
 from score_kernels import checkpoint, commands, pictures
 from score_kernels.commands._trained import network
@@ -66,35 +67,17 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def attempt(
-    path: Path, out: Path, kind: str, seconds: float | None = None, shards: int = SHARDS
-) -> bool:
-    """Sample in a process of its own, killed after so many seconds. Whether it came to its end."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            commands.sample(
-                path,
-                out,
-                count=shards * SHARD - 3,
-                shard_size=SHARD,
-                batch_size=3,
-                format=kind,
-                progress=False,
-            )
-            code = 0
-        finally:
-            os._exit(code)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        return False
-    assert os.WEXITSTATUS(status) == 0, "an attempt failed"
-    return True
+def sample(path: Path, out: Path, kind: str, shards: int = SHARDS) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    commands.sample(
+        path,
+        out,
+        count=shards * SHARD - 3,
+        shard_size=SHARD,
+        batch_size=3,
+        format=kind,
+        progress=False,
+    )
 
 
 def main() -> None:
@@ -108,7 +91,7 @@ def main() -> None:
     # The first shard, with all that a process does once, and then the rest.
     for shards, to in ((1, out), (SHARDS, alone)):
         started = time.perf_counter()
-        assert attempt(path, to, kind, shards=shards)
+        assert attempt(partial(sample, path, to, kind, shards))
         times.append(time.perf_counter() - started)
     (before, rest), chance = times, random.Random()
     shutil.rmtree(out)
@@ -117,7 +100,8 @@ def main() -> None:
     while len(reached) < kills:
         # On average the sampling is at its end with the last kill; where it is earlier, it starts
         # again.
-        if attempt(path, out, kind, chance.uniform(0, 2) * (before + rest / kills)):
+        seconds = chance.uniform(0, 2) * (before + rest / kills)
+        if attempt(partial(sample, path, out, kind), seconds):
             shutil.rmtree(out)
             continue
         found = digests(out)
@@ -128,7 +112,7 @@ def main() -> None:
         reached.append(len({n.split(".")[0].split("/")[1] for n in found if n[:7] == "shards/"}))
         if (out / "manifest.json").exists():
             json.loads((out / "manifest.json").read_text())
-    assert attempt(path, out, kind)
+    assert attempt(partial(sample, path, out, kind))
     report = {
         "shards": reached,
         "temporaries": temporaries,

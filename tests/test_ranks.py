@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from test_commands import SETTINGS
 
 from score_kernels import Trainer, checkpoint, cli, training
 from score_kernels._ranks import Ranks
@@ -122,24 +123,6 @@ def test_the_ranks_must_share_out_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     message = "accumulate: got 1, expected it to divide, times the 5 ranks, batch_size = 24"
     with pytest.raises(ValueError, match=message):
         Trainer(net, [1.0], torch.optim.SGD(net.parameters()), batch_size=24)
-
-
-SETTINGS = """
-[network]
-width = 8
-depth = 2
-[noise]
-sigma_max = 2.0
-levels = 4
-steps_per_level = 2
-[training]
-steps = 6
-batch_size = 8
-warmup_steps = 0
-save_every = 2
-[sampling]
-count = 5
-"""
 
 
 def test_the_command_under_torchrun(tmp_path: Path) -> None:

@@ -3,62 +3,17 @@
 // and planted defects; no Python in it. Its argument names the instruction set.
 #include <cinttypes>
 #include <cstdio>
-#include <cstring>
 #include <initializer_list>
-#include <memory>
 
+#include "buffers.h"
 #include "cpu/kernels.h"
-#include "half.h"
 
 namespace {
 
-using sk::Dtype;
 using sk::Kind;
 
 // The last but one sample whose low word does not carry.
 const sk::NoiseKey kKey = {0x8000000000000005u, 0xFFFFFFFEu, 9, 3};
-
-// `count` elements of `size` bytes each, `shift` elements away from an aligned address.
-class Buffer {
- public:
-  Buffer(uint64_t count, uint64_t size, uint64_t shift)
-      : bytes_((count + shift) * size),
-        storage_(new char[bytes_]),
-        data_(storage_.get() + shift * size) {
-    memset(storage_.get(), 0xFF, bytes_);
-  }
-  template <class T>
-  T* at() {
-    return reinterpret_cast<T*>(data_);
-  }
-  uint64_t checksum() const {
-    uint64_t sum = 14695981039346656037u;
-    for (uint64_t i = 0; i < bytes_; ++i) sum = (sum ^ uint8_t(storage_[i])) * 1099511628211u;
-    return sum;
-  }
-
- private:
-  uint64_t bytes_;
-  std::unique_ptr<char[]> storage_;
-  char* data_;
-};
-
-float value(uint64_t i) { return float(int64_t(i * 2654435761u % 2001) - 1000) * 0x1p-9f; }
-
-Buffer floats(uint64_t count, uint64_t shift) {
-  Buffer buffer(count, 4, shift);
-  for (uint64_t i = 0; i < count; ++i) buffer.at<float>()[i] = value(i);
-  return buffer;
-}
-
-Buffer scores(uint64_t count, Dtype dtype, uint64_t shift) {
-  if (dtype == Dtype::kFloat32) return floats(count, shift);
-  Buffer buffer(count, 2, shift);
-  for (uint64_t i = 0; i < count; ++i)
-    buffer.at<uint16_t>()[i] =
-        dtype == Dtype::kBFloat16 ? sk::to_bfloat16(value(i)) : sk::to_float16(value(i));
-  return buffer;
-}
 
 // Every other line has no noise, and every third a known part without noise.
 Buffer lines(uint64_t rows, uint64_t columns) {
