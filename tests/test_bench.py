@@ -19,14 +19,23 @@ def test_every_op_has_checks_that_exist() -> None:
 
 
 def test_rows_are_added_to_one_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["bench", "--out", str(tmp_path), *QUICK, "--op", "perturb", "--op", "ddpm chain"]
+    arguments = [
+        "bench",
+        "--out",
+        str(tmp_path),
+        *QUICK,
+        "--op",
+        "perturb",
+        "--op",
+        "scheduler chain",
+    ]
     for count in (1, 2):
         assert cli.main(arguments) == 0
         with open(tmp_path / "bench.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         found = [(row["op"], row["variant"], row["shape"]) for row in rows]
         assert found.count(("perturb", "ours", "64x3x128x128")) == count
-        assert found.count(("ddpm chain", "ours in diffusers", "1x64")) == count
+        assert found.count(("scheduler chain", "ours in diffusers", "1x64")) == count
     assert set(rows[0]) == set(COLUMNS) and all(None not in row.values() for row in rows)
     for row in rows:
         low, median, high = (float(row[k]) for k in ("p20_us", "p50_us", "p80_us"))

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from score_kernels import ops, sampling
 from score_kernels.noise import NoiseKey
 from score_kernels.schedules import geometric_sigmas
-from score_kernels.sde import VE
+from score_kernels.sde import VE, Discrete
 
 __all__ = ["Case", "OPS", "cases"]
 
@@ -210,7 +211,7 @@ def _ssm_reduce(i: Inputs) -> Made:
     }, 2 * i.score.element_size()
 
 
-def _trivial(x: Tensor, sigma: Tensor) -> Tensor:
+def _trivial(x: Tensor, sigma: Tensor | None = None) -> Tensor:
     return x
 
 
@@ -309,6 +310,55 @@ def _corrector(i: Inputs) -> Made:
     return {"ours": ours, "eager": eager}, 16
 
 
+def _sampler(make: Callable[..., Tensor], noise: bool = True, calls: int = 1) -> Any:
+    """A sampler with a network that costs nothing, beside a loop of as many steps in eager."""
+
+    def made(i: Inputs) -> Made:
+        start = 1e-3 * i.x
+
+        def eager() -> Tensor:
+            x = start
+            for _ in range(STEPS):
+                level = x.new_full(x.shape[:1], 0.5)
+                for _ in range(calls):
+                    moved = 0.99 * x + 0.01 * _trivial(x, level)
+                x = moved + 0.1 * torch.randn_like(x) if noise else moved
+            return x
+
+        return {"ours": lambda: make(_trivial, start, seed=1), "eager": eager}, 12
+
+    return made
+
+
+# Whose first sigma is the last one's twentieth power of a ratio that consistent annealing allows.
+_LEVELS = geometric_sigmas(1.0, 0.5, STEPS)
+_SAMPLERS: dict[str, Callable[[Inputs], Made]] = {
+    "langevin": _sampler(partial(sampling.langevin, step_size=1e-3, steps=STEPS)),
+    "consistent_annealed": _sampler(
+        partial(sampling.consistent_annealed, sigmas=_LEVELS, step_size=0.1, denoise=False)
+    ),
+    "euler_maruyama": _sampler(
+        partial(sampling.euler_maruyama, sde=VE(0.5, 1.0), steps=STEPS, denoise=False)
+    ),
+    "predictor": _sampler(
+        partial(
+            sampling.predictor_corrector,
+            sde=VE(0.5, 1.0),
+            steps=STEPS,
+            corrector=None,
+            denoise=False,
+        )
+    ),
+    "ddpm": _sampler(partial(sampling.ddpm, schedule=Discrete(1 / (1 + _LEVELS.flip(0) ** 2)))),
+    "ddim": _sampler(
+        partial(sampling.ddim, schedule=Discrete(1 / (1 + _LEVELS.flip(0) ** 2)), steps=STEPS),
+        noise=False,
+    ),
+    "probability_flow": _sampler(
+        partial(sampling.probability_flow, sigmas=_LEVELS), noise=False, calls=2
+    ),
+}
+
 _STEP = ("updates, scores of 3 dtypes", "thread counts", "sizes and alignments")
 OPS: dict[str, tuple[Callable[[Inputs], Made], tuple[str, ...], int]] = {
     "langevin_step": (_langevin, _STEP, 1),
@@ -321,25 +371,27 @@ OPS: dict[str, tuple[Callable[[Inputs], Made], tuple[str, ...], int]] = {
     "probe_scale": (_probe_scale, ("probes, sliced and differences",), 1),
     "ssm_reduce": (_ssm_reduce, ("probes, sliced and differences",), 1),
     "annealed chain": (_annealed, ("annealed chain",), STEPS),
-    "ddpm chain": (_ddpm, ("annealed chain", *_STEP), STEPS),
+    "scheduler chain": (_ddpm, ("annealed chain", *_STEP), STEPS),
     "corrector chain": (_corrector, ("steps by lines, known elements",), STEPS),
+    **{f"{name} chain": (make, ("annealed chain",), STEPS) for name, make in _SAMPLERS.items()},
 }
 # Their scores are those of a network on the state: fp32.
-_CHAINS = ("annealed chain", "ddpm chain", "corrector chain")
+_CHAINS = tuple(name for name in OPS if name.endswith(" chain"))
 _NO_SCORE = ("perturb", "normal", "probe_scale")
 
 
 def cases(
     names: list[str], device: torch.device, *, quick: bool, compiled: bool
-) -> Iterator[Callable[[], Case]]:
-    """The rows to measure, each made when it is its turn."""
+) -> Iterator[partial[Case]]:
+    """The rows to measure, each made when it is its turn; the first arguments are its name, shape
+    and dtype."""
     for name in names:
-        for shape in SHAPES[1:] if quick and len(SHAPES) > 2 else SHAPES:
+        for shape in SHAPES[1:] if quick else SHAPES:
             if name in _CHAINS and shape == SHAPES[1]:
                 continue
             for dtype in DTYPES:
                 if dtype == "float32" or not (name in _CHAINS or name in _NO_SCORE or quick):
-                    yield lambda n=name, s=shape, d=dtype: _made(n, s, d, device, compiled)  # type: ignore[misc]
+                    yield partial(_made, name, shape, dtype, device, compiled)
 
 
 def _made(
