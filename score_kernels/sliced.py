@@ -215,6 +215,8 @@ def _by_jvp(
 ) -> Tensor:
     ones = x.new_ones(x.shape[0])
     losses = []
+    # torch stores a tangent with the strides of x: where elements of x share memory, so would its.
+    x = x.contiguous()
     for key in keys:
         v = ops.probe_scale(ones, x.shape, key, probe=probe)
         value, slope = torch.func.jvp(call, (x,), (v,))[:2]

@@ -267,3 +267,14 @@ def test_wrong_inputs_are_named(
     score, x = arguments.pop("score"), arguments.pop("x")
     with pytest.raises(error, match=match):
         sliced_score_loss(score, x, **arguments)
+
+
+@pytest.mark.parametrize("method", ["double_backward", "jvp", "finite_difference"])
+def test_elements_that_share_memory(method: str) -> None:
+    """Windows of one tensor that overlap, and one sample expanded, are as copies of them."""
+    for x in (torch.randn(500).as_strided((40, 30), (7, 1)), torch.randn(1, 30).expand(40, 30)):
+        got, want = (
+            sliced_score_loss(lambda y: -(y**3), v, seed=1, method=method, fd_step=0.1)
+            for v in (x, x.clone(memory_format=torch.contiguous_format))
+        )
+        torch.testing.assert_close(got, want)
