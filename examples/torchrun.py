@@ -60,6 +60,8 @@ def main() -> None:
         print(f"{ranks.size} processes, {trainer.step} steps, loss {last:.2f}")
         print(f"Written to {arguments.out}: checkpoint.pt, samples.png")
     if several:
+        # None leaves while another one still talks to it.
+        dist.barrier()
         dist.destroy_process_group()
 
 
