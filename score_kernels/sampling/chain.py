@@ -208,7 +208,7 @@ def _start(
         _check.state("shape_or_init", shape_or_init)
         _check.noise_shape(shape_or_init.shape)
         _check.sample_range(noise.first_sample, shape_or_init.shape[0])
-        wanted = shape_or_init.device if device is None else torch.device(device)
+        wanted = _check.device("device", device) or shape_or_init.device
         if wanted.type != shape_or_init.device.type or (
             wanted.index is not None and wanted.index != shape_or_init.device.index
         ):
