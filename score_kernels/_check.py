@@ -23,8 +23,10 @@ _LARGEST = torch.finfo(torch.float32).max
 
 def unsigned(name: str, value: Any, bits: int) -> int:
     """An integer in [0, 2**bits)."""
-    # bool is an int to Python, but a seed of True is a mistake. Ints come first: under
-    # torch.compile they may be symbols that know little more than that.
+    # Under torch.compile an int may be a symbol that knows little more than that.
+    if type(value) is int and 0 <= value < 1 << bits:
+        return value
+    # bool is an int to Python, but a seed of True is a mistake.
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, bool) or not isinstance(value, int):
@@ -119,9 +121,12 @@ def noise_levels(sigmas: Any, name: str = "sigmas") -> list[float]:
 def noise_shape(shape: Any, name: str = "shape") -> tuple[int, ...]:
     """A shape [B, ...] whose samples fit the noise contract's 32-bit block; name is that of the
     argument which has it."""
-    if not isinstance(shape, Sequence) or isinstance(shape, (str, bytes, bytearray)):
+    if isinstance(shape, torch.Size):
+        sizes: tuple[int, ...] = tuple(shape)
+    elif not isinstance(shape, Sequence) or isinstance(shape, (str, bytes, bytearray)):
         raise TypeError(f"{name}: got {_kind(shape)}, expected a sequence of integers [B, ...]")
-    sizes = tuple(count(name, n, least=0) for n in shape)
+    else:
+        sizes = tuple(count(name, n, least=0) for n in shape)
     if not sizes:
         raise ValueError(f"{name}: got (), expected at least the batch dimension [B, ...]")
     if math.prod(sizes[1:]) > 2**34:

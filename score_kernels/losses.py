@@ -14,6 +14,10 @@ from score_kernels.noise import NoiseKey, Purpose, resolve
 
 __all__ = ["dsm_loss"]
 
+# The levels of the last call, as they came and as a table: a schedule of thousands is not looked
+# through at every step of a training.
+_checked: tuple[Tensor, Tensor] | None = None
+
 
 def dsm_loss(
     net: Callable[..., Tensor],
@@ -103,9 +107,27 @@ def denoising_losses(
 
 def _table(sigmas: Any, x: Tensor) -> Tensor:
     """The noise levels as float32 on x's device, checked."""
-    if isinstance(sigmas, Tensor) and torch.compiler.is_compiling():
+    global _checked
+    if not isinstance(sigmas, Tensor):
+        return torch.tensor(_check.noise_levels(sigmas), dtype=torch.float32).to(x.device)
+    if torch.compiler.is_compiling():
         return sigmas.to(x.device, torch.float32)
-    return torch.tensor(_check.noise_levels(sigmas), dtype=torch.float32).to(x.device)
+    _check.dense("sigmas", sigmas)
+    if _checked is not None and _is(sigmas, _checked[0]) and _checked[1].device == x.device:
+        return _checked[1]
+    table = torch.tensor(_check.noise_levels(sigmas), dtype=torch.float32).to(x.device)
+    if type(sigmas) in _check.PLAIN:
+        _checked = sigmas.detach().clone(), table
+    return table
+
+
+def _is(sigmas: Tensor, before: Tensor) -> bool:
+    return (
+        type(sigmas) in _check.PLAIN
+        and sigmas.dtype == before.dtype
+        and sigmas.device == before.device
+        and torch.equal(sigmas, before)
+    )
 
 
 def _weight(weighting: float | Tensor, sigma: Tensor, x: Tensor) -> Tensor | None:

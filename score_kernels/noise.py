@@ -15,7 +15,7 @@ Philox is Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1,
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -80,15 +80,15 @@ class NoiseKey:
 
     def at(self, draw: int) -> NoiseKey:
         """The same stream at another draw (step)."""
-        return replace(self, draw=draw)
+        return NoiseKey(self.seed, purpose=self.purpose, draw=draw, first_sample=self.first_sample)
 
     def for_samples(self, first: int) -> NoiseKey:
         """The same stream for a batch whose first row is global sample ``first``."""
-        return replace(self, first_sample=first)
+        return NoiseKey(self.seed, purpose=self.purpose, draw=self.draw, first_sample=first)
 
     def for_purpose(self, purpose: int) -> NoiseKey:
         """The stream of another use of the same seed."""
-        return replace(self, purpose=purpose)
+        return NoiseKey(self.seed, purpose=purpose, draw=self.draw, first_sample=self.first_sample)
 
 
 def fresh_seed() -> int:

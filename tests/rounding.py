@@ -16,7 +16,7 @@ def probe_terms(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: 
 
     A sum is within its depth times the unit roundoff, 2^-24, times this, whatever cancels.
     """
-    v = native.backend.fill(kind, a.shape, key, a.device).double()
+    v = native.backend.fill(kind, a.shape, key.fields(), a.device).double()
     p, q = a.double(), torch.zeros_like(v) if b is None else b.double()
     if differences:
         p, q = 0.5 * (p + q), p - q

@@ -35,6 +35,10 @@ def test_a_table_s_steps_are_affine_steps(backend: str) -> None:
         step += 1
     with pytest.raises(ValueError, match="step: got 3, expected 0 <= step < 3"):
         ops.table_step_(x, x, TABLE, step, KEY)
+    # The last step may have the last draw that there is.
+    ops.table_step_(x, x, TABLE, step.zero_(), KEY.at(2**32 - 3))
+    with pytest.raises(ValueError, match="noise: got draw 4294967294 with a table of 3 steps"):
+        ops.table_step_(x, x, TABLE, step, KEY.at(2**32 - 2))
 
 
 @pytest.mark.skipif(not FIBERS, reason="needs a C++ compiler")

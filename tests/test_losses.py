@@ -132,6 +132,27 @@ def test_gradients_reach_the_network_and_the_data() -> None:
     assert torch.autograd.gradcheck(loss, (weight, x))
 
 
+def test_levels_that_change_in_place_are_looked_at_again() -> None:
+    x, sigmas = torch.rand(64, 5), SIGMAS.clone()
+    array = sigmas.numpy()
+
+    def loss() -> Tensor:
+        return dsm_loss(lambda y, sigma: y, x, sigmas, seed=1)
+
+    def afresh() -> Tensor:
+        return dsm_loss(lambda y, sigma: y, x, sigmas.tolist(), seed=1)
+
+    before = loss()
+    sigmas.mul_(0.5)
+    assert torch.equal(loss(), afresh()) and not torch.equal(loss(), before)
+    # Neither is counted as a change by autograd.
+    sigmas.data.mul_(2)
+    assert torch.equal(loss(), before)
+    array[-1] = array[0]
+    with pytest.raises(ValueError, match="strictly decreasing"):
+        loss()
+
+
 def test_levels_are_drawn_evenly() -> None:
     words = ops.words((100_000, 1), NoiseKey(8, purpose=Purpose.DSM_LEVEL))[:, 0]
     counts = torch.bincount(words * 10 >> 32, minlength=10).numpy()

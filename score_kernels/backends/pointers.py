@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels.noise import Key, NoiseKey
+from score_kernels.noise import Key
 
 # The numbers of sk::Kind and sk::Dtype in csrc/args.h.
 KINDS = {"words": 0, "normal": 1, "uniform": 2, "rademacher": 3}
@@ -32,14 +32,10 @@ class PointerKernels:
     def gradient_dtype(self, score: torch.dtype) -> torch.dtype:
         return torch.float32
 
-    def fill(
-        self, kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.device
-    ) -> Tensor:
+    def fill(self, kind: str, shape: tuple[int, ...], key: Key, device: torch.device) -> Tensor:
         dtype = torch.int64 if kind == "words" else torch.float32
         out = torch.empty(shape, dtype=dtype, device=device)
-        self.kernels.fill(
-            out.data_ptr(), *_sizes(out), KINDS[kind], *noise.fields(), *self.place(out.device)
-        )
+        self.kernels.fill(out.data_ptr(), *_sizes(out), KINDS[kind], *key, *self.place(out.device))
         return out
 
     def affine_step(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from score_kernels.noise import Key, NoiseKey
+from score_kernels.noise import Key
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -53,9 +53,7 @@ class Reference:
     def describe(self) -> str:
         return "plain torch on any device, float32 and float64"
 
-    def fill(
-        self, kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.device
-    ) -> Tensor:
+    def fill(self, kind: str, shape: tuple[int, ...], key: Key, device: torch.device) -> Tensor:
         # MPS has no fp64; the noise is then made on the CPU and moved.
         home = torch.device("cpu") if device.type == "mps" else device
         rows, elements = shape[0], math.prod(shape[1:])
@@ -65,7 +63,7 @@ class Reference:
         flat = out.view(-1, 4)
         for piece in _pieces(rows * blocks, _PIECE):
             index = torch.arange(piece.start, piece.stop, dtype=torch.int64, device=home)
-            words = _philox(index % blocks, noise.first_sample + index // blocks, noise)
+            words = _philox(index % blocks, key[3] + index // blocks, key)
             flat[piece] = _MAPS[kind](words)
         return out[:, :elements].reshape(shape).contiguous().to(device)
 
@@ -194,9 +192,7 @@ def _normal_like(x: Tensor, key: Key) -> Tensor:
 
 
 def _noise_like(kind: str, x: Tensor, key: Key) -> Tensor:
-    seed, purpose, draw, first_sample = key
-    noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
-    return backend.fill(kind, tuple(x.shape), noise, x.device)
+    return backend.fill(kind, tuple(x.shape), key, x.device)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -209,11 +205,12 @@ def _pieces(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _philox(block: Tensor, sample: Tensor, noise: NoiseKey) -> Tensor:
+def _philox(block: Tensor, sample: Tensor, key: Key) -> Tensor:
     """Words [n, 4] of Philox4x32-10, int64. Products wrap at 64 bits, which keeps their bits."""
-    c0, c1 = block, torch.full_like(block, noise.draw)
-    c2, c3 = sample & _MASK, sample >> 32 | noise.purpose << 24
-    k0, k1 = noise.seed & _MASK, noise.seed >> 32
+    seed, purpose, draw, _ = key
+    c0, c1 = block, torch.full_like(block, draw)
+    c2, c3 = sample & _MASK, sample >> 32 | purpose << 24
+    k0, k1 = seed & _MASK, seed >> 32
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK

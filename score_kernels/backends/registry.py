@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from score_kernels.backends import cuda, native, reference, triton
-from score_kernels.noise import Key, NoiseKey
+from score_kernels.noise import Key
 
 __all__ = ["Backend", "backends", "choose", "use_backend"]
 
@@ -35,9 +35,7 @@ class Backend(Protocol):
     def describe(self) -> str:
         """One line for ``score-kernels info``."""
 
-    def fill(
-        self, kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.device
-    ) -> Tensor:
+    def fill(self, kind: str, shape: tuple[int, ...], key: Key, device: torch.device) -> Tensor:
         """Noise of a kind: int64 for "words", fp32 for "normal", "uniform", "rademacher"."""
 
     def affine_step(

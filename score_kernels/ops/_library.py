@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from score_kernels import _check
 from score_kernels._torch import is_compiling, modes_active, profiler_enabled, transforms_active
@@ -82,9 +83,23 @@ def register(
     return call
 
 
+def differentiated(*arguments: Any) -> bool:
+    """Whether derivatives by one of the arguments may be asked for, outside traces and transforms.
+
+    Forward mode marks no tensor that Python sees: inside a level of it, all may be.
+    """
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled()
+        and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+    )
+
+
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """function.apply. Torch's own looks up forward's default values in every call, which takes
-    longer than a small step, and ours have none."""
+    """function.apply, for functions that have a setup_context: forward itself where nothing is
+    differentiated. Torch's own looks up forward's default values in every call, which takes longer
+    than a small step, and ours have none."""
     if is_compiling() or transforms_active():
         return function.apply(*arguments)
+    if not differentiated(*arguments):
+        return function.forward(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]

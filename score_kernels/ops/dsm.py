@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from score_kernels import _check
-from score_kernels._torch import transforms_active
+from score_kernels._torch import is_compiling, transforms_active
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import KEY, apply, register, signed, unsigned
+from score_kernels.ops._library import KEY, apply, differentiated, register, signed, unsigned
 from score_kernels.ops.fill import normal
 
 __all__ = ["dsm_loss_from_score", "perturb"]
@@ -79,6 +79,8 @@ def dsm_loss_from_score(
         and (sigma.requires_grad or (weight is not None and weight.requires_grad))
     ):
         return _loss_formula(score, sigma, weight, noise)
+    if not (is_compiling() or differentiated(score)):
+        return _dsm_loss_op(score, sigma, weight, False, *signed(noise.fields()))[0]
     return apply(_DsmLoss, score, sigma, weight, noise)
 
 

@@ -102,10 +102,8 @@ def _fill(
 
 def _register_fill(kind: str) -> Callable[..., Any]:
     def fill(shape: list[int], device: torch.device | None, *key: int) -> Tensor:
-        seed, purpose, draw, first_sample = unsigned(key)
-        noise = NoiseKey(seed, purpose=purpose, draw=draw, first_sample=first_sample)
         home = torch.get_default_device() if device is None else device
-        return choose(home, torch.float32).fill(kind, tuple(shape), noise, home)
+        return choose(home, torch.float32).fill(kind, tuple(shape), unsigned(key), home)
 
     def fake(shape: list[int], device: torch.device | None, *_: Any) -> Tensor:
         dtype = torch.int64 if kind == "words" else torch.float32

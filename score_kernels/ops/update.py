@@ -121,6 +121,11 @@ def table_step_(
     _check_part("table", table, x.dtype, (*lines, columns), wanted, x)
     if step is not None:
         _check_part("step", step, torch.int64, (), "no dimensions", x)
+        if noise.draw + table.shape[0] > 1 << 32:
+            raise ValueError(
+                f"noise: got draw {noise.draw} with a table of {table.shape[0]} steps, expected "
+                "draw + steps <= 2**32"
+            )
     if known is not None:
         _check_part("known", known, x.dtype, x.shape, "that of x", x)
         _check_part("mask", mask, torch.bool, x.shape, "that of x", x)

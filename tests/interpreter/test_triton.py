@@ -49,8 +49,8 @@ def test_all_backends_have_the_oracle_s_words(backend: str) -> None:
 def test_a_million_normals_are_native_s_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     # A program of the interpreter takes as long for a large tile as for a small one.
     monkeypatch.setattr(triton, "TILE", 2**16)
-    got = triton.backend.fill("normal", (4, 250_000), KEY, CPU)
-    want = native.backend.fill("normal", (4, 250_000), KEY, CPU)
+    got = triton.backend.fill("normal", (4, 250_000), KEY.fields(), CPU)
+    want = native.backend.fill("normal", (4, 250_000), KEY.fields(), CPU)
     differ = int((got != want).sum())
     print(f"normals: {differ} of {got.numel()} differ")
     assert differ == 0
@@ -59,8 +59,8 @@ def test_a_million_normals_are_native_s_to_the_bit(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", ["uniform", "rademacher"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_other_noise_is_native_s_to_the_bit(shape: tuple[int, ...], kind: str) -> None:
-    got = triton.backend.fill(kind, shape, KEY, CPU)
-    assert torch.equal(got, native.backend.fill(kind, shape, KEY, CPU))
+    got = triton.backend.fill(kind, shape, KEY.fields(), CPU)
+    assert torch.equal(got, native.backend.fill(kind, shape, KEY.fields(), CPU))
 
 
 def close(got: Tensor, want: Tensor, relative: float = tolerances.FP32_RELATIVE) -> None:
@@ -155,7 +155,7 @@ def test_probes(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
 def test_empty_batches() -> None:
     for shape in ((0, 3), (3, 0)):
         x, sigma = torch.zeros(shape), torch.ones(shape[0])
-        assert triton.backend.fill("words", shape, KEY, CPU).shape == shape
+        assert triton.backend.fill("words", shape, KEY.fields(), CPU).shape == shape
         assert triton.backend.perturb(x, sigma, KEY.fields()).shape == shape
         loss = triton.backend.dsm_loss(x, sigma, None, KEY.fields(), False)[0]
         assert torch.equal(loss, torch.zeros(shape[0]))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels.noise import Key, NoiseKey
+from score_kernels.noise import Key
 
 # Rows times quads of a tile, and the warps that share it: a thread has 32 elements, the four of a
 # quad side by side, so that fp32 is read and written 128 bits at a time. Products and sums stay
@@ -70,13 +70,11 @@ class Triton:
         where = "its interpreter, on CPU tensors" if _interpreted() else "GPU tensors"
         return f"Triton {triton.__version__} on {where}"
 
-    def fill(
-        self, kind: str, shape: tuple[int, ...], noise: NoiseKey, device: torch.device
-    ) -> Tensor:
+    def fill(self, kind: str, shape: tuple[int, ...], key: Key, device: torch.device) -> Tensor:
         out = torch.empty(
             shape, dtype=torch.int64 if kind == "words" else torch.float32, device=device
         )
-        self._launch(_kernels().fill.fill_kernel, out, (out,), noise.fields(), KIND=kind)
+        self._launch(_kernels().fill.fill_kernel, out, (out,), key, KIND=kind)
         return out
 
     def affine_step(
