@@ -5,29 +5,14 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-Step = Callable[[], Any]
+from score_kernels.bench.cases import Step
+from score_kernels.bench.timing import calls_per_round, timed
+
 ROUNDS = 31
-# A round of a variant lasts at least this long, in seconds: the clock's own cost does not count.
-ROUND = 1e-3
-
-
-def timed(step: Step, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    return (time.perf_counter() - start) / calls
-
-
-def calls_per_round(step: Step) -> int:
-    for _ in range(3):
-        step()
-    return max(1, math.ceil(ROUND / timed(step, 1)))
 
 
 def peak_bytes(step: Step) -> int:

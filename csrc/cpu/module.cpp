@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "fork.h"
-#include "kernels.h"
+#include "isa.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -29,42 +29,7 @@ namespace py = pybind11;
 
 namespace {
 
-struct Isa {
-  const char* name;
-  bool (*supported)();
-  decltype(&sk::portable::fill) fill;
-  decltype(&sk::portable::affine_step) affine_step;
-  decltype(&sk::portable::table_step) table_step;
-  decltype(&sk::portable::perturb) perturb;
-  decltype(&sk::portable::dsm_loss) dsm_loss;
-  decltype(&sk::portable::dsm_gradient) dsm_gradient;
-  decltype(&sk::portable::probe) probe;
-};
-
-#define SK_ISA_ROW(isa, supported) \
-  {#isa,                           \
-   supported,                      \
-   &sk::isa::fill,                 \
-   &sk::isa::affine_step,          \
-   &sk::isa::table_step,           \
-   &sk::isa::perturb,              \
-   &sk::isa::dsm_loss,             \
-   &sk::isa::dsm_gradient,         \
-   &sk::isa::probe}
-
-// Best first.
-constexpr Isa kIsas[] = {
-#ifdef SK_X86
-    SK_ISA_ROW(avx512,
-               [] {
-                 return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-               }),
-    SK_ISA_ROW(avx2,
-               [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
-#endif
-    SK_ISA_ROW(portable, [] { return true; }),
-};
+using sk::Isa, sk::kIsas;
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;

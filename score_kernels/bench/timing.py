@@ -12,8 +12,9 @@ import torch
 
 from score_kernels.bench.cases import Case, Step
 
-__all__ = ["Times", "floor", "measure"]
+__all__ = ["Times", "calls_per_round", "floor", "measure", "timed"]
 
+_CPU = torch.device("cpu")
 # A round of a variant lasts at least this long, in seconds: the clock's own cost does not count.
 _ROUND = 1e-3
 
@@ -34,11 +35,11 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Times]:
     if device.type == "cuda":
         variants["ours, graph"] = _graph(case.variants["ours"])
     with torch.set_grad_enabled(case.op.startswith("dsm")):
-        calls = {name: _calls(step, device) for name, step in variants.items()}
+        calls = {name: calls_per_round(step, device) for name, step in variants.items()}
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(rounds):
             for name, step in variants.items():
-                seconds[name].append(_timed(step, calls[name], device) / case.per)
+                seconds[name].append(timed(step, calls[name], device) / case.per)
     return {name: _percentiles(values) for name, values in seconds.items()}
 
 
@@ -46,12 +47,16 @@ def floor(case: Case, device: torch.device, rounds: int) -> float:
     """Seconds that the bytes of a step take at the device's own copying speed."""
     count = max(1, math.prod(case.shape) * case.bytes // 8)
     source, target = (torch.zeros(count, device=device) for _ in range(2))
-    copy = lambda: target.copy_(source)  # noqa: E731
-    calls = _calls(copy, device)
-    return statistics.median(_timed(copy, calls, device) for _ in range(rounds))
+
+    def copy() -> None:
+        target.copy_(source)
+
+    calls = calls_per_round(copy, device)
+    return statistics.median(timed(copy, calls, device) for _ in range(rounds))
 
 
-def _timed(step: Step, calls: int, device: torch.device) -> float:
+def timed(step: Step, calls: int, device: torch.device = _CPU) -> float:
+    """Seconds a call, over so many calls in a row; on a GPU between two events."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -66,10 +71,11 @@ def _timed(step: Step, calls: int, device: torch.device) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def _calls(step: Step, device: torch.device) -> int:
+def calls_per_round(step: Step, device: torch.device = _CPU) -> int:
+    """How many calls make a round, once the step has run a few times to warm up."""
     for _ in range(3):
         step()
-    return max(1, math.ceil(_ROUND / max(_timed(step, 1, device), 1e-9)))
+    return max(1, math.ceil(_ROUND / max(timed(step, 1, device), 1e-9)))
 
 
 def _graph(step: Step) -> Step:

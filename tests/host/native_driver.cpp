@@ -6,7 +6,7 @@
 #include <initializer_list>
 
 #include "buffers.h"
-#include "cpu/kernels.h"
+#include "cpu/isa.h"
 
 namespace {
 
@@ -23,21 +23,7 @@ Buffer lines(uint64_t rows, uint64_t columns) {
   return table;
 }
 
-struct Kernels {
-  const char* name;
-  bool here;
-  decltype(&sk::portable::fill) fill;
-  decltype(&sk::portable::affine_step) affine_step;
-  decltype(&sk::portable::table_step) table_step;
-  decltype(&sk::portable::perturb) perturb;
-  decltype(&sk::portable::dsm_loss) dsm_loss;
-  decltype(&sk::portable::dsm_gradient) dsm_gradient;
-  decltype(&sk::portable::probe) probe;
-
-  void run(uint64_t rows, uint64_t elements, uint64_t shift) const;
-};
-
-void Kernels::run(uint64_t rows, uint64_t elements, uint64_t shift) const {
+void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift) {
   const auto report = [=](const char* op, int variant, const Buffer& out) {
     printf("%s %d rows %" PRIu64 " elements %" PRIu64 " shift %" PRIu64 " %016" PRIx64 "\n", op,
            variant, rows, elements, shift, out.checksum());
@@ -46,11 +32,11 @@ void Kernels::run(uint64_t rows, uint64_t elements, uint64_t shift) const {
   Buffer x = floats(count, shift), sigma = floats(rows, shift), weight = floats(rows, shift);
   for (int kind = 0; kind < 4; ++kind) {
     Buffer out(count, kind == 0 ? 8 : 4, shift);
-    fill({out.at<void>(), rows, elements, Kind(kind), kKey});
+    isa.fill({out.at<void>(), rows, elements, Kind(kind), kKey});
     report("fill", kind, out);
   }
   Buffer noisy(count, 4, shift);
-  perturb({noisy.at<float>(), x.at<float>(), sigma.at<float>(), rows, elements, kKey});
+  isa.perturb({noisy.at<float>(), x.at<float>(), sigma.at<float>(), rows, elements, kKey});
   report("perturb", 0, noisy);
   Buffer mask(count, 1, shift);
   for (uint64_t i = 0; i < count; ++i) mask.at<uint8_t>()[i] = i % 3 == 0;
@@ -59,21 +45,21 @@ void Kernels::run(uint64_t rows, uint64_t elements, uint64_t shift) const {
     Buffer score = scores(count, dtype, shift), other = scores(count, dtype, shift);
     for (const float c : {0.0f, 0.3f}) {
       Buffer out(count, 4, shift), same = floats(count, shift);
-      affine_step({out.at<float>(), x.at<float>(), score.at<void>(), dtype, rows, elements, 0.9f,
-                   0.4f, c, kKey});
+      isa.affine_step({out.at<float>(), x.at<float>(), score.at<void>(), dtype, rows, elements,
+                       0.9f, 0.4f, c, kKey});
       report("affine", d, out);
-      affine_step({same.at<float>(), same.at<float>(), score.at<void>(), dtype, rows, elements,
-                   0.9f, 0.4f, c, kKey});
+      isa.affine_step({same.at<float>(), same.at<float>(), score.at<void>(), dtype, rows, elements,
+                       0.9f, 0.4f, c, kKey});
       report("affine in place", d, same);
     }
     for (const bool per_row : {false, true})
       for (const bool some : {false, true}) {
         const uint64_t columns = some ? 5 : 3;
         Buffer stepped = floats(count, shift), table = lines(per_row ? rows : 1, columns);
-        table_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows,
-                    elements, 0, 0, 0, kKey},
-                   {table.at<float>(), nullptr, per_row ? rows : 1, columns, per_row,
-                    some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr});
+        isa.table_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows,
+                        elements, 0, 0, 0, kKey},
+                       {table.at<float>(), nullptr, per_row ? rows : 1, columns, per_row,
+                        some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr});
         report("table", 2 * per_row + some, stepped);
       }
     for (const bool weighted : {false, true}) {
@@ -83,67 +69,46 @@ void Kernels::run(uint64_t rows, uint64_t elements, uint64_t shift) const {
                          sigma.at<float>(), weighted ? weight.at<float>() : nullptr,
                          nullptr,           rows,
                          elements,          kKey};
-      dsm_loss(dsm);
+      isa.dsm_loss(dsm);
       report("loss", d, again);
       dsm.loss = loss.at<float>(), dsm.gradient = gradient.at<float>();
-      dsm_loss(dsm);
+      isa.dsm_loss(dsm);
       report("loss", d, loss);
       report("gradient of the loss", d, gradient);
       dsm.loss = nullptr, dsm.upstream = sigma.at<float>();
-      dsm_gradient(dsm);
+      isa.dsm_gradient(dsm);
       report("gradient", d, gradient);
     }
     for (const Kind kind : {Kind::kNormal, Kind::kRademacher})
       for (int variant = 0; variant < 3; ++variant) {
         Buffer sums(4 * rows, 4, 0);
-        probe({sums.at<float>(), kind, score.at<void>(), variant ? other.at<void>() : nullptr,
-               dtype, variant == 2, nullptr, nullptr, rows, elements, kKey});
+        isa.probe({sums.at<float>(), kind, score.at<void>(), variant ? other.at<void>() : nullptr,
+                   dtype, variant == 2, nullptr, nullptr, rows, elements, kKey});
         report("sums", variant, sums);
       }
   }
   for (const Kind kind : {Kind::kNormal, Kind::kRademacher})
     for (const bool pair : {false, true}) {
       Buffer out((pair ? 2 : 1) * count, 4, shift);
-      probe({out.at<float>(), kind, nullptr, nullptr, Dtype::kFloat32, false, sigma.at<float>(),
-             pair ? x.at<float>() : nullptr, rows, elements, kKey});
+      isa.probe({out.at<float>(), kind, nullptr, nullptr, Dtype::kFloat32, false, sigma.at<float>(),
+                 pair ? x.at<float>() : nullptr, rows, elements, kKey});
       report("scale", pair, out);
     }
 }
 
-#define SK_KERNELS(isa, here) \
-  {#isa,                      \
-   here,                      \
-   &sk::isa::fill,            \
-   &sk::isa::affine_step,     \
-   &sk::isa::table_step,      \
-   &sk::isa::perturb,         \
-   &sk::isa::dsm_loss,        \
-   &sk::isa::dsm_gradient,    \
-   &sk::isa::probe}
-
-const Kernels kKernels[] = {
-#ifdef SK_X86
-    SK_KERNELS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512dq") &&
-                           __builtin_cpu_supports("avx512vl")),
-    SK_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
-#endif
-    SK_KERNELS(portable, true),
-};
-
 }  // namespace
 
 int main(int, char** arguments) {
-  for (const Kernels& kernels : kKernels) {
-    if (strcmp(kernels.name, arguments[1])) continue;
-    if (!kernels.here) return 77;
+  for (const sk::Isa& isa : sk::kIsas) {
+    if (strcmp(isa.name, arguments[1])) continue;
+    if (!isa.supported()) return 77;
     for (const uint64_t shift : {0, 1, 3}) {
       for (const uint64_t elements : {1, 2, 3, 4, 5, 16, 17, 31, 64, 100, 132, 255})
-        kernels.run(37, elements, shift);
+        run(isa, 37, elements, shift);
       // Long rows, on several threads, and one element beyond whole tiles.
-      for (const uint64_t elements : {1023, 1024, 1025, 3073}) kernels.run(3, elements, shift);
+      for (const uint64_t elements : {1023, 1024, 1025, 3073}) run(isa, 3, elements, shift);
       // So many short rows that they are shared by threads.
-      for (const uint64_t elements : {1, 3, 21}) kernels.run(4099 / elements + 2, elements, shift);
+      for (const uint64_t elements : {1, 3, 21}) run(isa, 4099 / elements + 2, elements, shift);
     }
     return 0;
   }
