@@ -7,7 +7,7 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,20 +93,29 @@ def not_negative(name: str, value: Any) -> float:
     return value
 
 
+def numbers_of(name: str, values: Any) -> list[float]:
+    """Finite numbers in a row, of a tensor or a sequence, as Python floats."""
+    if isinstance(values, Tensor):
+        dense(name, values)
+        if values.dim() != 1 or not values.dtype.is_floating_point or values.is_meta:
+            raise ValueError(f"{name}: got {_kind(values)}, expected one dimension of floats")
+        values = values.detach().double().tolist()
+    elif isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name}: got {_kind(values)}, expected a tensor or a sequence of numbers")
+    return [number(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def noise_level(name: str, value: Any) -> float:
+    """A positive number that scores can be told, in float32; its square is within float64's."""
+    level = positive(name, value)
+    if not 2.0**-126 <= level <= _LARGEST:
+        raise ValueError(f"{name}: got {level}, expected a number within float32's range")
+    return level
+
+
 def noise_levels(sigmas: Any, name: str = "sigmas") -> list[float]:
     """Strictly decreasing positive noise levels, as Python floats."""
-    if isinstance(sigmas, Tensor):
-        dense(name, sigmas)
-        if sigmas.dim() != 1 or not sigmas.dtype.is_floating_point or sigmas.is_meta:
-            raise ValueError(f"{name}: got {_kind(sigmas)}, expected one dimension of floats")
-        sigmas = sigmas.detach().double().tolist()
-    elif isinstance(sigmas, str) or not hasattr(sigmas, "__iter__"):
-        raise TypeError(f"{name}: got {_kind(sigmas)}, expected a tensor or a sequence of numbers")
-    levels = [positive(f"{name}[{i}]", s) for i, s in enumerate(sigmas)]
-    for i, level in enumerate(levels):
-        # Scores are told float32; within its range no square here leaves float64's.
-        if not 2.0**-126 <= level <= _LARGEST:
-            raise ValueError(f"{name}[{i}]: got {level}, expected a number within float32's range")
+    levels = [noise_level(f"{name}[{i}]", s) for i, s in enumerate(numbers_of(name, sigmas))]
     if not levels:
         raise ValueError(f"{name}: got none, expected at least one noise level")
     for i, (larger, smaller) in enumerate(itertools.pairwise(levels)):
@@ -161,6 +170,19 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: got {_kind(value)}, expected True or False")
     return bool(value)
+
+
+def function(name: str, value: Any) -> None:
+    """Something to call."""
+    if not callable(value):
+        raise TypeError(f"{name}: got {_kind(value)}, expected a function")
+
+
+def keywords(name: str, value: Any) -> dict[str, Any]:
+    """Keyword arguments, copied."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name}: got {_kind(value)}, expected keyword arguments by name")
+    return dict(value)
 
 
 def device(name: str, value: Any) -> torch.device | None:
@@ -228,6 +250,13 @@ def memory(name: str, value: Tensor) -> None:
             f"{name}: got a tensor whose storage was resized to {there} bytes, expected the "
             f"{needed} that its shape and strides reach over"
         )
+
+
+def in_memory(value: Tensor) -> Tensor:
+    """A tensor that a kernel can read: contiguous, its values where its pointer says."""
+    if value._is_zerotensor():
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    return value.resolve_neg().contiguous()
 
 
 def score_like(x: Tensor, score: Any, name: str = "score") -> None:

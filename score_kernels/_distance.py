@@ -323,6 +323,8 @@ def _rows(data: Tensor) -> Tensor:
             "it, and for bytes of images data.float() / 255 brings it to [0, 1]"
         )
     _check.score("data", data)
+    if data.is_meta:
+        raise ValueError("data: got a tensor on meta, expected one with values")
     if data.shape[0] < 2 or data[0].numel() == 0:
         raise ValueError(
             f"data: got shape {tuple(data.shape)}, expected [N, ...] with N at least 2 and at "

@@ -64,6 +64,8 @@ def dsm_loss(
             a weight is not finite, or the network returns another shape. Under ``torch.compile``
             the values of tensors are not looked at.
     """
+    _check.function("net", net)
+    _check.flag("return_per_level", return_per_level)
     _check.state("x", x)
     table = _table(sigmas, x)
     levels = table.shape[0]

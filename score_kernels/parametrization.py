@@ -124,13 +124,17 @@ def convert(
         v come out within a few roundings of y, not of themselves.
 
     Raises:
-        TypeError: schedule is not a schedule.
+        TypeError: schedule is not a schedule, or a tensor not one of floats.
         ValueError: a name is not one of the above, or a shape is wrong.
     """
     for name, quantity in (("source", source), ("target", target)):
-        if quantity not in _QUANTITIES:
+        if not isinstance(quantity, str) or quantity not in _QUANTITIES:
             raise ValueError(f"{name}: got {quantity!r}, expected one of {_names(_QUANTITIES)}")
     _check_schedule(schedule)
+    for name, tensor in (("y", y), ("value", value), ("sigma", sigma)):
+        _check.score(name, tensor)
+        if tensor.device != y.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected that of y, {y.device}")
     _check.sigma(sigma, y)
     if value.shape != y.shape:
         raise ValueError(
@@ -204,7 +208,7 @@ class _Wrapper(nn.Module):
         super().__init__()
         _check.instance("net", net, nn.Module, "a torch.nn.Module")
         self.net = net
-        self.divide = divide
+        self.divide = _check.flag("divide", divide)
 
 
 class _Unconditional(_Wrapper):

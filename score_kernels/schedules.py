@@ -274,7 +274,12 @@ def best_step_size(ratio: float, sigma_min: float, steps_per_level: int) -> floa
         return k * eta / (2 - eta) + shrunk > excess
 
     eta = -math.expm1(-_crossing(rises, 1 / k))
-    return 2 * eta * sigma_min * sigma_min
+    step_size = 2 * eta * sigma_min * sigma_min
+    if not 0 < step_size < math.inf:
+        raise ValueError(
+            f"sigma_min: got {sigma_min}, expected one whose square is within float64's range"
+        )
+    return step_size
 
 
 def suggest_schedule(

@@ -151,13 +151,14 @@ class Discrete:
         sigmas: ``[N]`` float64, ``sqrt((1 - abar) / abar)``, increasing.
 
     Raises:
+        TypeError: alphas_bar is not a tensor or sequence of numbers.
         ValueError: alphas_bar do not decrease or are not inside (0, 1).
     """
 
     def __init__(self, alphas_bar: Any) -> None:
-        values = torch.as_tensor(alphas_bar).detach().to("cpu", torch.float64)
-        if values.dim() != 1 or not len(values):
-            raise ValueError(f"alphas_bar: got shape {tuple(values.shape)}, expected [N]")
+        values = torch.tensor(_check.numbers_of("alphas_bar", alphas_bar), dtype=torch.float64)
+        if not len(values):
+            raise ValueError("alphas_bar: got none, expected at least one")
         if not (0 < values[-1] and values[0] < 1 and bool((values.diff() < 0).all())):
             raise ValueError(
                 f"alphas_bar: got values from {float(values[0])} to {float(values[-1])}, expected "

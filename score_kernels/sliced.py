@@ -286,7 +286,7 @@ def _levels(sigma: Tensor | float | None, x: Tensor) -> Tensor | None:
     if isinstance(sigma, Tensor):
         _check.per_sample("sigma", sigma, x)
         return sigma
-    level = _check.positive("sigma", sigma)
+    level = _check.noise_level("sigma", sigma)
     return torch.full(x.shape[:1], level, dtype=torch.float32, device=x.device)
 
 
@@ -294,8 +294,7 @@ def _caller(
     score: Callable[..., Tensor], x: Tensor, sigma: Tensor | float | None
 ) -> Callable[[Tensor], Tensor]:
     """score as a function of x alone, its result checked."""
-    if not callable(score):
-        raise TypeError(f"score: got {type(score).__name__} {score!r}, expected a function")
+    _check.function("score", score)
     _check.state("x", x)
     _check.noise_shape(x.shape)
     if not x.numel():

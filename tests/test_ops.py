@@ -117,6 +117,10 @@ def test_known_elements_are_exact_whatever_is_there(backend: str) -> None:
     x = ops.table_step_(nowhere.clone(), nowhere, line, None, KEY, known=known, mask=mask)
     assert torch.equal(x[mask].view(torch.int32), known[mask].view(torch.int32))
     assert x[~mask].isfinite().all()
+    # Zeros that torch keeps without memory are known as any others.
+    none = torch._efficientzerotensor((1, 7))
+    x = ops.table_step_(torch.ones(1, 7), torch.ones(1, 7), line, None, KEY, known=none, mask=mask)
+    assert not x[mask].any() and x[~mask].all()
     # What is known may be a view of the state itself, whole or in part.
     memory = torch.randn(8)
     state, ahead = memory[:7].view(1, 7), memory[1:].view(1, 7)

@@ -174,6 +174,17 @@ def test_known_parts_have_the_noise_that_the_score_is_told(name: str) -> None:
         before = sigma
 
 
+def test_known_zeros_and_scores_without_memory_are_zeros() -> None:
+    """Such tensors come out of torch's derivatives; their data pointer is null."""
+    none, mask = torch._efficientzerotensor((4, 3)), torch.tensor([True, False, True])
+
+    def sample(score: Any, known: Tensor) -> Tensor:
+        return sk.langevin(score, (4, 3), step_size=0.1, steps=5, seed=1, known=known, mask=mask)
+
+    got, want = sample(lambda x: none, none), sample(torch.zeros_like, torch.zeros(4, 3))
+    assert torch.equal(got, want) and not got[:, mask].any()
+
+
 def test_inpainting_without_noise_levels_keeps_known_parts_exact_all_along() -> None:
     known, mask = torch.randn(3), torch.tensor([True, False, True])
     seen: list[Tensor] = []
@@ -362,6 +373,9 @@ def test_interpolation_keeps_the_noise_s_spread() -> None:
         assert 2 * min(p, 1 - p) > tolerances.ALPHA / 5
     with pytest.raises(ValueError, match="b: got shape"):
         sk.interpolate(a, b[:5], torch.zeros(2))
+    # torch itself crashes on some of these.
+    with pytest.raises(TypeError, match="b: got layout torch.sparse_coo"):
+        sk.interpolate(a, b.to_sparse(), torch.zeros(2))
 
 
 REFUSED: list[tuple[Any, str]] = [

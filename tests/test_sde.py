@@ -59,5 +59,7 @@ def test_what_is_refused() -> None:
     for values in ([0.5, 0.6], [1.0, 0.5], [0.5, 0.0]):
         with pytest.raises(ValueError, match="alphas_bar: got values from"):
             Discrete(values)
-    with pytest.raises(ValueError, match=r"alphas_bar: got shape \(\)"):
+    with pytest.raises(TypeError, match="alphas_bar: got float 0.5, expected a tensor or"):
         Discrete(0.5)
+    with pytest.raises(ValueError, match="alphas_bar: got none"):
+        Discrete([])

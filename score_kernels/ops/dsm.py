@@ -142,9 +142,7 @@ class _DsmLoss(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None:
             return gradient.mul_(_spread(grad, score)), None, None, None
-        gradient = _dsm_gradient_op(
-            score, sigma, weight, grad.contiguous(), *signed(ctx.noise.fields())
-        )
+        gradient = _dsm_gradient_op(score, sigma, weight, grad, *signed(ctx.noise.fields()))
         return gradient, None, None, None
 
 
@@ -167,7 +165,7 @@ def _dsm_gradient(
 ) -> Tensor:
     weight = None if weight is None else weight.contiguous()
     return choose(score.device, _state_dtype(score)).dsm_gradient(
-        score.contiguous(), sigma.contiguous(), weight, upstream, unsigned(key)
+        score.contiguous(), sigma.contiguous(), weight, upstream.contiguous(), unsigned(key)
     )
 
 

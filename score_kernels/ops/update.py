@@ -280,9 +280,12 @@ def _table_step_(
     if step is not None and step.is_cpu and not 0 <= int(step) < len(table):
         raise ValueError(f"step: got {int(step)}, expected 0 <= step < {len(table)}")
     backend = choose(x.device, x.dtype)
-    # Kernels may read all but the score after they have written x.
-    score, table = readable(x, score), _apart(x, table)
-    step, known, mask = (None if t is None else _apart(x, t) for t in (step, known, mask))
+    # Kernels may read all but the score after they have written x. What has no memory of its own
+    # arrives here as one value for all elements.
+    score, table = readable(x, score), _apart(x, table.contiguous())
+    step, known, mask = (
+        None if t is None else _apart(x, t.contiguous()) for t in (step, known, mask)
+    )
     backend.table_step(x, x, score, table, step, unsigned(key), known, mask)
     torch.autograd.graph.increment_version(x)
 

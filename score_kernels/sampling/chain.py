@@ -117,8 +117,10 @@ def run(
     With `denoise` it ends with ``x + sigma^2 score(x, sigma)``, sigma that of the last phase's end
     and x in the data's scale.
     """
-    if not callable(score):
-        raise TypeError(f"score: got {type(score).__name__} {score!r}, expected a function")
+    _check.function("score", score)
+    flags = {"denoise": denoise, "progress": progress, "cuda_graph": cuda_graph}
+    for name, value in flags.items():
+        _check.flag(name, value)
     if on_nan not in ("raise", "stop", "ignore"):
         raise ValueError(f"on_nan: got {on_nan!r}, expected 'raise', 'stop' or 'ignore'")
     seed = fresh_seed() if seed is None else seed
@@ -131,8 +133,8 @@ def run(
         )
     if total > 2**32:
         raise ValueError(f"steps: got {total} steps in all, expected at most 2**32, one draw each")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback: got {type(callback).__name__}, expected a function")
+    if callback is not None:
+        _check.function("callback", callback)
     every = (
         total + 1 if record_every is None else _check.count("record_every", record_every, least=1)
     )
@@ -216,10 +218,15 @@ def _start(
                 f"device: got {device} with a state on {shape_or_init.device}, "
                 "expected the state's device or none"
             )
+        if shape_or_init.is_meta:
+            raise ValueError("shape_or_init: got a tensor on meta, expected one with values")
         return shape_or_init.detach().clone(memory_format=torch.contiguous_format)
+    home = _check.device("device", device)
+    if (home or torch.get_default_device()).type == "meta":
+        raise ValueError("device: got meta, expected one that computes")
     prior = noise.for_purpose(Purpose.PRIOR)
     if init == "normal":
-        return ops.normal(shape_or_init, prior, device=device).mul_(scale)
+        return ops.normal(shape_or_init, prior, device=home).mul_(scale)
     if init == "uniform":
-        return ops.uniform(shape_or_init, prior, device=device)
+        return ops.uniform(shape_or_init, prior, device=home)
     raise ValueError(f"init: got {init!r}, expected 'normal' or 'uniform'")

@@ -55,7 +55,7 @@ def probability_flow(
         raise ValueError(f"method: got {method!r}, expected 'heun' or 'euler'")
     churn = _check.not_negative("churn", churn)
     churn_noise = _check.not_negative("churn_noise", churn_noise)
-    low, high = churn_range
+    low, high = _ends(churn_range)
     plan = []
     for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
         gamma = min(churn / len(levels), math.sqrt(2) - 1) if low <= sigma <= high else 0.0
@@ -65,6 +65,16 @@ def probability_flow(
         b = (raised - following) * (following / 2 if move.heun else raised)
         plan.append(Phase(sigma, 1.0, b, after=(following, 1.0), move=move))
     return run(score, shape_or_init, plan, scale=levels[0], **options)
+
+
+def _ends(churn_range: Any) -> tuple[float, float]:
+    """S_min and S_max, the second one possibly infinite."""
+    if not isinstance(churn_range, Sequence) or len(churn_range) != 2:
+        raise TypeError(f"churn_range: got {churn_range!r}, expected two numbers (S_min, S_max)")
+    low, high = churn_range
+    if not (isinstance(high, float) and high == math.inf):
+        high = _check.not_negative("churn_range[1]", high)
+    return _check.not_negative("churn_range[0]", low), high
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +140,8 @@ def log_likelihood(
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
+    _check.function("score", score)
+    _check.flag("progress", progress)
     _check.state("x", x)
     levels = _check.noise_levels(sigmas)[::-1]
     if len(levels) < 2:

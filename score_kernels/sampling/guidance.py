@@ -30,12 +30,18 @@ def classifier_free(
         A score ``(x, sigma)`` for any sampler.
 
     Raises:
-        TypeError, ValueError: scale is not a finite number.
+        TypeError, ValueError: an argument or, when called, what score returns is of the wrong kind,
+            or scale is not a finite number.
     """
+    _check.function("score", score)
     scale = _check.number("scale", scale)
+    given, without = _check.keywords("given", given), _check.keywords("without", without)
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        return (1 + scale) * score(x, sigma, **given) - scale * score(x, sigma, **without)
+        values = score(x, sigma, **given), score(x, sigma, **without)
+        for value in values:
+            _check.score_like(x, value)
+        return (1 + scale) * values[0] - scale * values[1]
 
     return guided
 
@@ -54,8 +60,14 @@ def interpolate(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
         ``[K, ...]``.
 
     Raises:
-        ValueError: the shapes differ.
+        TypeError, ValueError: a tensor is not one of floats, or the shapes or devices differ.
     """
+    for name, value in (("a", a), ("b", b), ("shares", shares)):
+        _check.score(name, value)
+    if b.device != a.device:
+        raise ValueError(f"b: got device {b.device}, expected that of a, {a.device}")
+    if shares.is_meta and not a.is_meta:
+        raise ValueError("shares: got a tensor on meta, expected one with values")
     if a.shape != b.shape or shares.dim() != 1:
         raise ValueError(
             f"b: got shape {tuple(b.shape)} and shares of {tuple(shares.shape)}, expected a's, "

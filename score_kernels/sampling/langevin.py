@@ -42,7 +42,7 @@ def langevin(
     Returns:
         ``x``, or the recorded states.
     """
-    level = math.nan if sigma is None else _check.positive("sigma", sigma)
+    level = math.nan if sigma is None else _check.noise_level("sigma", sigma)
     step_size = _check.positive("step_size", step_size)
     steps = _check.count("steps", steps, least=0)
     plan = [Phase(level, 1.0, 0.5 * step_size, math.sqrt(step_size), steps)]

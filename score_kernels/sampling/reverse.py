@@ -116,6 +116,8 @@ def predictor_corrector(
         raise ValueError(f"corrector: got {corrector!r}, expected 'langevin', 'ald' or None")
     if predict is None and corrector is None:
         raise ValueError("predictor: got None beside corrector None, expected one of the two")
+    corrector_first = _check.flag("corrector_first", corrector_first)
+    batch_mean = _check.flag("batch_mean", batch_mean)
     snr = _check.positive("snr", snr)
     repeats = _check.count("corrector_steps", corrector_steps, least=1)
     plan = []

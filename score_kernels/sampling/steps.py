@@ -72,7 +72,9 @@ class Network:
     ) -> None:
         self.score = score
         self.sigma = x.new_empty(x.shape[0], dtype=torch.float32)
-        self.conditions = dict(conditions or {})
+        self.conditions = {} if conditions is None else _check.keywords("conditions", conditions)
+        if guidance is not None:
+            _check.function("guidance", guidance)
         self.guidance = guidance
         self.told = True
         # What x is multiplied by: a number or, under a captured graph, a tensor of x's dtype.
@@ -93,7 +95,7 @@ class Network:
             added = self.guidance(seen, self.sigma)
             _check.score_like(x, added, "guidance")
             value = value + added
-        return readable(x, value.contiguous().resolve_neg())
+        return readable(x, _check.in_memory(value))
 
 
 # The line of the denoising step in a plan's table: its last.
@@ -180,7 +182,7 @@ def _given(
     parts = []
     for name, value in (("known", known.to(x.dtype)), ("mask", mask)):
         try:
-            parts.append(value.to(x.device).expand(x.shape).contiguous())
+            parts.append(_check.in_memory(value.to(x.device).expand(x.shape)))
         except RuntimeError:
             raise ValueError(
                 f"{name}: got shape {tuple(value.shape)}, expected one that broadcasts to the "
