@@ -55,6 +55,41 @@ def test_values_against_fp64(backend: str, shape: tuple[int, ...], kind: str) ->
 
 
 @pytest.mark.parametrize("kind", PROBES)
+def test_transforms_of_torch_func(backend: str, kind: str) -> None:
+    """Every instance of a vmap has the same probe; there the formulas are plain torch's."""
+    s, g, along = (torch.randn(3, 4, 5) for _ in range(3))
+    step = torch.rand(4) + 0.1
+
+    def calls(s: Tensor, g: Tensor) -> list[Tensor]:
+        pair = ops.fd_pair(s, step, KEY, probe=kind)
+        return [
+            ops.probe_dot(s, KEY, probe=kind),
+            ops.probe_scale(g[:, 0], s.shape, KEY, probe=kind),
+            *(ops.ssm_reduce(g, s, KEY, probe=kind, variance_reduced=r) for r in (True, False)),
+            *(ops.fd_reduce(*pair.chunk(2), step, KEY, probe=kind, variance_reduced=r)
+              for r in (True, False)),
+            pair,
+        ]  # fmt: skip
+
+    mapped = torch.func.vmap(calls)(s, g)
+    for i in range(3):
+        for got, want in zip(mapped, calls(s[i], g[i]), strict=True):
+            torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-4)
+
+    def loss(s: Tensor) -> Tensor:
+        return ops.ssm_reduce(s.square(), s, KEY, probe=kind).sum()
+
+    leaf = s[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(leaf), leaf)
+    # Forward over reverse, and forward alone.
+    torch.testing.assert_close(torch.func.grad(loss)(s[0]), slope, rtol=1e-4, atol=1e-4)
+    curve = torch.func.hessian(loss)(s[0]).reshape(20, 20)
+    torch.testing.assert_close(curve, curve.diag().diag())
+    _, ahead = torch.func.jvp(loss, (s[0],), (along[0],))
+    torch.testing.assert_close(ahead, (slope * along[0]).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", PROBES)
 def test_threads_and_instruction_sets_change_no_bit(kind: str) -> None:
     for shape in ((64, 3, 32, 32), (20_000, 2), (3, 100_003)):
         s, g, results = torch.randn(shape), torch.randn(shape), []

@@ -83,6 +83,12 @@ def register(
     return call
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: what has a formula in plain
+    torch, which has every rule, is computed by it there."""
+    return transforms_active() or forward_ad._current_level >= 0
+
+
 def differentiated(*arguments: Any) -> bool:
     """Whether derivatives by one of the arguments may be asked for, outside traces and transforms.
 

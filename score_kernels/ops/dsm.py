@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from score_kernels import _check
-from score_kernels._torch import is_compiling, transforms_active
+from score_kernels._torch import is_compiling
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import KEY, apply, differentiated, register, signed, unsigned
+from score_kernels.ops._library import (
+    KEY,
+    apply,
+    differentiated,
+    register,
+    signed,
+    transformed,
+    unsigned,
+)
+from score_kernels.ops._plain import spread, sums, wide
 from score_kernels.ops.fill import normal
 
 __all__ = ["dsm_loss_from_score", "perturb"]
@@ -38,8 +46,8 @@ def perturb(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     _check.sample_range(noise.first_sample, x.shape[0])
     _check.per_sample("sigma", sigma, x)
     # Under torch.func the plain formula serves: it has every derivative and batching rule.
-    if transforms_active() or (torch.is_grad_enabled() and sigma.requires_grad):
-        return x + _spread(sigma, x) * normal(x.shape, noise, dtype=x.dtype, device=x.device)
+    if transformed() or (torch.is_grad_enabled() and sigma.requires_grad):
+        return x + spread(sigma, x) * normal(x.shape, noise, dtype=x.dtype, device=x.device)
     return apply(_Perturb, x, sigma, noise)
 
 
@@ -74,7 +82,7 @@ def dsm_loss_from_score(
     _check.per_sample("sigma", sigma, score)
     if weight is not None:
         _check.per_sample("weight", weight, score)
-    if transforms_active() or (
+    if transformed() or (
         torch.is_grad_enabled()
         and (sigma.requires_grad or (weight is not None and weight.requires_grad))
     ):
@@ -84,21 +92,15 @@ def dsm_loss_from_score(
     return apply(_DsmLoss, score, sigma, weight, noise)
 
 
-def _spread(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
-
-
 def _residual(score: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     """sigma score + z in plain torch, for derivatives that the kernels do not have."""
-    wide = score if score.dtype == torch.float64 else score.float()
-    z = normal(score.shape, noise, dtype=wide.dtype, device=score.device)
-    return _spread(sigma, wide) * wide + z
+    score = wide(score)
+    z = normal(score.shape, noise, dtype=score.dtype, device=score.device)
+    return spread(sigma, score) * score + z
 
 
 def _loss_formula(score: Tensor, sigma: Tensor, weight: Tensor | None, noise: NoiseKey) -> Tensor:
-    elements = math.prod(score.shape[1:])
-    squares = _residual(score, sigma, noise).square().reshape(score.shape[0], elements)
-    each = 0.5 * squares.sum(1)
+    each = 0.5 * sums(_residual(score, sigma, noise).square())
     return each if weight is None else weight.to(each.dtype) * each
 
 
@@ -138,10 +140,10 @@ class _DsmLoss(torch.autograd.Function):
             # A further derivative is wanted: the formula in plain torch, which has them all.
             scale = grad * sigma if weight is None else grad * sigma * weight
             residual = _residual(score, sigma, ctx.noise)
-            return (_spread(scale, residual) * residual).to(score.dtype), None, None, None
+            return (spread(scale, residual) * residual).to(score.dtype), None, None, None
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None:
-            return gradient.mul_(_spread(grad, score)), None, None, None
+            return gradient.mul_(spread(grad, score)), None, None, None
         gradient = _dsm_gradient_op(score, sigma, weight, grad, *signed(ctx.noise.fields()))
         return gradient, None, None, None
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from score_kernels import _check
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import KEY, apply, register, signed, unsigned
+from score_kernels.ops._library import KEY, apply, register, signed, transformed, unsigned
+from score_kernels.ops._plain import probe_like, spread, sums, wide
 
 __all__ = ["fd_pair", "fd_reduce", "probe_dot", "probe_scale", "ssm_reduce"]
 
@@ -39,6 +40,8 @@ def probe_dot(s: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tenso
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
     _check_probe(s, noise, probe, "s")
+    if transformed():
+        return sums(probe_like(s, noise, probe) * wide(s))
     return apply(_Dot, s, noise, probe)
 
 
@@ -64,6 +67,9 @@ def probe_scale(
     if g.shape != sizes[:1]:
         raise ValueError(f"g: got shape {tuple(g.shape)}, expected [B] = {sizes[:1]}")
     _check_probe(g, noise, probe, "g")
+    if transformed():
+        v = probe_like(g.new_empty(()).expand(sizes), noise, probe)
+        return spread(g, v) * v
     return apply(_Scale, g, sizes, noise, probe)
 
 
@@ -93,7 +99,10 @@ def ssm_reduce(
     """
     _check_probe(s, noise, probe, "s")
     _check_like("g", g, "s", s)
-    return apply(_Reduce, g, s, noise, probe, _check.flag("variance_reduced", variance_reduced))
+    reduced = _check.flag("variance_reduced", variance_reduced)
+    if transformed():
+        return _formula(wide(g), wide(s), noise, probe, reduced)
+    return apply(_Reduce, g, s, noise, probe, reduced)
 
 
 def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tensor:
@@ -115,6 +124,9 @@ def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademache
     _check.state("x", x)
     _check_probe(x, noise, probe, "x")
     _check_steps(step, x)
+    if transformed():
+        shift = spread(step, x) * probe_like(x, noise, probe)
+        return torch.cat([x + shift, x - shift])
     return apply(_Pair, x, step, noise, probe)
 
 
@@ -145,7 +157,16 @@ def fd_reduce(
     _check_like("below", below, "above", above)
     _check_steps(step, above)
     reduced = _check.flag("variance_reduced", variance_reduced)
+    if transformed():
+        above, below = wide(above), wide(below)
+        slope = (above - below) / spread(2 * step, above)
+        return _formula(slope, 0.5 * (above + below), noise, probe, reduced)
     return apply(_Difference, above, below, step, noise, probe, reduced)
+
+
+def _formula(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -> Tensor:
+    v = probe_like(s, noise, probe)
+    return sums(v * g) + 0.5 * (sums(s * s) if reduced else sums(v * s).square())
 
 
 def _check_like(name: str, value: Tensor, other: str, like: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -177,7 +177,10 @@ def _check_step(x: Tensor, score: Tensor, noise: NoiseKey) -> None:
 
 
 class _AffineStep(torch.autograd.Function):
-    """The step as a function of x and score; its derivatives do not need the noise."""
+    """The step as a function of x and score; its derivatives do not need the noise.
+
+    No jvp: torch.compile traces no function that has one.
+    """
 
     @staticmethod
     def forward(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
@@ -198,6 +201,13 @@ class _AffineStep(torch.autograd.Function):
             None,
             None,
             None,
+        )
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        raise RuntimeError(
+            "x: got a state under torch.func.vmap, expected a whole batch [B, ...]: noise belongs "
+            "to the samples of a batch, and the step already runs over all of them"
         )
 
 

@@ -175,8 +175,9 @@ def _given(
     if known is None or mask is None:
         missing = "mask" if mask is None else "known"
         raise ValueError(f"{missing}: got none, expected it beside the other of known and mask")
-    _check.instance("known", known, Tensor, "a tensor")
-    _check.instance("mask", mask, Tensor, "a tensor")
+    for name, value in (("known", known), ("mask", mask)):
+        _check.instance(name, value, Tensor, "a tensor")
+        _check.dense(name, value)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {mask.dtype}, expected torch.bool, true where known")
     parts = []

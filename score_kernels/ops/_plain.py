@@ -1,0 +1,38 @@
+"""What the formulas of the losses are written with in plain torch, for transforms (torch.func) and
+derivatives that the kernels do not have. Noise is materialised there."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from score_kernels.noise import NoiseKey
+from score_kernels.ops.fill import normal, rademacher
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, ...] in the dtype of `like`, to go with it."""
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def sums(x: Tensor) -> Tensor:
+    """Over the elements of each sample: [B]."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:])).sum(1)
+
+
+def probe_like(x: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+    """A probe of a kind in x's shape, device and dtype, float32 at least."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    fill = rademacher if probe == "rademacher" else normal
+    v = fill(x.shape, noise, dtype=dtype, device=x.device)
+    elements = math.prod(x.shape[1:])
+    if probe != "sphere" or not elements:
+        return v
+    return v * spread((elements / sums(v * v)).sqrt(), v)
