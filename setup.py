@@ -39,11 +39,18 @@ FLAGS = [
     "-Wall",
     "-Wno-maybe-uninitialized",
 ]
-X86_ISAS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
-    "avx2": "-mavx2 -mfma",
-    "portable": "",
+# The instruction sets that kernels are compiled for on a processor, best first, and their flags.
+ISAS = {
+    "x86_64": {
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+        "avx2": "-mavx2 -mfma",
+        "portable": "",
+    },
+    "aarch64": {"neon": "-DSK_NEON", "portable": ""},
 }
+PROCESSORS = {"x86_64": "-DSK_X86", "aarch64": "-DSK_ARM64"}
+# What systems call them otherwise.
+OTHER_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 DEFAULT_ARCHS = "80;90;100"
 
@@ -116,10 +123,11 @@ def ninja_file(compile: str, link: str, objects: dict[Path, tuple[Path, str]], t
 
 
 def cpu_build(compiler: list[str], target: Path, scratch: Path) -> str:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = X86_ISAS if x86 else {"portable": ""}
+    machine = platform.machine().lower()
+    processor = OTHER_NAMES.get(machine, machine)
+    isas = ISAS.get(processor, {"portable": ""})
     openmp = openmp_flags(compiler, scratch)
-    flags = FLAGS + openmp + (["-DSK_X86"] if x86 else [])
+    flags = FLAGS + openmp + ([PROCESSORS[processor]] if processor in PROCESSORS else [])
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     objects = {scratch / "module.o": (CPU / "module.cpp", includes())}
     for isa, isa_flags in isas.items():

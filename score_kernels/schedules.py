@@ -345,6 +345,7 @@ def suggest_schedule(
             f"sigma_max: got {high:g}, expected more than sigma_min = {low:g} ({why_low})"
         )
     if levels is None:
+        overlap = _check.positive("overlap", overlap)
         levels, why_levels = _spacing(high, low, cloud.dim, overlap)
     else:
         levels = _check.count("levels", levels, least=2)
@@ -418,7 +419,6 @@ def _spacing(high: float, low: float, dim: int, overlap: float) -> tuple[int, st
     """Number of levels by technique 2, and why."""
     published = f"{_NCSN_RATIO:.4g} as in NCSN (Song and Ermon 2019, arXiv 1907.05600)"
     if dim <= 4:
-        _check.positive("overlap", overlap)
         ratio = _NCSN_RATIO
         why = (
             f"At most {published}: technique 2 sets no limit in {dim} dimensions, where any two "

@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,8 @@ def constants() -> dict[str, Any]:
 
 
 SETUP = constants()
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISAS: dict[str, str] = SETUP["X86_ISAS"] if X86 else {"portable": ""}
-FLAGS = [*SETUP["FLAGS"], "-fopenmp", *(["-DSK_X86"] if X86 else [])]
+PROCESSOR = SETUP["OTHER_NAMES"].get(platform.machine().lower(), platform.machine().lower())
+ISAS: dict[str, str] = SETUP["ISAS"].get(PROCESSOR, {"portable": ""})
 # -O1, and without three checks of pointers that ASan makes at the access: they would triple the
 # time that compiling takes.
 SANITIZED = [
@@ -50,12 +50,21 @@ SANITIZED = [
 ]
 
 
-def build(folder: Path, csrc: Path = ROOT / "csrc", extra: list[str] | None = None) -> Path:
-    """The driver with every kernel in every instruction set."""
-    command = [*COMPILER, *FLAGS, *(extra or [])]
+def command_for(processor: str, compiler: list[str] = COMPILER) -> list[str]:
+    defined = SETUP["PROCESSORS"].get(processor)
+    return [*compiler, *SETUP["FLAGS"], "-fopenmp", *([defined] if defined else [])]
+
+
+def build(
+    folder: Path, extra: list[str], processor: str = PROCESSOR, compiler: list[str] = COMPILER
+) -> Path:
+    """The driver with every kernel in every instruction set of a processor."""
+    command = [*command_for(processor, compiler), *extra]
     folder.mkdir()
+    csrc = ROOT / "csrc"
     jobs = [(DRIVER, folder / "driver.o", f"-I{csrc}")]
-    for kernel, (isa, flags) in itertools.product(SETUP["KERNELS"], ISAS.items()):
+    isas = SETUP["ISAS"].get(processor, {"portable": ""})
+    for kernel, (isa, flags) in itertools.product(SETUP["KERNELS"], isas.items()):
         made = folder / f"{kernel}.{isa}.o"
         jobs.append((csrc / f"cpu/{kernel}.cpp", made, f"-DSK_ISA={isa} {flags}"))
     with ThreadPoolExecutor(2) as pool:
@@ -69,10 +78,17 @@ def build(folder: Path, csrc: Path = ROOT / "csrc", extra: list[str] | None = No
     return program
 
 
-def drive(program: Path, isa: str, threads: int) -> subprocess.CompletedProcess[str]:
+def drive(
+    program: Path, isa: str, threads: int, through: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     environment = {"OMP_NUM_THREADS": str(threads), "PATH": os.environ["PATH"]}
     return subprocess.run(
-        [program, isa], capture_output=True, text=True, check=False, env=environment, timeout=120
+        [*through, program, isa],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=120,
     )
 
 
@@ -86,7 +102,7 @@ def here(program: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def right(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the driver prints: the same on every instruction set and number of threads."""
-    program = build(tmp_path_factory.mktemp("right") / "build")
+    program = build(tmp_path_factory.mktemp("right") / "build", [])
     texts = set()
     for isa, threads in itertools.product(here(program), (1, 2)):
         done = drive(program, isa, threads)
@@ -99,7 +115,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("sanitized") / "build", extra=SANITIZED)
+    return build(tmp_path_factory.mktemp("sanitized") / "build", SANITIZED)
 
 
 def test_sanitizers_are_silent(sanitized: Path, right: str) -> None:
@@ -108,6 +124,20 @@ def test_sanitizers_are_silent(sanitized: Path, right: str) -> None:
         assert done.returncode == 0, f"{isa}, {threads} threads\n{done.stderr[-2000:]}"
         assert done.stderr == ""
         assert done.stdout == right
+
+
+ARM_COMPILER, ARM = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+
+
+@pytest.mark.skipif(
+    not (ARM_COMPILER and ARM), reason="needs g++-aarch64-linux-gnu and qemu-user-static"
+)
+def test_an_arm_processor_gives_the_same_bits(tmp_path: Path, right: str) -> None:
+    program = build(tmp_path / "build", ["-static"], "aarch64", [str(ARM_COMPILER)])
+    for isa, threads in (("neon", 1), ("neon", 2), ("portable", 1)):
+        done = drive(program, isa, threads, [str(ARM)])
+        assert done.returncode == 0, done.stderr[-500:]
+        assert done.stdout == right, isa
 
 
 DEFECTS = [
@@ -147,7 +177,7 @@ def test_a_planted_defect_is_caught(
     # The rest is as it was: only the update's kernels are compiled again.
     isa = here(sanitized)[0]
     made, program = tmp_path / "update.o", tmp_path / "driver"
-    command = [*COMPILER, *FLAGS, *SANITIZED]
+    command = [*command_for(PROCESSOR), *SANITIZED]
     source = str(csrc / "cpu/update.cpp")
     run([*command, f"-DSK_ISA={isa}", *shlex.split(ISAS[isa]), "-c", source, "-o", str(made)])
     others = [o for o in sanitized.parent.glob("*.o") if o.name != f"update.{isa}.o"]

@@ -33,6 +33,9 @@ constexpr Isa kIsas[] = {
     SK_ISA_ROW(avx2,
                [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
 #endif
+#ifdef SK_ARM64
+    SK_ISA_ROW(neon, [] { return true; }),
+#endif
     SK_ISA_ROW(portable, [] { return true; }),
 };
 

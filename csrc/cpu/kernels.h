@@ -21,6 +21,7 @@ namespace sk {
 
 SK_DECLARE_KERNELS(avx512)
 SK_DECLARE_KERNELS(avx2)
+SK_DECLARE_KERNELS(neon)
 SK_DECLARE_KERNELS(portable)
 
 }  // namespace sk

@@ -11,6 +11,9 @@
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #define SK_VECTOR
+#elif defined(SK_NEON)
+#include <arm_neon.h>
+#define SK_VECTOR
 #endif
 
 #define SK_LAMBDA_INLINE __attribute__((always_inline))
@@ -154,6 +157,69 @@ struct Vector {
     b = F(_mm256_shuffle_ps(ab_low, cd_low, 0xEE));
     c = F(_mm256_shuffle_ps(ab_high, cd_high, 0x44));
     d = F(_mm256_shuffle_ps(ab_high, cd_high, 0xEE));
+  }
+};
+
+#elif defined(SK_NEON)
+
+struct Vector {
+  static constexpr int kLanes = 4, kRegisters = 32;
+
+  struct U {
+    uint32x4_t v;
+    SK_INLINE explicit U(uint32x4_t x) : v(x) {}
+    SK_INLINE explicit U(uint32_t x) : v(vdupq_n_u32(x)) {}
+    SK_OPERATOR(U, +, vaddq_u32)
+    SK_OPERATOR(U, -, vsubq_u32)
+    SK_OPERATOR(U, &, vandq_u32)
+    SK_OPERATOR(U, |, vorrq_u32)
+    SK_OPERATOR(U, ^, veorq_u32)
+  };
+
+  struct F {
+    float32x4_t v;
+    SK_INLINE explicit F(float32x4_t x) : v(x) {}
+    SK_INLINE explicit F(float x) : v(vdupq_n_f32(x)) {}
+    SK_OPERATOR(F, *, vmulq_f32)
+    SK_OPERATOR(F, -, vsubq_f32)
+    friend SK_INLINE F fma(F a, F b, F c) { return F(vfmaq_f32(c.v, a.v, b.v)); }
+    friend SK_INLINE F square_root(F a) { return F(vsqrtq_f32(a.v)); }
+    friend SK_INLINE U to_bits(F a) { return U(vreinterpretq_u32_f32(a.v)); }
+  };
+  friend SK_INLINE F from_bits(U a) { return F(vreinterpretq_f32_u32(a.v)); }
+  friend SK_INLINE F from_signed(U a) { return F(vcvtq_f32_s32(vreinterpretq_s32_u32(a.v))); }
+  friend SK_INLINE F from_unsigned(U a) { return F(vcvtq_f32_u32(a.v)); }
+
+  using Wide = uint64x2_t;
+  static SK_INLINE Wide wide(uint32_t x) { return vdupq_n_u64(x); }
+  static SK_INLINE Wide multiply(Wide a, Wide b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
+  static SK_INLINE Wide high(Wide a) { return vshrq_n_u64(a, 32); }
+  static SK_INLINE Wide exclusive(Wide a, Wide b, Wide c) { return veorq_u64(a, veorq_u64(b, c)); }
+  static SK_INLINE Wide even(U a) { return vreinterpretq_u64_u32(a.v); }
+  static SK_INLINE Wide odd(U a) { return high(even(a)); }
+  static SK_INLINE U join_low(Wide a, Wide b) {
+    return U(vtrn1q_u32(vreinterpretq_u32_u64(a), vreinterpretq_u32_u64(b)));
+  }
+  static SK_INLINE U join_high(Wide a, Wide b) {
+    return U(vtrn2q_u32(vreinterpretq_u32_u64(a), vreinterpretq_u32_u64(b)));
+  }
+
+  static SK_INLINE U load(const uint32_t* p) { return U(vld1q_u32(p)); }
+  static SK_INLINE F load(const float* p) { return F(vld1q_f32(p)); }
+  static SK_INLINE void store(float* p, F a) { vst1q_f32(p, a.v); }
+
+  static SK_INLINE void interleave(F& a, F& b) {
+    const F low = F(vzip1q_f32(a.v, b.v));
+    b = F(vzip2q_f32(a.v, b.v));
+    a = low;
+  }
+  static SK_INLINE void transpose(F& a, F& b, F& c, F& d) {
+    const float32x4_t ab_low = vzip1q_f32(a.v, b.v), ab_high = vzip2q_f32(a.v, b.v);
+    const float32x4_t cd_low = vzip1q_f32(c.v, d.v), cd_high = vzip2q_f32(c.v, d.v);
+    a = F(vcombine_f32(vget_low_f32(ab_low), vget_low_f32(cd_low)));
+    b = F(vcombine_f32(vget_high_f32(ab_low), vget_high_f32(cd_low)));
+    c = F(vcombine_f32(vget_low_f32(ab_high), vget_low_f32(cd_high)));
+    d = F(vcombine_f32(vget_high_f32(ab_high), vget_high_f32(cd_high)));
   }
 };
 

@@ -44,7 +44,7 @@ class LaneSums {
  private:
   alignas(64) float lanes_[kSumLanes] = {};
 #if defined(SK_VECTOR)
-  F wide_[2] = {F(0.0f), F(0.0f)};
+  F wide_[4] = {F(0.0f), F(0.0f), F(0.0f), F(0.0f)};
   bool spilled_ = false;
 
   SK_INLINE void spill() {

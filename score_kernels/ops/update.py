@@ -116,6 +116,7 @@ def table_step_(
         raise ValueError(f"{missing}: got none, expected it beside the other of known and mask")
     columns = 3 if known is None else 5
     _check.instance("table", table, Tensor, "a tensor")
+    _check.dense("table", table)
     lines = table.shape[:1] if step is not None or table.shape[:1] == x.shape[:1] else (1,)
     wanted = f"[steps, {columns}]" if step is not None else f"[B, {columns}] or [1, {columns}]"
     _check_part("table", table, x.dtype, (*lines, columns), wanted, x)

@@ -144,7 +144,8 @@ def consistent_annealed(
     plan = []
     for sigma, following in zip(levels, levels[1:], strict=False):
         g = following / sigma
-        inside = 1 - ((1 - eta) / g) ** 2
+        kept = (1 - eta) / g
+        inside = 1 - kept * kept
         # At the very ends of the range rounding may leave a hair less than 0.
         if inside < -1e-12:
             low, high = (2 * levels[-1] ** 2 * (1 + sign * g) for sign in (-1, 1))

@@ -203,7 +203,7 @@ def _predictor(name: str, sde: SDE) -> Callable[[_Moment, _Moment], Phase]:
         table |= {"reverse_diffusion": _em}
     elif isinstance(sde, VP):
         table |= {"reverse_diffusion": _reverse_vp, "ancestral": _ancestral_vp}
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(
             f"predictor: got {name!r}, expected one of {', '.join(table)} for "
             f"{type(sde).__name__}, or None"
