@@ -35,6 +35,8 @@ __all__ = [
     "variance_ratio",
 ]
 
+# Of neighbouring levels: beyond it squares would overflow.
+_LARGEST_RATIO = 1e50
 # The overlap of a level with itself: 3 standard deviations to either side.
 _FULL_OVERLAP = math.erf(3 / math.sqrt(2))
 # NCSN's ten levels from 1 to 0.01 (Song and Ermon 2019, arXiv 1907.05600).
@@ -350,8 +352,14 @@ def suggest_schedule(
     else:
         levels = _check.count("levels", levels, least=2)
         why_levels = "Their number is given"
+        ratio = _realised(high, low, levels)
+        if ratio > _LARGEST_RATIO:
+            raise ValueError(
+                f"levels: got {levels} from {high:g} to {low:g}, expected so many that neighbours "
+                f"differ by a factor of at most {_LARGEST_RATIO:g}"
+            )
         if cloud.dim > 4:
-            shared = level_overlap(cloud.dim, _realised(high, low, levels))
+            shared = level_overlap(cloud.dim, ratio)
             why_levels += f"; by technique 2 neighbours overlap by {shared:.3g}"
     ratio = _realised(high, low, levels)
     if calls is None:
@@ -448,9 +456,8 @@ def _row(name: str, value: str, reason: str) -> str:
 
 def _above_one(ratio: float) -> float:
     ratio = _check.number("ratio", ratio)
-    # Beyond the upper end, squares would overflow.
-    if not 1 < ratio <= 1e50:
-        raise ValueError(f"ratio: got {ratio}, expected above 1 and at most 1e50")
+    if not 1 < ratio <= _LARGEST_RATIO:
+        raise ValueError(f"ratio: got {ratio}, expected above 1 and at most {_LARGEST_RATIO:g}")
     return ratio
 
 
