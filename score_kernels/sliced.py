@@ -194,15 +194,17 @@ def _by_double_backward(
     with torch.enable_grad():
         leaf = x if x.requires_grad else x.detach().requires_grad_()
         value = call(leaf)
+        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        ones = x.new_ones(x.shape[0], dtype=wide)
         for i, key in enumerate(keys):
-            along = ops.probe_dot(value, key, probe=probe).sum()
+            v = ops.probe_scale(ones, value.shape, key, probe=probe).to(value.dtype)
             (slope,) = torch.autograd.grad(
-                along, leaf, create_graph=training, retain_graph=training or i + 1 < len(keys)
+                value, leaf, v, create_graph=training, retain_graph=training or i + 1 < len(keys)
             )
             if training and i == 0:
                 _require_derivative(slope)
             losses.append(_reduce(slope, value, key, probe, variance_reduced))
-        each = torch.stack(losses).mean(0)
+        each = _mean(losses)
     return each if training else each.detach()
 
 
@@ -221,7 +223,7 @@ def _by_jvp(
         v = ops.probe_scale(ones, x.shape, key, probe=probe)
         value, slope = torch.func.jvp(call, (x,), (v,))[:2]
         losses.append(_reduce(slope, value, key, probe, variance_reduced))
-    return torch.stack(losses).mean(0)
+    return _mean(losses)
 
 
 def _by_differences(
@@ -256,7 +258,12 @@ def _by_differences(
         losses.append(
             ops.fd_reduce(above, below, step, key, probe=probe, variance_reduced=variance_reduced)
         )
-    return torch.stack(losses).mean(0)
+    return _mean(losses)
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    """Over the probes."""
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
 
 
 def _reduce(
