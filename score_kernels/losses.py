@@ -158,6 +158,7 @@ def per_level(each: Tensor, labels: Tensor, levels: int) -> Tensor:
 
 def _check_labels(labels: Any, x: Tensor, levels: int) -> None:
     _check.instance("labels", labels, Tensor, "a tensor of level indices")
+    _check.dense("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
     if labels.shape != x.shape[:1]:
