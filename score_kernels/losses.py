@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from score_kernels import _check, ops
+from score_kernels._torch import modes_active, transforms_active
 from score_kernels.noise import NoiseKey, Purpose, resolve
 
 __all__ = ["dsm_loss"]
@@ -115,21 +116,19 @@ def _table(sigmas: Any, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return sigmas.to(x.device, torch.float32)
     _check.dense("sigmas", sigmas)
-    if _checked is not None and _is(sigmas, _checked[0]) and _checked[1].device == x.device:
-        return _checked[1]
+    # Tensors made under a transform or a mode are not for later calls.
+    lasting = type(sigmas) in _check.PLAIN and not (transforms_active() or modes_active())
+    # Read once: another thread may replace it.
+    known = _checked
+    if lasting and known is not None:
+        before, table = known
+        same = sigmas.dtype == before.dtype and sigmas.device == before.device
+        if same and table.device == x.device and torch.equal(sigmas, before):
+            return table
     table = torch.tensor(_check.noise_levels(sigmas), dtype=torch.float32).to(x.device)
-    if type(sigmas) in _check.PLAIN:
+    if lasting:
         _checked = sigmas.detach().clone(), table
     return table
-
-
-def _is(sigmas: Tensor, before: Tensor) -> bool:
-    return (
-        type(sigmas) in _check.PLAIN
-        and sigmas.dtype == before.dtype
-        and sigmas.device == before.device
-        and torch.equal(sigmas, before)
-    )
 
 
 def _weight(weighting: float | Tensor, sigma: Tensor, x: Tensor) -> Tensor | None:

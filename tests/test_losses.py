@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,21 @@ def test_levels_that_change_in_place_are_looked_at_again() -> None:
     array[-1] = array[0]
     with pytest.raises(ValueError, match="strictly decreasing"):
         loss()
+
+
+def test_levels_seen_in_other_threads_and_transforms_are_not_mixed_up() -> None:
+    x, schedules = torch.rand(64, 5), [SIGMAS * k for k in (1, 2, 3, 4)]
+
+    def loss(sigmas: Any) -> Tensor:
+        return dsm_loss(lambda y, sigma: y, x, sigmas, seed=1)
+
+    want = [loss(sigmas.tolist()) for sigmas in schedules]
+    torch.func.grad(lambda k: loss(schedules[1]) * k)(torch.tensor(1.0))
+    with torch.inference_mode():
+        loss(schedules[2])
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            assert list(map(float, pool.map(loss, schedules))) == list(map(float, want))
 
 
 def test_levels_are_drawn_evenly() -> None:
