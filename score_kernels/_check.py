@@ -7,7 +7,7 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,6 +163,16 @@ def reduction(value: Any) -> None:
     """The name of a reduction over the batch."""
     if value not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {value!r}, expected 'mean', 'sum' or 'none'")
+
+
+def choice(name: str, value: Any, options: Iterable[str], more: str = "") -> str:
+    """One of some names; `more` is added to what is expected."""
+    instance(name, value, str, "a string")
+    options = list(options)
+    if value not in options:
+        expected = ", ".join(map(repr, options))
+        raise ValueError(f"{name}: got {value!r}, expected one of {expected}{more}")
+    return str(value)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -62,10 +62,7 @@ class MLPScore(nn.Module):
     ) -> None:
         super().__init__()
         _require_positive(dim=dim, hidden=hidden, depth=depth, data_std=data_std)
-        if activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation: got {activation!r}, expected one of {sorted(_ACTIVATIONS)}"
-            )
+        _check.choice("activation", activation, _ACTIVATIONS)
         self.dim = dim
         self.conditional = conditional
         self.data_std = data_std

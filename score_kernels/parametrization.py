@@ -23,7 +23,7 @@ over what y can have come from, which is what a network learns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -128,8 +128,7 @@ def convert(
         ValueError: a name is not one of the above, or a shape is wrong.
     """
     for name, quantity in (("source", source), ("target", target)):
-        if not isinstance(quantity, str) or quantity not in _QUANTITIES:
-            raise ValueError(f"{name}: got {quantity!r}, expected one of {_names(_QUANTITIES)}")
+        _check.choice(name, quantity, _QUANTITIES)
     _check_schedule(schedule)
     for name, tensor in (("y", y), ("value", value), ("sigma", sigma)):
         _check.score(name, tensor)
@@ -250,9 +249,7 @@ class _AsScore(nn.Module):
         super().__init__()
         _check.instance("net", net, nn.Module, "a torch.nn.Module")
         _check_schedule(schedule)
-        if kind not in (*_QUANTITIES, "denoiser"):
-            expected = _names((*_QUANTITIES, "denoiser"))
-            raise ValueError(f"kind: got {kind!r}, expected one of {expected}")
+        _check.choice("kind", kind, (*_QUANTITIES, "denoiser"))
         if kind == "denoiser" and schedule is not None:
             raise ValueError(
                 f"schedule: got {type(schedule).__name__} with kind = 'denoiser', expected none: "
@@ -320,7 +317,3 @@ def _check_schedule(schedule: Any) -> None:
         raise TypeError(
             f"schedule: got {type(schedule).__name__}, expected an SDE, a Discrete or none"
         )
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))

@@ -128,9 +128,7 @@ class Trainer:
         self.clip_norm = None if clip_norm is None else _check.positive("clip_norm", clip_norm)
         self.warmup_steps = _check.count("warmup_steps", warmup_steps, least=0)
         self.scheduler = scheduler
-        if not isinstance(precision, str) or precision not in _PRECISIONS:
-            raise ValueError(f"precision: got {precision!r}, expected one of {list(_PRECISIONS)}")
-        self.precision = precision
+        self.precision = _check.choice("precision", precision, _PRECISIONS)
         self.conditions = tuple(conditions)
         # One for all ranks.
         self.seed = self.ranks.gathered(NoiseKey(fresh_seed() if seed is None else seed).seed)[0]

@@ -384,7 +384,7 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: sk.euler_maruyama(gaussian, (2, 3), VP(), end=0.0), "end: got 0.0"),
     (lambda: sk.euler_maruyama(gaussian, (2, 3), "VP"), "sde: got str"),
     (lambda: sk.predictor_corrector(gaussian, (2, 3), SubVP(), predictor="ancestral"),
-     "expected one of euler_maruyama, reverse_diffusion for SubVP"),
+     "expected one of 'euler_maruyama', 'reverse_diffusion' for SubVP"),
     (lambda: sk.predictor_corrector(gaussian, (2, 3), VP(), corrector="mala"), "corrector: got"),
     (lambda: sk.predictor_corrector(gaussian, (2, 3), VP(), predictor=None, corrector=None),
      "predictor: got None beside"),

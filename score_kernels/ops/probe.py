@@ -197,9 +197,7 @@ def _check_probe(values: Tensor, noise: NoiseKey, probe: str, name: str) -> None
     _check.score(name, values)
     _check.noise_shape(values.shape, name)
     _check.sample_range(noise.first_sample, values.shape[0])
-    _check.instance("probe", probe, str, "a string")
-    if probe not in _KINDS:
-        raise ValueError(f"probe: got {probe!r}, expected one of {', '.join(_KINDS)}")
+    _check.choice("probe", probe, _KINDS)
 
 
 def _sums(

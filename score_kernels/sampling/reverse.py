@@ -203,12 +203,8 @@ def _predictor(name: str, sde: SDE) -> Callable[[_Moment, _Moment], Phase]:
         table |= {"reverse_diffusion": _em}
     elif isinstance(sde, VP):
         table |= {"reverse_diffusion": _reverse_vp, "ancestral": _ancestral_vp}
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(
-            f"predictor: got {name!r}, expected one of {', '.join(table)} for "
-            f"{type(sde).__name__}, or None"
-        )
-    return table[name]
+    more = f" for {type(sde).__name__}, or None"
+    return table[_check.choice("predictor", name, table, more)]
 
 
 def _corrector(
