@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from score_kernels import ops, sampling
+from score_kernels.diffusion.sde import VE, Discrete
+from score_kernels.diffusion.sigmas import geometric_sigmas
 from score_kernels.noise import NoiseKey
-from score_kernels.schedules import geometric_sigmas
-from score_kernels.sde import VE, Discrete
 
 __all__ = ["Case", "OPS", "cases"]
 

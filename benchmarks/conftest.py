@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import score_kernels
-from score_kernels.selfcheck import selfcheck
+from score_kernels.cli.selfcheck import selfcheck
 
 
 def pytest_sessionstart() -> None:

@@ -20,8 +20,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from benchmarks.timing import calls_per_round, timed
 from score_kernels import NoiseKey, dsm_loss, geometric_sigmas, ops
-from score_kernels.bench.timing import calls_per_round, timed
 from score_kernels.networks import ConvScore, MLPScore
 
 SIGMAS = geometric_sigmas(10.0, 0.1, 10)

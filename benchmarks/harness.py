@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from score_kernels.bench.cases import Step
-from score_kernels.bench.timing import calls_per_round, timed
+from benchmarks.cases import Step
+from benchmarks.timing import calls_per_round, timed
 
 ROUNDS = 31
 

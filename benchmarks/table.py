@@ -17,10 +17,10 @@ import torch
 from tqdm.auto import tqdm
 
 import score_kernels
-from score_kernels import pictures, selfcheck
+from benchmarks.cases import OPS, Case, cases
+from benchmarks.timing import Times, floor, measure
 from score_kernels.backends import choose
-from score_kernels.bench.cases import OPS, Case, cases
-from score_kernels.bench.timing import Times, floor, measure
+from score_kernels.cli import plots, selfcheck
 
 __all__ = ["bench"]
 
@@ -64,7 +64,7 @@ def bench(
         ImportError: without Matplotlib.
         ValueError: there is no such device or op.
     """
-    pictures.require()
+    plots.require()
     unknown = [name for name in names if name not in OPS]
     if unknown:
         raise ValueError(f"names: got {unknown[0]!r}, expected some of: {', '.join(OPS)}")
@@ -189,7 +189,7 @@ def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
         dict.fromkeys(k for f in largest.values() for k in f if k not in ("size", "shape"))
     )
     variants.sort(key=lambda name: (name != "floor", name != "ours"))
-    figure = pictures.figure(9, 0.55 * len(largest) + 1.6)
+    figure = plots.figure(9, 0.55 * len(largest) + 1.6)
     axes = figure.subplots()
     height = 0.8 / len(variants)
     for v, name in enumerate(variants):

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.cases import OPS, Case, cases
 from benchmarks.harness import compare
-from score_kernels.bench.cases import OPS, Case, cases
 
 CASES = list(cases(list(OPS), torch.device("cpu"), quick=False, compiled=True))
 

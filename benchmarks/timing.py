@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from score_kernels.bench.cases import Case, Step
+from benchmarks.cases import Case, Step
 
 __all__ = ["Times", "calls_per_round", "floor", "measure", "timed"]
 

@@ -19,7 +19,7 @@ from sklearn import datasets
 from torch import Tensor
 
 import score_kernels as sk
-from score_kernels import pictures
+from score_kernels.cli import plots
 
 PRIOR = 1.0
 
@@ -99,7 +99,7 @@ def main() -> None:
     surprise = -float(torch.where(classes > 0, chance, 1 - chance).log().mean())
     print(f"held-out tumours: {right:.1%} right, mean surprise {surprise:.3f} nats")
 
-    figure = pictures.figure(9, 3.2)
+    figure = plots.figure(9, 3.2)
     for axes, i in zip(figure.subplots(1, 3), (1, 3, 8), strict=True):
         low, high = (float(w[:, i].quantile(q)) for q in (0.002, 0.998))
         grid = torch.linspace(low, high, 200, dtype=torch.float64)

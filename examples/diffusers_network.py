@@ -19,9 +19,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 import score_kernels as sk
-from score_kernels import demo, pictures
+from examples.digits import demo
+from score_kernels.cli import plots
+from score_kernels.diffusion.sde import VP
 from score_kernels.integrations.diffusers import from_scheduler, score_of
-from score_kernels.sde import VP
 
 SHAPE = (10, 1, 8, 8)
 
@@ -89,7 +90,7 @@ def main() -> None:
         x = sample()
         print(f"{name}: pixels from {x.min():.2f} to {x.max():.2f}, mean {x.mean():.3f}")
         rows.append(x.clamp(-1, 1))
-    pictures.save_sheet(arguments.out / "diffusers.png", torch.cat(rows), SHAPE[0])
+    plots.save_sheet(arguments.out / "diffusers.png", torch.cat(rows), SHAPE[0])
     print(f"Written to {arguments.out}: diffusers.png, rows: {', '.join(samplers)}")
 
 

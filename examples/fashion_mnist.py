@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 import score_kernels
-from score_kernels import checkpoint, data, pictures
+from score_kernels.cli import data, plots
 from score_kernels.networks import ConvScore
+from score_kernels.training import checkpoint
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
     print(
         f"trained to a loss of {losses[-500:].mean():.2f} ({time.perf_counter() - started:.0f} s)"
     )
-    pictures.draw_losses(arguments.out / "loss.png", losses, zero_network=images[0].numel() / 2)
+    plots.draw_losses(arguments.out / "loss.png", losses, zero_network=images[0].numel() / 2)
 
     checkpoint.load_weights(arguments.out / "checkpoint.pt", net.eval(), which="ema")
     shape, sigmas, seed = (arguments.samples, *source.shape), schedule.sigmas, arguments.seed
@@ -93,7 +94,7 @@ def main() -> None:
             ),
         }
     for name, samples in sheets.items():
-        pictures.save_sheet(arguments.out / name, samples)
+        plots.save_sheet(arguments.out / name, samples)
     print(f"Written to {arguments.out}: {', '.join(sheets)}, loss.png, checkpoint.pt")
 
 

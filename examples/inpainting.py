@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 import score_kernels as sk
-from score_kernels import demo, pictures
+from examples.digits import demo
+from score_kernels.cli import plots
 
 COMPLETIONS, ROWS = 4, 8
 
@@ -52,7 +53,7 @@ def main() -> None:
 
     given = torch.where(mask, whole, -torch.ones(()))
     grid = torch.cat([whole[:, None], given[:, None], x.view(ROWS, COMPLETIONS, 1, 8, 8)], 1)
-    pictures.save_sheet(arguments.out / "inpainting.png", grid.flatten(0, 1), 2 + COMPLETIONS)
+    plots.save_sheet(arguments.out / "inpainting.png", grid.flatten(0, 1), 2 + COMPLETIONS)
     print(f"Written to {arguments.out}: inpainting.png")
 
 

@@ -11,8 +11,8 @@ r of variances there, which should be 1. NCSNv2 is arXiv 2006.09011, NCSN arXiv 
 
 from __future__ import annotations
 
-from score_kernels.presets import preset, presets
-from score_kernels.schedules import (
+from score_kernels.diffusion.presets import preset, presets
+from score_kernels.diffusion.sigmas import (
     best_step_size,
     level_count,
     level_overlap,

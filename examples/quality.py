@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import score_kernels as sk
-from score_kernels import demo, evaluation, pictures
-from score_kernels.sde import VE, Discrete
+from examples.digits import demo, evaluation
+from score_kernels.cli import plots
+from score_kernels.diffusion.sde import VE, Discrete
 
 HIGH, LOW, LEVELS = demo.Recipe.sigma_max, demo.Recipe.sigma_min, demo.Recipe.levels
 BUDGETS = (13, 26, 52, 104, 208)
@@ -92,15 +93,15 @@ SAMPLERS: dict[str, Callable[[sk.sampling.Score, int], Tensor]] = {
 
 
 def draw(path: Path, budgets: Sequence[int], distances: dict[str, list[float]]) -> None:
-    plot = pictures.figure(8, 5)
+    plot = plots.figure(8, 5)
     axes = plot.add_subplot()
     for name, row in distances.items():
         axes.plot(budgets, row, marker="o", markersize=4, label=name)
-    axes.axhline(0.27, color=pictures.GREY, linestyle="--", linewidth=1, label="training digits")
+    axes.axhline(0.27, color=plots.GREY, linestyle="--", linewidth=1, label="training digits")
     axes.set(xscale="log", xlabel="network calls", ylabel="squared Frechet distance")
     axes.set_xticks(budgets, [str(b) for b in budgets])
     axes.xaxis.minorticks_off()
-    pictures.logarithmic(axes, 0.25, 1.1 * max(map(max, distances.values())))
+    plots.logarithmic(axes, 0.25, 1.1 * max(map(max, distances.values())))
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     plot.savefig(path, format="png")

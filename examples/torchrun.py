@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 import score_kernels as sk
-from score_kernels import demo, pictures
+from examples.digits import demo
+from score_kernels.cli import plots
 from score_kernels.networks import ConvScore
 
 
@@ -55,7 +56,7 @@ def main() -> None:
     )
     all_of_them = torch.cat(ranks.gathered(x))[: arguments.samples]
     if ranks.first:
-        pictures.save_sheet(arguments.out / "samples.png", all_of_them.clamp(-1, 1))
+        plots.save_sheet(arguments.out / "samples.png", all_of_them.clamp(-1, 1))
         last = float(losses[-50:].mean())
         print(f"{ranks.size} processes, {trainer.step} steps, loss {last:.2f}")
         print(f"Written to {arguments.out}: checkpoint.pt, samples.png")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import score_kernels
-from score_kernels import NoiseKey, annealed_langevin, geometric_sigmas, langevin, pictures
+from score_kernels import NoiseKey, annealed_langevin, geometric_sigmas, langevin
+from score_kernels.cli import plots
 from score_kernels.networks import MLPScore
 
 MEANS = torch.tensor([[-5.0, -5.0], [5.0, 5.0]])
@@ -98,12 +99,12 @@ def scores_picture(path: Path, net: MLPScore) -> dict[str, float]:
         error = (net(dense, ones) - exact_score(dense, ones)).norm(dim=1)
     density = log_terms(dense, ones).logsumexp(1).exp()
 
-    plot = pictures.figure(14, 4.6)
+    plot = plots.figure(14, 4.6)
     axes = plot.subplots(1, 3)
     for place, (title, field) in enumerate(
         zip(("score of the data", "learned by sliced score matching"), arrows, strict=True)
     ):
-        axes[place].quiver(*points.T, *field.T, color=pictures.BLUE, angles="xy")
+        axes[place].quiver(*points.T, *field.T, color=plots.BLUE, angles="xy")
         axes[place].contour(fine, fine, density.view(161, 161).T, levels=5, cmap="Oranges")
         axes[place].set_title(title)
     shown = axes[2].pcolormesh(fine, fine, error.view(161, 161).T, cmap="viridis", vmin=0, vmax=10)
@@ -120,10 +121,10 @@ def scores_picture(path: Path, net: MLPScore) -> dict[str, float]:
 
 
 def samples_picture(path: Path, sets: dict[str, Tensor]) -> None:
-    plot = pictures.figure(3.6 * len(sets), 4.4)
+    plot = plots.figure(3.6 * len(sets), 4.4)
     for axes, (title, x) in zip(plot.subplots(1, len(sets)), sets.items(), strict=True):
         shown = x[:1280]
-        axes.scatter(*shown.T, s=3, color=pictures.BLUE, alpha=0.5, linewidths=0)
+        axes.scatter(*shown.T, s=3, color=plots.BLUE, alpha=0.5, linewidths=0)
         axes.set(xlim=(-9, 9), ylim=(-9, 9), aspect="equal")
         axes.set_title(f"{title}\n{mass(x):.3f} in the mode at (5, 5)", fontsize=11)
     plot.savefig(path, format="png")

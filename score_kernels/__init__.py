@@ -2,10 +2,24 @@
 
 from score_kernels import ops
 from score_kernels.backends import backends, use_backend
+from score_kernels.diffusion.prediction import as_score, by_label, by_sigma, convert, unconditional
+from score_kernels.diffusion.presets import preset, presets
+from score_kernels.diffusion.sigmas import (
+    Schedule,
+    best_step_size,
+    edm_sigmas,
+    geometric_sigmas,
+    level_count,
+    level_overlap,
+    max_pairwise_distance,
+    pairwise_distance_bounds,
+    sigma_ratio,
+    suggest_schedule,
+    variance_ratio,
+)
 from score_kernels.losses import dsm_loss
+from score_kernels.losses.sliced import exact_score_loss, sliced_score_loss
 from score_kernels.noise import NoiseKey
-from score_kernels.parametrization import as_score, by_label, by_sigma, convert, unconditional
-from score_kernels.presets import preset, presets
 from score_kernels.sampling import (
     annealed_langevin,
     classifier_free,
@@ -19,20 +33,6 @@ from score_kernels.sampling import (
     predictor_corrector,
     probability_flow,
 )
-from score_kernels.schedules import (
-    Schedule,
-    best_step_size,
-    edm_sigmas,
-    geometric_sigmas,
-    level_count,
-    level_overlap,
-    max_pairwise_distance,
-    pairwise_distance_bounds,
-    sigma_ratio,
-    suggest_schedule,
-    variance_ratio,
-)
-from score_kernels.sliced import exact_score_loss, sliced_score_loss
 from score_kernels.training import Trainer
 
 __version__ = "0.1.0"

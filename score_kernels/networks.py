@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from score_kernels import _check
+from score_kernels import checks
 
 __all__ = ["ConvScore", "MLPScore"]
 
@@ -62,7 +62,7 @@ class MLPScore(nn.Module):
     ) -> None:
         super().__init__()
         _require_positive(dim=dim, hidden=hidden, depth=depth, data_std=data_std)
-        _check.choice("activation", activation, _ACTIVATIONS)
+        checks.choice("activation", activation, _ACTIVATIONS)
         self.dim = dim
         self.conditional = conditional
         self.data_std = data_std
@@ -82,7 +82,7 @@ class MLPScore(nn.Module):
         Raises:
             ValueError: if a sample of `x` has not `dim` elements, or `sigma` is not `[B]`.
         """
-        _check.sigma(sigma, x)
+        checks.sigma(sigma, x)
         flat = x.flatten(1)
         if flat.shape[1] != self.dim:
             raise ValueError(
@@ -157,7 +157,7 @@ class ConvScore(nn.Module):
         Raises:
             ValueError: if `x` is not `[B, channels, H, W]`, or `sigma` is not `[B]`.
         """
-        _check.sigma(sigma, x)
+        checks.sigma(sigma, x)
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, expected [B, {self.channels}, height, width]"

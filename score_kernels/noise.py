@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from score_kernels import _check
+from score_kernels import checks
 
 __all__ = ["Key", "NoiseKey", "Purpose", "fresh_seed", "resolve"]
 
@@ -72,7 +72,7 @@ class NoiseKey:
 
     def __post_init__(self) -> None:
         for name, bits in (("seed", 64), ("purpose", 8), ("draw", 32), ("first_sample", 56)):
-            object.__setattr__(self, name, _check.unsigned(name, getattr(self, name), bits))
+            object.__setattr__(self, name, checks.unsigned(name, getattr(self, name), bits))
 
     def fields(self) -> Key:
         """``(seed, purpose, draw, first_sample)``."""
@@ -107,5 +107,5 @@ def resolve(noise: NoiseKey | None, seed: int | None) -> NoiseKey:
         return NoiseKey(fresh_seed() if seed is None else seed)
     if seed is not None:
         raise ValueError(f"seed: got {seed} beside noise, expected one of the two")
-    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
+    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
     return noise

@@ -19,8 +19,8 @@ import torch
 from forked import attempt
 
 import score_kernels
-from score_kernels import checkpoint
 from score_kernels.networks import MLPScore
+from score_kernels.training import checkpoint
 
 STEPS, SAVE_EVERY = 600, 2
 

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from forked import attempt
 
-from score_kernels import checkpoint, commands, pictures
-from score_kernels.commands._trained import network
+from score_kernels.cli import plots
+from score_kernels.cli import sample as cli
+from score_kernels.cli.trained import network
+from score_kernels.training import checkpoint
 
 SHARD, SHARDS = 8, 20
 
@@ -69,7 +71,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def sample(path: Path, out: Path, kind: str, shards: int = SHARDS) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    commands.sample(
+    cli.sample(
         path,
         out,
         count=shards * SHARD - 3,
@@ -84,7 +86,7 @@ def main() -> None:
     folder, kind, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)
     # Matplotlib and Pillow, which the attempts would import.
-    pictures.require()
+    plots.require()
     path = write_checkpoint(folder / "c.pt")
     alone, out = folder / "alone", folder / "killed"
     times = []

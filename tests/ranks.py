@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import score_kernels
-from score_kernels import _ranks
 from score_kernels.networks import MLPScore
+from score_kernels.training import distributed
 
 
 class Noisy(nn.Module):
@@ -34,7 +34,7 @@ class Noisy(nn.Module):
 
 
 def train(path: Path, steps: int, loss: str, accumulate: int, die: int | None) -> None:
-    with _ranks.joined("cpu") as ranks:
+    with distributed.joined("cpu") as ranks:
         # Ranks start apart; the first one's weights count.
         torch.manual_seed(ranks.rank)
         net = Noisy(0.0)

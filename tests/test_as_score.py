@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from score_kernels import NoiseKey, annealed_langevin, dsm_loss, ops
+from score_kernels.diffusion.prediction import as_score, convert
+from score_kernels.diffusion.sde import SDE, VE, VP, Discrete, SubVP
 from score_kernels.noise import Purpose
-from score_kernels.parametrization import as_score, convert
-from score_kernels.sde import SDE, VE, VP, Discrete, SubVP
 
 KINDS = ["epsilon", "x0", "v", "score"]
 SCHEDULES = [

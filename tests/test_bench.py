@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from score_kernels import cli, selfcheck
-from score_kernels.bench import COLUMNS
-from score_kernels.bench.cases import OPS
+from benchmarks.cases import OPS
+from benchmarks.table import COLUMNS
+from score_kernels.cli import main as cli
+from score_kernels.cli import selfcheck
 
 QUICK = ["--quick", "--no-compile", "--rounds", "1"]
 

@@ -12,10 +12,11 @@ from conftest import FIBERS, on_backend
 from torch import Tensor
 
 import score_kernels
-from score_kernels import NoiseKey, _capture, ops
+from score_kernels import NoiseKey, ops
 from score_kernels.backends import choose
+from score_kernels.diffusion.sde import VP
 from score_kernels.networks import MLPScore
-from score_kernels.sde import VP
+from score_kernels.sampling import graph
 
 KEY = NoiseKey(11, purpose=2, draw=5)
 SIGMAS = [2.0, 1.0, 0.3]
@@ -86,7 +87,7 @@ def eagerly(step: Callable[[], None], x: Tensor, counter: Tensor) -> Callable[[]
 @pytest.mark.skipif(not FIBERS, reason="needs a C++ compiler")
 @pytest.mark.parametrize("record", [None, 2])
 def test_a_replayed_chain_is_the_chain(monkeypatch: pytest.MonkeyPatch, record: int | None) -> None:
-    monkeypatch.setattr(_capture, "captured", eagerly)
+    monkeypatch.setattr("score_kernels.sampling.graph.captured", eagerly)
     torch.manual_seed(0)
     net = MLPScore(2)
     settings: dict[str, Any] = {
@@ -128,7 +129,7 @@ def test_a_replayed_chain_is_the_chain(monkeypatch: pytest.MonkeyPatch, record: 
 def test_replayed_chains_keep_what_is_known_and_scale_the_data(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_capture, "captured", eagerly)
+    monkeypatch.setattr("score_kernels.sampling.graph.captured", eagerly)
     known, mask = torch.randn(5, 2), torch.tensor([True, False])
     settings: dict[str, Any] = {"seed": 4, "known": known, "mask": mask}
     with on_backend("fibers"):
@@ -192,7 +193,7 @@ def test_warming_up_and_capturing_leave_the_chain_where_it_was(no_gpu: None) -> 
         counter.add_(1)
 
     Graph.tensors = (x, counter)
-    replay = _capture.captured(step, x, counter)
+    replay = graph.captured(step, x, counter)
     assert calls == [7, 7, 7, 7]
     assert torch.equal(x, torch.zeros(3)) and int(counter) == 7
     replay()
@@ -209,4 +210,4 @@ def test_a_score_that_cannot_be_captured_is_told_so(no_gpu: None) -> None:
 
     Graph.tensors = ()
     with pytest.raises(RuntimeError, match="cuda_graph: the score cannot be captured .operation"):
-        _capture.captured(step, x, counter)
+        graph.captured(step, x, counter)

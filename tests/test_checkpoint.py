@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from score_kernels import checkpoint
+from score_kernels.training import checkpoint
 
 HERE = Path(__file__).parent
 

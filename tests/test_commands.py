@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from score_kernels import checkpoint, cli, commands, config
+from score_kernels.cli import config
+from score_kernels.cli import main as cli
+from score_kernels.training import checkpoint
 
 SETTINGS = """
 [network]
@@ -235,6 +237,6 @@ def test_stopping_by_hand_is_no_traceback(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "train", stop)
+    monkeypatch.setattr("score_kernels.cli.train.train", stop)
     assert run("train", "--data", tmp_path) == 130
     assert "score-kernels train: stopped" in capsys.readouterr().err

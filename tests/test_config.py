@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from score_kernels import config
-from score_kernels.config import Config
+from score_kernels.cli import config
+from score_kernels.cli.config import Config
 
 
 def read(tmp_path: Path, text: str) -> Config:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from score_kernels.data import Data, load
+from score_kernels.cli.data import Data, load
 
 IDX_TYPES = {"u1": 0x08, "i1": 0x09, ">i2": 0x0B, ">i4": 0x0C, ">f4": 0x0D, ">f8": 0x0E}
 # Of what is written, what is kept.

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from matplotlib import image
 
-from score_kernels import demo
+from examples.digits import demo
 
 PICTURES = ("samples.png", "loss.png", "chain.png")
 

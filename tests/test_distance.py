@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import peak_bytes
-from score_kernels import NoiseKey, _distance, ops
-from score_kernels._distance import Cloud, max_pairwise_distance, pairwise_distance_bounds
+from score_kernels import NoiseKey, ops
+from score_kernels.diffusion import distance
+from score_kernels.diffusion.distance import Cloud, max_pairwise_distance, pairwise_distance_bounds
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,9 +35,9 @@ def check(data: Tensor) -> None:
 @pytest.fixture(params=["small blocks", "ordinary blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "small blocks":
-        monkeypatch.setattr(_distance, "_SIDE", 16)
-        monkeypatch.setattr(_distance, "_DEPTH", 32)
-        monkeypatch.setattr(_distance, "_PASS", 500)
+        monkeypatch.setattr(distance, "_SIDE", 16)
+        monkeypatch.setattr(distance, "_DEPTH", 32)
+        monkeypatch.setattr(distance, "_PASS", 500)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,7 +87,7 @@ def test_differences_far_below_float32(blocks: None) -> None:
 
 
 def test_samples_settled_one_by_one_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_distance, "_SIDE", 16)
+    monkeypatch.setattr(distance, "_SIDE", 16)
     settled = []
     original = Cloud.distance
 

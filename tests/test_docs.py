@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from score_kernels import cli, schedules
+import score_kernels
+from score_kernels.cli import main as cli
 from score_kernels.noise import Purpose
 from tools import run_docs
 
@@ -72,9 +73,9 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path, tmp_path: P
 
 def test_the_sampler_of_contributing_samples() -> None:
     names = run_docs.run(ROOT / "CONTRIBUTING.md", ROOT)
-    sigmas = schedules.geometric_sigmas(10.0, 0.1, 20)
+    levels = score_kernels.geometric_sigmas(10.0, 0.1, 20)
     x = names["denoise_and_renoise"](
-        lambda x, sigma: -x / (1 + sigma[:, None] ** 2), (4000, 2), sigmas, seed=0
+        lambda x, sigma: -x / (1 + sigma[:, None] ** 2), (4000, 2), levels, seed=0
     )
     # Of N(0, 1) in two dimensions with so few steps.
     assert x.isfinite().all() and x.mean(0).abs().max() < 0.1

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from score_kernels import evaluation
+from examples.digits import evaluation
 
 
 def _covariance(size: int, seed: int, rank: int | None = None) -> torch.Tensor:

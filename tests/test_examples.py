@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from score_kernels import annealed_langevin, checkpoint
+from score_kernels import annealed_langevin
+from score_kernels.training import checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -36,7 +36,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import score_kernels as sk
-from score_kernels import ops, sampling, sde
+from score_kernels import ops, sampling
+from score_kernels.diffusion import sde
 from score_kernels.sampling import Options
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from score_kernels.backends import native
-from score_kernels.cli import VARIABLES, main
+from score_kernels.cli.main import VARIABLES, main
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import score_kernels as sk
-from score_kernels.sde import VE
+from score_kernels.diffusion.sde import VE
 
 SIGMAS = sk.geometric_sigmas(10.0, 0.1, 40)
 ROWS, STEPS = 5, 120

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from score_kernels import annealed_langevin, dsm_loss, geometric_sigmas
-from score_kernels.parametrization import by_label, by_sigma, unconditional
+from score_kernels.diffusion.prediction import by_label, by_sigma, unconditional
 
 SIGMAS = geometric_sigmas(10.0, 0.01, 7)
 

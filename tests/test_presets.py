@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from score_kernels import annealed_langevin
-from score_kernels.presets import Preset, preset, presets
-from score_kernels.schedules import (
+from score_kernels.diffusion.presets import Preset, preset, presets
+from score_kernels.diffusion.sigmas import (
     Schedule,
     best_step_size,
     geometric_sigmas,

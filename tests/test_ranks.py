@@ -14,9 +14,10 @@ import ranks
 import torch
 from test_commands import SETTINGS
 
-from score_kernels import Trainer, checkpoint, cli, training
-from score_kernels._ranks import Ranks
+from score_kernels import Trainer, cli, training
 from score_kernels.networks import MLPScore
+from score_kernels.training import checkpoint
+from score_kernels.training.distributed import Ranks
 
 HERE = Path(__file__).parent
 PROGRAM = HERE / "ranks.py"

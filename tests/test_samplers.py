@@ -16,8 +16,8 @@ from torch import Tensor
 
 import score_kernels as sk
 from score_kernels import ops
+from score_kernels.diffusion.sde import VE, VP, Discrete, SubVP
 from score_kernels.noise import NoiseKey, Purpose
-from score_kernels.sde import VE, VP, Discrete, SubVP
 
 LEVELS = sk.geometric_sigmas(50.0, 0.02, 800)
 DDPM = Discrete.linear()

@@ -13,8 +13,9 @@ from scipy.integrate import quad
 from scipy.special import log_ndtr
 from torch import Tensor
 
-from score_kernels import annealed_langevin, schedules
-from score_kernels.schedules import (
+from score_kernels import annealed_langevin
+from score_kernels.diffusion import sigmas
+from score_kernels.diffusion.sigmas import (
     best_step_size,
     geometric_sigmas,
     level_count,
@@ -33,7 +34,7 @@ from score_kernels.schedules import (
 def test_ratios_are_equal_and_ends_exact(largest: float, smallest: float, levels: int) -> None:
     sigmas = geometric_sigmas(largest, smallest, levels)
     assert sigmas.dtype == torch.float32 and sigmas.shape == (levels,)
-    torch.testing.assert_close(sigmas[[0, -1]], torch.tensor([largest, smallest]))
+    torch.testing.assert_close(levels[[0, -1]], torch.tensor([largest, smallest]))
     ratio = sigmas[:-1].double() / sigmas[1:].double()
     want = (largest / smallest) ** (1 / (levels - 1))
     torch.testing.assert_close(ratio, torch.full_like(ratio, want), rtol=1e-6, atol=0)
@@ -267,7 +268,7 @@ def test_suggestions_follow_what_is_given() -> None:
 def test_a_slow_distance_is_bounded_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     data = torch.randn(200, 6)
     exact = suggest_schedule(data)
-    monkeypatch.setattr(schedules, "_EXACT_OPERATIONS", 0)
+    monkeypatch.setattr(sigmas, "_EXACT_OPERATIONS", 0)
     bounded = suggest_schedule(data)
     lower, upper = pairwise_distance_bounds(data)
     assert exact.sigmas[0] <= bounded.sigmas[0]
@@ -348,10 +349,10 @@ def test_a_given_number_of_levels() -> None:
 
 def test_edm_sigmas() -> None:
     """Table 1 of arXiv 2206.00364 in words: ends exact, equal steps of the rho-th root."""
-    sigmas = schedules.edm_sigmas(80.0, 0.002, 18)
-    torch.testing.assert_close(sigmas[[0, -1]], torch.tensor([80.0, 0.002]))
-    roots = sigmas.double() ** (1 / 7)
+    levels = sigmas.edm_sigmas(80.0, 0.002, 18)
+    torch.testing.assert_close(levels[[0, -1]], torch.tensor([80.0, 0.002]))
+    roots = levels.double() ** (1 / 7)
     torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(17), rtol=1e-5, atol=0)
-    assert torch.equal(schedules.edm_sigmas(3.0, 1.0, 3, rho=1.0), torch.tensor([3.0, 2.0, 1.0]))
+    assert torch.equal(sigmas.edm_sigmas(3.0, 1.0, 3, rho=1.0), torch.tensor([3.0, 2.0, 1.0]))
     with pytest.raises(ValueError, match="sigma_min: got 3.0"):
-        schedules.edm_sigmas(2.0, 3.0)
+        sigmas.edm_sigmas(2.0, 3.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from score_kernels.sde import SDE, VE, VP, Discrete, SubVP
+from score_kernels.diffusion.sde import SDE, VE, VP, Discrete, SubVP
 
 T = torch.linspace(0.01, 0.99, 41, dtype=torch.float64)
 KINDS = [VE(), VE(0.1, 3.0), VP(), VP(2.0, 2.0), SubVP(), SubVP(0.5, 7.0)]

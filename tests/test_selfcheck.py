@@ -16,10 +16,10 @@ from torch import Tensor
 import score_kernels
 from score_kernels import ops
 from score_kernels.backends import choose, native
-from score_kernels.cli import main
-from score_kernels.selfcheck import CHECKS, bits, gpu, kit, selfcheck
-from score_kernels.selfcheck.gpu import large_batch
-from score_kernels.selfcheck.kit import CPU, Kit, NotHere
+from score_kernels.cli.main import main
+from score_kernels.cli.selfcheck import CHECKS, bits, gpu, kit, selfcheck
+from score_kernels.cli.selfcheck.gpu import large_batch
+from score_kernels.cli.selfcheck.kit import CPU, Kit, NotHere
 
 GPU_ONLY = ["CUDA graph", "another stream", "every GPU", "more than 2**31 elements"]
 needs_native = pytest.mark.skipif(not NATIVE, reason="needs the C++ kernels")

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import score_kernels
-from score_kernels import cli, commands, data
-from score_kernels.commands import _sample, _shards
-from score_kernels.commands._trained import network, read_about
+from score_kernels.cli import data, sample, shards
+from score_kernels.cli import main as cli
+from score_kernels.cli.trained import network, read_about
 
 HERE = Path(__file__).parent
 # 37 samples, in shards of 16, 16 and 5.
@@ -132,7 +132,7 @@ def test_shards_hold_the_chains_of_their_ids(tmp_path: Path, path: Path) -> None
     manifest = json.loads((out / "manifest.json").read_text())
     about = read_about(path)
     net = network(about)
-    score_kernels.checkpoint.load_weights(path, net, which="raw")
+    score_kernels.training.checkpoint.load_weights(path, net, which="raw")
     assert [(s["first"], s["count"]) for s in manifest["shards"]] == [
         (100, 16),
         (116, 16),
@@ -210,8 +210,8 @@ def test_batch_sizes_change_no_bit_beyond_the_networks_own(
     samples = [everything(tmp_path / f"mlp{size}").astype(int) for size in (1, 7, 16)]
     assert all(abs(s - samples[0]).max() <= 1 for s in samples)
     checkpoint = {"about": read_about(path), "ema": Elementwise().state_dict()}
-    score_kernels.checkpoint.write(path, checkpoint)
-    monkeypatch.setattr(_sample, "network", lambda about: Elementwise())
+    score_kernels.training.checkpoint.write(path, checkpoint)
+    monkeypatch.setattr(sample, "network", lambda about: Elementwise())
     for size in (1, 7, 16, 1000):
         assert run(path, tmp_path / f"e{size}", batch_size=size) == 0
         for name in ("shards/shard-000000.npz", "shards/shard-000002.npz", "samples.png"):
@@ -297,9 +297,9 @@ def test_damaged_shards_are_made_again_and_good_ones_stay(
 def test_a_change_of_any_byte_is_seen(tmp_path: Path, path: Path, kind: str) -> None:
     """And every cut, with no checksum known."""
     about = read_about(path)
-    type_ = {"npz": _shards.NpzStore, "png": _shards.PngStore}[kind]
+    type_ = {"npz": shards.NpzStore, "png": shards.PngStore}[kind]
     store = type_(tmp_path, (1, 2, 3), np.dtype("uint8"), "0" * 64)
-    shard = _shards.Shard(4, 100, 2)
+    shard = shards.Shard(4, 100, 2)
     pixels = np.random.default_rng().integers(0, 256, (2, 1, 2, 3), dtype=np.uint8)
     checksum = store.write(shard, pixels)
     assert store.check(shard, None) == store.check(shard, checksum) == checksum
@@ -314,13 +314,13 @@ def test_a_change_of_any_byte_is_seen(tmp_path: Path, path: Path, kind: str) -> 
         broken.append(bytes(other))
     for content in broken:
         file.write_bytes(content)
-        with pytest.raises(_shards.Damaged):
+        with pytest.raises(shards.Damaged):
             store.check(shard, None)
     file.write_bytes(whole)
-    with pytest.raises(_shards.Damaged, match="not the one in the manifest"):
+    with pytest.raises(shards.Damaged, match="not the one in the manifest"):
         store.check(shard, "0" * 64)
-    store.write(_shards.Shard(4, 100, 3), pixels[[0, 1, 1]])
-    with pytest.raises(_shards.Damaged, match="samples 100 to 101"):
+    store.write(shards.Shard(4, 100, 3), pixels[[0, 1, 1]])
+    with pytest.raises(shards.Damaged, match="samples 100 to 101"):
         store.check(shard, None)
     other_run = type_(tmp_path, (1, 2, 3), np.dtype("uint8"), "1" * 64)
     store.write(shard, pixels)
@@ -479,7 +479,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_manifest_is_returned(tmp_path: Path, path: Path) -> None:
     out = tmp_path / "out"
-    got = commands.sample(path, out, count=3, progress=False)
+    got = cli.sample(path, out, count=3, progress=False)
     assert got == json.loads((out / "manifest.json").read_text())
     assert got["complete"] and [shard["count"] for shard in got["shards"]] == [3]
 
@@ -505,10 +505,10 @@ def test_killed_at_twenty_random_moments(tmp_path: Path, kind: str) -> None:
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from score_kernels import commands
+from score_kernels.cli import main as cli
 
 def peak(count):
-    commands.sample(Path(sys.argv[1]), Path(sys.argv[2]), count=count, progress=False)
+    cli.sample(Path(sys.argv[1]), Path(sys.argv[2]), count=count, progress=False)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 first = peak(1024)

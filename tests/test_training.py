@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import score_kernels
 from score_kernels import NoiseKey, Trainer, dsm_loss, geometric_sigmas, sliced_score_loss
-from score_kernels import checkpoint as files
-from score_kernels._batches import Batches, permutation
 from score_kernels.networks import ConvScore, MLPScore
+from score_kernels.training import checkpoint as files
+from score_kernels.training.batches import Batches, permutation
 
 SIGMAS = geometric_sigmas(5.0, 0.1, 6)
 

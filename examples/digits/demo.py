@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 import score_kernels
-from score_kernels import _report, evaluation, pictures
+from examples.digits import evaluation
+from score_kernels.cli import plots
+from score_kernels.diffusion.sigmas import geometric_sigmas
 from score_kernels.losses import dsm_loss
 from score_kernels.networks import ConvScore
 from score_kernels.noise import NoiseKey
 from score_kernels.sampling import annealed_langevin
-from score_kernels.schedules import geometric_sigmas
 from score_kernels.training import Trainer
 
 __all__ = ["Recipe", "run"]
@@ -122,7 +123,7 @@ def run(
     ):
         if value is not None and value < least:
             raise ValueError(f"{name}: got {value}, expected at least {least}")
-    pictures.require("demo")
+    plots.require("demo")
     recipe = _QUICK if quick else Recipe()
     recipe = recipe if steps is None else replace(recipe, steps=steps)
     digits = load_digits()
@@ -153,18 +154,18 @@ def run(
         "threads": threads or torch.get_num_threads(),
         "versions": {"score_kernels": score_kernels.__version__, "torch": torch.__version__},
     }
-    _report.draw_samples(out / "samples.png", sampled, digits.held_out)
-    pictures.draw_losses(
+    report.draw_samples(out / "samples.png", sampled, digits.held_out)
+    plots.draw_losses(
         out / "loss.png",
         curves.train,
         zero_network=report["loss"]["zero_network"],
         held_out=(curves.held_out_steps, curves.held_out),
     )
-    _report.draw_chain(out / "chain.png", chain)
+    report.draw_chain(out / "chain.png", chain)
     report["seconds"]["total"] = time.perf_counter() - started
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _report.write_page(out, report)
-    print(_report.summary(report))
+    report.write_page(out, report)
+    print(report.summary(report))
     print(f"Written to {out / 'report.html'} and the files beside it.")
     return report
 

@@ -9,21 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
-from score_kernels import pictures
+from score_kernels.cli import plots
 
 __all__ = ["draw_chain", "draw_samples", "summary", "write_page"]
 
 
 def draw_samples(path: Path, samples: Tensor, real: Tensor) -> None:
     """Up to 100 samples `[N, 1, 8, 8]` in [-1, 1] beside as many real digits."""
-    figure = pictures.figure(10, 5.2)
+    figure = plots.figure(10, 5.2)
     count = min(100, len(samples), len(real))
     for place, images, title in (
         (1, samples, f"{count} samples of the network"),
         (2, real, f"{count} real digits, held out from training"),
     ):
         axes = figure.add_subplot(1, 2, place)
-        sheet = pictures.sheet(images[:count], columns=10)
+        sheet = plots.sheet(images[:count], columns=10)
         axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(title)
         axes.axis("off")
@@ -37,7 +37,7 @@ def draw_chain(path: Path, chain: list[tuple[float, Tensor]]) -> None:
     denoised end.
     """
     columns = len(chain[0][1])
-    figure = pictures.figure(1.0 * columns + 1, 1.05 * len(chain))
+    figure = plots.figure(1.0 * columns + 1, 1.05 * len(chain))
     grid = figure.subplots(len(chain), columns, squeeze=False)
     for row, (sigma, states) in enumerate(chain):
         # Each row has its own grey scale, or the first ones would be black and white only.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from score_kernels.backends.pointers import PointerKernels
+from score_kernels.backends.compiled import PointerKernels
 
 _why: str | None = None
 try:

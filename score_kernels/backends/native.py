@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from score_kernels._torch import is_compiling, modes_active, transforms_active
-from score_kernels.backends.pointers import PointerKernels
+from score_kernels.backends.compiled import PointerKernels
 from score_kernels.noise import NoiseKey
 
 _why: str | None = None

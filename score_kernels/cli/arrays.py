@@ -80,7 +80,7 @@ def holds_samples(path: Path) -> str:
 
 
 def read(path: Path, found: str, *, key: str | None, channels: str | None, progress: bool) -> Array:
-    """Read a file of that `kind`; see `score_kernels.data.load`.
+    """Read a file of that `kind`; see `score_kernels.cli.data.load`.
 
     Raises:
         ValueError: the file is damaged, or its array cannot hold samples.

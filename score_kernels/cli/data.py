@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from score_kernels import _arrays, _check
+from score_kernels import checks
+from score_kernels.cli import arrays
 
 __all__ = ["Data", "load"]
 
@@ -89,7 +90,7 @@ class Data:
             TypeError, ValueError: rows is no tensor of integers, or not ``[B]``.
             IndexError: an index is out of range.
         """
-        _check.instance("rows", rows, Tensor, "a tensor of indices [B]")
+        checks.instance("rows", rows, Tensor, "a tensor of indices [B]")
         if rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dtype == torch.bool:
             raise TypeError(f"rows: got dtype {rows.dtype}, expected integers")
         if rows.dim() != 1:
@@ -112,7 +113,7 @@ class Data:
         Raises:
             TypeError, ValueError: x is no floating-point tensor, or holds NaN.
         """
-        _check.instance("x", x, Tensor, "a tensor")
+        checks.instance("x", x, Tensor, "a tensor")
         if not x.dtype.is_floating_point:
             raise TypeError(f"x: got dtype {x.dtype}, expected a floating one")
         if bool(x.isnan().any()):
@@ -190,7 +191,7 @@ def load(
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path: got {type(path).__name__}, expected a string or a Path")
     if key is not None:
-        _check.instance("key", key, str, "the name of an array")
+        checks.instance("key", key, str, "the name of an array")
     if channels not in (None, "first", "last"):
         raise ValueError(f"channels: got {channels!r}, expected 'first', 'last' or None")
     where = Path(path)
@@ -207,7 +208,7 @@ def load(
 
 
 def _read_file(path: Path, key: str | None, channels: str | None, progress: bool) -> Data:
-    found = _arrays.kind(path)
+    found = arrays.kind(path)
     if not found:
         image = path.suffix.lower() in _IMAGE_SUFFIXES
         raise ValueError(
@@ -216,8 +217,8 @@ def _read_file(path: Path, key: str | None, channels: str | None, progress: bool
         )
     if key is not None and found != "npz":
         raise ValueError(f"key: got {key!r} with {path}, expected none: it is no .npz")
-    array = _arrays.read(path, found, key=key, channels=channels, progress=progress)
-    with _arrays.naming(path):
+    array = arrays.read(path, found, key=key, channels=channels, progress=progress)
+    with arrays.naming(path):
         if array.stored == np.uint64 and array.samples.min() < 0:
             raise ValueError("got unsigned integers of 2**63 or more, expected none beyond 2**53")
         image = array.stored == np.uint8 and array.dims > 2
@@ -265,7 +266,7 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
 def _only_training_file(folder: Path, files: list[str]) -> Path:
     if not files:
         raise ValueError(f"{folder}: is an empty folder, expected images or an IDX file")
-    kinds = {name: _arrays.holds_samples(folder / name) for name in files}
+    kinds = {name: arrays.holds_samples(folder / name) for name in files}
     candidates = [name for name in files if kinds[name]]
     training = [
         name
@@ -319,7 +320,7 @@ def _read_images(folder: Path, names: list[str], others: set[str], progress: boo
     bounds = {"uint8": (0.0, 255.0), "int32": (0.0, 65535.0)}.get(samples.dtype.name)
     ignored = f", {len(others)} other files passed over: {_suffixes(others)}" if others else ""
     source = f"{folder} ({len(names)} images{ignored})"
-    with _arrays.naming(folder):
+    with arrays.naming(folder):
         return _data(samples, source, bounds, tuple(names))
 
 
@@ -357,7 +358,7 @@ def _pixels(path: Path, pillow: ModuleType) -> np.ndarray:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path}: is not a file")
     data = path.read_bytes()
-    with _arrays.naming(path):
+    with arrays.naming(path):
         with _open(data, pillow) as image:
             if image.format == "PNG":
                 # Pillow stops at the last pixel: this reads every chunk's checksum. Only the last

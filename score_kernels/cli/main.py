@@ -1,4 +1,4 @@
-"""The command ``score-kernels``: info, selfcheck, demo, train, sample."""
+"""The command ``score-kernels``: info, selfcheck, train, sample."""
 
 from __future__ import annotations
 
@@ -37,18 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     check.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     check.add_argument("--quick", action="store_true", help="a tenth of the numbers, in seconds")
-    demo = commands.add_parser(
-        "demo", help="train on real digits, sample new ones, and write a report (a few minutes)"
-    )
-    demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write to")
-    demo.add_argument("--seed", type=int, default=0, help="decides everything random (default 0)")
-    demo.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    demo.add_argument(
-        "--quick", action="store_true", help="a few seconds, to see that it runs: no real digits"
-    )
     _add_train(commands)
     _add_sample(commands)
-    _add_bench(commands)
     arguments = parser.parse_args(argv)
     try:
         return _COMMANDS[arguments.command](arguments)
@@ -118,40 +108,21 @@ def _add_sample(commands: Any) -> None:
     )
 
 
-def _add_bench(commands: Any) -> None:
-    bench = commands.add_parser(
-        "bench", help="time every op against PyTorch and other libraries, on this machine"
-    )
-    bench.add_argument("--out", type=Path, default=Path("bench"), help="folder (bench)")
-    bench.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    bench.add_argument("--op", action="append", default=[], help="only this one; may be repeated")
-    bench.add_argument("--threads", type=int, help="of torch (default: as many as it takes)")
-    bench.add_argument("--rounds", type=int, default=15, help="turns of each variant (15)")
-    bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
-    bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-
-
 def _info(_: argparse.Namespace) -> int:
     print(info())
     return 0
 
 
 def _selfcheck(arguments: argparse.Namespace) -> int:
-    from score_kernels import selfcheck
+    from score_kernels.cli import selfcheck
 
     print(info())
     return selfcheck.run(arguments.device, quick=arguments.quick)
 
 
-def _demo(arguments: argparse.Namespace) -> int:
-    from score_kernels.demo import run
-
-    run(arguments.out, seed=arguments.seed, threads=arguments.threads, quick=arguments.quick)
-    return 0
-
-
 def _train(arguments: argparse.Namespace) -> int:
-    from score_kernels import commands, config
+    from score_kernels.cli import config
+    from score_kernels.cli.train import train
 
     tables = {} if arguments.config is None else config.to_dict(config.load(arguments.config))
     for section, key in (
@@ -167,14 +138,14 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(config.to_toml(settings))
         return 0
-    commands.train(settings, arguments.out, resume=arguments.resume)
+    train(settings, arguments.out, resume=arguments.resume)
     return 0
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from score_kernels import commands
+    from score_kernels.cli.sample import sample
 
-    commands.sample(
+    sample(
         arguments.checkpoint,
         arguments.out,
         count=arguments.num,
@@ -190,27 +161,11 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    from score_kernels.bench import bench
-
-    return bench(
-        arguments.out,
-        device=arguments.device,
-        names=arguments.op,
-        threads=arguments.threads,
-        rounds=arguments.rounds,
-        quick=arguments.quick,
-        compiled=not arguments.no_compile,
-    )
-
-
 _COMMANDS = {
     "info": _info,
     "selfcheck": _selfcheck,
-    "demo": _demo,
     "train": _train,
     "sample": _sample,
-    "bench": _bench,
 }
 
 

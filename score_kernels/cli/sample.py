@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import score_kernels
-from score_kernels import _check, checkpoint, data, pictures
-from score_kernels._ranks import Ranks, joined
-from score_kernels.commands import _shards
-from score_kernels.commands._shards import Damaged, NpzStore, PngStore, Shard, Store
-from score_kernels.commands._trained import draw_samples, network, read_about, stored
+from score_kernels import checks
+from score_kernels.cli import data, plots
+from score_kernels.cli import shards as files
+from score_kernels.cli.shards import Damaged, NpzStore, PngStore, Shard, Store
+from score_kernels.cli.trained import draw_samples, network, read_about, stored
+from score_kernels.training import checkpoint
+from score_kernels.training.distributed import Ranks, joined
 
 __all__ = ["sample"]
 
@@ -99,9 +101,9 @@ def sample(
             cannot be written. Under torchrun, also: another process failed.
     """
     for name, value in (("count", count), ("batch_size", batch_size), ("shard_size", shard_size)):
-        _check.count(name, value, least=1)
-    _check.unsigned("seed", seed, 64)
-    _check.sample_range(_check.unsigned("first_sample", first_sample, 56), count)
+        checks.count(name, value, least=1)
+    checks.unsigned("seed", seed, 64)
+    checks.sample_range(checks.unsigned("first_sample", first_sample, 56), count)
     if format not in ("npz", "png"):
         raise ValueError(f"format: got {format!r}, expected 'npz' or 'png'")
     try:
@@ -155,13 +157,13 @@ class _Run:
         self.checksum = hashlib.sha256(text).hexdigest()
         self.out = out
         self.count = count
-        self.shards = _shards.cut(settings["first"], count, settings["shard_size"])
+        self.shards = files.cut(settings["first"], count, settings["shard_size"])
         kind = PngStore if settings["format"] == "png" else NpzStore
         dtype = self.kept.values.numpy().dtype
         self.store: Store = kind(out / SHARDS, self.kept.shape, dtype, self.checksum)
         self.pictures = len(self.kept.shape) == 3
         if self.pictures:
-            pictures.require()
+            plots.require()
 
     def complete(self, ranks: Ranks, *, overwrite: bool, progress: bool) -> dict[str, Any]:
         """Make what is missing, say what was done, and return the manifest. On every rank."""
@@ -223,7 +225,7 @@ class _Run:
         }
 
     def write(self, manifest: dict[str, Any]) -> None:
-        with _shards.whole(self.out / MANIFEST) as temporary:
+        with files.whole(self.out / MANIFEST) as temporary:
             with open(temporary, "w", encoding="utf-8", newline="\n") as file:
                 json.dump(manifest, file, indent=2)
                 file.write("\n")
@@ -239,7 +241,7 @@ class _Run:
         path, shards = self.out / MANIFEST, self.out / SHARDS
         if overwrite:
             for old in (*shards.glob("shard-*"), path, self.out / SHEET):
-                _shards.remove(old)
+                files.remove(old)
         known = self.known(path) if path.exists() else {}
         names = {self.store.name(shard) for shard in self.shards}
         other = sorted(p.name for p in shards.glob("shard-*") if p.name not in names)
@@ -247,11 +249,11 @@ class _Run:
             raise FileExistsError(f"{shards}: holds {other[0]}, which is not of this run; {_ELSE}")
         shards.mkdir(parents=True, exist_ok=True)
         for left in (
-            *_shards.leftovers(shards, "shard-*"),
-            *_shards.leftovers(self.out, MANIFEST),
-            *_shards.leftovers(self.out, SHEET),
+            *files.leftovers(shards, "shard-*"),
+            *files.leftovers(self.out, MANIFEST),
+            *files.leftovers(self.out, SHEET),
         ):
-            _shards.remove(left)
+            files.remove(left)
             print(f"{left.name}: removed, left by a run that was stopped")
         return known
 
@@ -323,8 +325,8 @@ class _Run:
             images.extend(kept.scaled(torch.arange(len(values))))
             if len(images) == _ON_SHEET:
                 break
-        with _shards.whole(self.out / SHEET) as temporary:
-            pictures.save_sheet(temporary, torch.stack(images))
+        with files.whole(self.out / SHEET) as temporary:
+            plots.save_sheet(temporary, torch.stack(images))
 
 
 def _on_all(ranks: Ranks, work: Callable[[], _T]) -> _T:
@@ -376,7 +378,7 @@ def _as_kept(about: dict[str, Any], format: str) -> data.Data:
 def _sha256_of_checkpoint(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: got {path}, expected a file")
-    return _shards.sha256(path)
+    return files.sha256(path)
 
 
 def _moved(net: nn.Module, device: torch.device) -> nn.Module:

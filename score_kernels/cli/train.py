@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import score_kernels
-from score_kernels import config, data, pictures
-from score_kernels._ranks import Ranks, joined
-from score_kernels.commands._trained import draw_samples, network, read_about
-from score_kernels.config import Config
-from score_kernels.schedules import suggest_schedule
+from score_kernels.cli import config, data, plots
+from score_kernels.cli.config import Config
+from score_kernels.cli.trained import draw_samples, network, read_about
+from score_kernels.diffusion.sigmas import suggest_schedule
 from score_kernels.training import Trainer
+from score_kernels.training.distributed import Ranks, joined
 
 __all__ = ["train"]
 
@@ -41,7 +41,7 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
     Sizes, channels and ranges are the data's; for the network values are scaled to [-1, 1].
 
     Args:
-        settings: see :mod:`score_kernels.config`.
+        settings: see :mod:`score_kernels.cli.config`.
         out: the folder, made if it is not there.
         resume: go on from the checkpoint in it, with the bits of a training never stopped.
         progress: whether to show progress bars (on stderr).
@@ -55,7 +55,7 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
         OSError, ValueError: the data, the settings or the checkpoint are not usable. The message
             names the file, and nothing is overwritten.
     """
-    pictures.require()
+    plots.require()
     with joined(settings.training.device) as ranks:
         return _train(settings, out, ranks, resume=resume, progress=progress)
 
@@ -87,7 +87,7 @@ def _train(settings: Config, out: Path, ranks: Ranks, *, resume: bool, progress:
     def draw(name: str) -> None:
         if count and len(source.shape) == 3:
             x = draw_samples(trainer.ema, about, count, seed=settings.training.seed, progress=shown)
-            pictures.save_sheet(out / name, x)
+            plots.save_sheet(out / name, x)
 
     def watch(trainer: Trainer) -> None:
         if not ranks.first:
@@ -96,7 +96,7 @@ def _train(settings: Config, out: Path, ranks: Ranks, *, resume: bool, progress:
         last = trainer.step == settings.training.steps
         if last or trainer.step - drawn[-1] >= settings.training.save_every:
             drawn.append(trainer.step)
-            pictures.draw_losses(
+            plots.draw_losses(
                 out / "loss.png", trainer.losses, zero_network=_zero_network(settings, source)
             )
         if every and trainer.step % every == 0:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from score_kernels import checkpoint, config, data
+from score_kernels.cli import config, data
 from score_kernels.networks import ConvScore, MLPScore
 from score_kernels.sampling import annealed_langevin
+from score_kernels.training import checkpoint
 
 __all__ = ["draw_samples", "network", "read_about", "stored"]
 

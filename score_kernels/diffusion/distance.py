@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels import _check
+from score_kernels import checks
 from score_kernels.noise import NoiseKey, Purpose
 from score_kernels.ops import words
 
@@ -95,7 +95,7 @@ def pairwise_distance_bounds(
     Raises:
         TypeError, ValueError: as in `max_pairwise_distance`, or points or seed is out of range.
     """
-    points = _check.count("points", points, least=1)
+    points = checks.count("points", points, least=1)
     key = NoiseKey(seed, purpose=Purpose.USER)
     cloud = Cloud(data)
     if cloud.spread == 0:
@@ -316,13 +316,13 @@ class Cloud:
 
 def _rows(data: Tensor) -> Tensor:
     """Data `[N, ...]` as `[N, D]`, checked, without a copy where that is possible."""
-    _check.instance("data", data, Tensor, "a tensor [N, ...]")
+    checks.instance("data", data, Tensor, "a tensor [N, ...]")
     if not data.dtype.is_floating_point and not data.dtype.is_complex:
         raise TypeError(
             f"data: got dtype {data.dtype}, expected floating-point data; data.float() converts "
             "it, and for bytes of images data.float() / 255 brings it to [0, 1]"
         )
-    _check.score("data", data)
+    checks.score("data", data)
     if data.is_meta:
         raise ValueError("data: got a tensor on meta, expected one with values")
     if data.shape[0] < 2 or data[0].numel() == 0:

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from score_kernels import _check
-from score_kernels.sde import SDE, Discrete
+from score_kernels import checks
+from score_kernels.diffusion.sde import SDE, Discrete
 
 __all__ = ["as_score", "by_label", "by_sigma", "convert", "unconditional"]
 
@@ -78,10 +78,10 @@ def as_score(net: nn.Module, *, kind: str, schedule: SDE | Discrete | None = Non
         schedule: what the network sees and is told.
 
             - none: ``(y, sigma)`` with sigma ``[B]`` float32.
-            - a :class:`~score_kernels.sde.SDE`: ``(x_t, t)`` with t ``[B]`` float32, the time of
+            - a :class:`SDE`: ``(x_t, t)`` with t ``[B]`` float32, the time of
               this sigma; outside 0 to 1 where sigma is outside the schedule. Networks that want a
               multiple of t (999 t, say) take it themselves.
-            - a :class:`~score_kernels.sde.Discrete`: ``(x_t, i)`` with i ``[B]`` int64, the step
+            - a :class:`Discrete`: ``(x_t, i)`` with i ``[B]`` int64, the step
               whose level is nearest to sigma. Between levels x_t still is what sigma asks for,
               ``y / sqrt(1 + sigma^2)``: of the right size, told of a level slightly off.
 
@@ -128,13 +128,13 @@ def convert(
         ValueError: a name is not one of the above, or a shape is wrong.
     """
     for name, quantity in (("source", source), ("target", target)):
-        _check.choice(name, quantity, _QUANTITIES)
+        checks.choice(name, quantity, _QUANTITIES)
     _check_schedule(schedule)
     for name, tensor in (("y", y), ("value", value), ("sigma", sigma)):
-        _check.score(name, tensor)
+        checks.score(name, tensor)
         if tensor.device != y.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected that of y, {y.device}")
-    _check.sigma(sigma, y)
+    checks.sigma(sigma, y)
     if value.shape != y.shape:
         raise ValueError(
             f"value: got shape {tuple(value.shape)}, expected that of y, {tuple(y.shape)}"
@@ -205,20 +205,20 @@ class _Wrapper(nn.Module):
 
     def __init__(self, net: nn.Module, divide: bool) -> None:
         super().__init__()
-        _check.instance("net", net, nn.Module, "a torch.nn.Module")
+        checks.instance("net", net, nn.Module, "a torch.nn.Module")
         self.net = net
-        self.divide = _check.flag("divide", divide)
+        self.divide = checks.flag("divide", divide)
 
 
 class _Unconditional(_Wrapper):
     def forward(self, x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        _check.sigma(sigma, x)
+        checks.sigma(sigma, x)
         return _over(self.net(x, **conditions), sigma)
 
 
 class _BySigma(_Wrapper):
     def forward(self, x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        _check.sigma(sigma, x)
+        checks.sigma(sigma, x)
         out = self.net(x, sigma, **conditions)
         return _over(out, sigma) if self.divide else out
 
@@ -228,12 +228,12 @@ class _ByLabel(_Wrapper):
 
     def __init__(self, net: nn.Module, sigmas: Any, divide: bool) -> None:
         super().__init__(net, divide)
-        table = torch.tensor(_check.noise_levels(sigmas), dtype=torch.float32)
+        table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32)
         # Kept rising, as searchsorted wants it.
         self.register_buffer("sigmas", table.flip(0), persistent=False)
 
     def forward(self, x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        _check.sigma(sigma, x)
+        checks.sigma(sigma, x)
         last = len(self.sigmas) - 1
         place = torch.searchsorted(self.sigmas, sigma).clamp_(max=last)
         known = self.sigmas[place] == sigma
@@ -247,9 +247,9 @@ class _ByLabel(_Wrapper):
 class _AsScore(nn.Module):
     def __init__(self, net: nn.Module, kind: str, schedule: SDE | Discrete | None) -> None:
         super().__init__()
-        _check.instance("net", net, nn.Module, "a torch.nn.Module")
+        checks.instance("net", net, nn.Module, "a torch.nn.Module")
         _check_schedule(schedule)
-        _check.choice("kind", kind, (*_QUANTITIES, "denoiser"))
+        checks.choice("kind", kind, (*_QUANTITIES, "denoiser"))
         if kind == "denoiser" and schedule is not None:
             raise ValueError(
                 f"schedule: got {type(schedule).__name__} with kind = 'denoiser', expected none: "
@@ -260,13 +260,13 @@ class _AsScore(nn.Module):
         self.schedule = schedule
 
     def forward(self, y: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        _check.sigma(sigma, y)
+        checks.sigma(sigma, y)
         told, m = self._told(sigma)
         x = y if self.schedule is None else (_fit(m, y) * y).to(y.dtype)
         out = self.net(x, told, **conditions)
         if not isinstance(out, Tensor):
             out = getattr(out, "sample", out)
-            _check.instance("net", out, Tensor, "a tensor, or an object with one as .sample")
+            checks.instance("net", out, Tensor, "a tensor, or an object with one as .sample")
         if out.shape != y.shape:
             raise ValueError(
                 f"kind: got {self.kind!r} of a network that returns shape {tuple(out.shape)}, "

@@ -6,14 +6,14 @@ import difflib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from score_kernels.schedules import Schedule, geometric_sigmas
+from score_kernels.diffusion.sigmas import Schedule, geometric_sigmas
 
 __all__ = ["Preset", "preset", "presets"]
 
 
 @dataclass(frozen=True, eq=False)
 class Preset(Schedule):
-    """Published settings; a :class:`score_kernels.schedules.Schedule` with how it was trained.
+    """Published settings; a :class:`Schedule` with how it was trained.
 
     ``annealed_langevin(net, shape, p.sigmas, steps_per_level=p.steps_per_level,
     step_size=p.step_size)`` samples with the preset p. The data are images in [0, 1].

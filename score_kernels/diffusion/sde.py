@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels import _check
+from score_kernels import checks
 
 __all__ = ["SDE", "VE", "VP", "Discrete", "SubVP"]
 
@@ -61,7 +61,7 @@ class VE(SDE):
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
-        self.sigma_max, self.sigma_min = _check.ends(sigma_max, sigma_min)
+        self.sigma_max, self.sigma_min = checks.ends(sigma_max, sigma_min)
         self._rate = math.log(self.sigma_max / self.sigma_min)
 
     def mean(self, t: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ class VP(SDE):
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        self.beta_min = _check.positive("beta_min", beta_min)
-        self.beta_max = _check.positive("beta_max", beta_max)
+        self.beta_min = checks.positive("beta_min", beta_min)
+        self.beta_max = checks.positive("beta_max", beta_max)
         self._slope = self.beta_max - self.beta_min
 
     def beta(self, t: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Discrete:
     """
 
     def __init__(self, alphas_bar: Any) -> None:
-        values = torch.tensor(_check.numbers_of("alphas_bar", alphas_bar), dtype=torch.float64)
+        values = torch.tensor(checks.numbers_of("alphas_bar", alphas_bar), dtype=torch.float64)
         if not len(values):
             raise ValueError("alphas_bar: got none, expected at least one")
         if not (0 < values[-1] and values[0] < 1 and bool((values.diff() < 0).all())):

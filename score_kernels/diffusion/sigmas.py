@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from score_kernels import _check
-from score_kernels._distance import Cloud, max_pairwise_distance, pairwise_distance_bounds
+from score_kernels import checks
+from score_kernels.diffusion.distance import Cloud, max_pairwise_distance, pairwise_distance_bounds
 
 __all__ = [
     "Schedule",
@@ -86,15 +86,15 @@ def geometric_sigmas(sigma_max: float, sigma_min: float, levels: int) -> Tensor:
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    levels = _check.count("levels", levels, least=1)
+    levels = checks.count("levels", levels, least=1)
     if levels == 1:
         if sigma_min != sigma_max:
             raise ValueError(
                 f"levels: got 1 with sigma_max = {sigma_max} and sigma_min = "
                 f"{sigma_min}, expected at least 2 levels between different sigmas"
             )
-        return torch.tensor([_check.positive("sigma_max", sigma_max)])
-    sigma_max, sigma_min = _check.ends(sigma_max, sigma_min)
+        return torch.tensor([checks.positive("sigma_max", sigma_max)])
+    sigma_max, sigma_min = checks.ends(sigma_max, sigma_min)
     logs = torch.linspace(math.log(sigma_max), math.log(sigma_min), levels, dtype=torch.float64)
     return logs.exp().float()
 
@@ -118,9 +118,9 @@ def edm_sigmas(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    sigma_max, sigma_min = _check.ends(sigma_max, sigma_min)
-    levels = _check.count("levels", levels, least=2)
-    rho = _check.positive("rho", rho)
+    sigma_max, sigma_min = checks.ends(sigma_max, sigma_min)
+    levels = checks.count("levels", levels, least=2)
+    rho = checks.positive("rho", rho)
     # In units of sigma_max: sigma^(1/rho) of a small rho may leave the range of numbers.
     low = (sigma_min / sigma_max) ** (1 / rho)
     return (sigma_max * torch.linspace(1, low, levels, dtype=torch.float64).pow(rho)).float()
@@ -142,8 +142,8 @@ def level_overlap(dim: int, ratio: float) -> float:
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    dim = _check.count("dim", dim, least=1)
-    ratio = _check.number("ratio", ratio)
+    dim = checks.count("dim", dim, least=1)
+    ratio = checks.number("ratio", ratio)
     if ratio < 1:
         raise ValueError(f"ratio: got {ratio}, expected at least 1")
     return _overlap(dim, ratio - 1)
@@ -164,8 +164,8 @@ def sigma_ratio(dim: int, overlap: float = 0.5) -> float:
         TypeError, ValueError: an argument is of the wrong kind or out of range, or dim is at most
             4: there any two levels overlap by 0.9973 or more, so that this sets no limit.
     """
-    dim = _check.count("dim", dim, least=1)
-    overlap = _check.positive("overlap", overlap)
+    dim = checks.count("dim", dim, least=1)
+    overlap = checks.positive("overlap", overlap)
     if dim <= 4:
         raise ValueError(
             f"dim: got {dim} with overlap = {overlap}, expected at least 5: in {dim} dimensions "
@@ -198,7 +198,7 @@ def level_count(sigma_max: float, sigma_min: float, ratio: float) -> int:
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    sigma_max, sigma_min = _check.ends(sigma_max, sigma_min)
+    sigma_max, sigma_min = checks.ends(sigma_max, sigma_min)
     ratio = _above_one(ratio)
     return 1 + max(1, round((math.log(sigma_max) - math.log(sigma_min)) / math.log(ratio)))
 
@@ -221,10 +221,10 @@ def variance_ratio(step_size: float, ratio: float, sigma_min: float, steps_per_l
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    step_size = _check.positive("step_size", step_size)
+    step_size = checks.positive("step_size", step_size)
     ratio = _above_one(ratio)
-    sigma_min = _check.positive("sigma_min", sigma_min)
-    steps = _check.count("steps_per_level", steps_per_level, least=1)
+    sigma_min = checks.positive("sigma_min", sigma_min)
+    steps = checks.count("steps_per_level", steps_per_level, least=1)
     eta = step_size / sigma_min / sigma_min / 2
     if eta >= 2:
         raise ValueError(
@@ -259,8 +259,8 @@ def best_step_size(ratio: float, sigma_min: float, steps_per_level: int) -> floa
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
     ratio = _above_one(ratio)
-    sigma_min = _check.positive("sigma_min", sigma_min)
-    steps = _check.count("steps_per_level", steps_per_level, least=1)
+    sigma_min = checks.positive("sigma_min", sigma_min)
+    steps = checks.count("steps_per_level", steps_per_level, least=1)
     k = 2 * steps
     excess = k * (ratio - 1) * (ratio + 1)
 
@@ -331,9 +331,9 @@ def suggest_schedule(
             f"network_calls: got {network_calls} beside steps_per_level = {steps_per_level}, "
             "expected one of the two"
         )
-    calls = None if network_calls is None else _check.count("network_calls", network_calls, least=1)
+    calls = None if network_calls is None else checks.count("network_calls", network_calls, least=1)
     steps = 5 if steps_per_level is None else steps_per_level
-    steps = _check.count("steps_per_level", steps, least=1)
+    steps = checks.count("steps_per_level", steps, least=1)
     cloud = Cloud(data)
     if cloud.spread == 0:
         raise ValueError(
@@ -347,10 +347,10 @@ def suggest_schedule(
             f"sigma_max: got {high:g}, expected more than sigma_min = {low:g} ({why_low})"
         )
     if levels is None:
-        overlap = _check.positive("overlap", overlap)
+        overlap = checks.positive("overlap", overlap)
         levels, why_levels = _spacing(high, low, cloud.dim, overlap)
     else:
-        levels = _check.count("levels", levels, least=2)
+        levels = checks.count("levels", levels, least=2)
         why_levels = "Their number is given"
         ratio = _realised(high, low, levels)
         if ratio > _LARGEST_RATIO:
@@ -406,13 +406,13 @@ def suggest_schedule(
 
 def _smallest_level(given: float | None, cloud: Cloud) -> tuple[float, str]:
     if given is not None:
-        return _check.positive("sigma_min", given), "given"
+        return checks.positive("sigma_min", given), "given"
     return 0.01 * cloud.spread, f"1/100 of the range of the data, {cloud.spread:.6g}"
 
 
 def _largest_level(given: float | None, cloud: Cloud, progress: bool) -> tuple[float, str]:
     if given is not None:
-        return _check.positive("sigma_max", given), "given"
+        return checks.positive("sigma_max", given), "given"
     low, high = cloud.within(_EXACT_OPERATIONS, progress)
     if low == high:
         return high, "technique 1: the largest distance between two samples, exact"
@@ -455,7 +455,7 @@ def _row(name: str, value: str, reason: str) -> str:
 
 
 def _above_one(ratio: float) -> float:
-    ratio = _check.number("ratio", ratio)
+    ratio = checks.number("ratio", ratio)
     if not 1 < ratio <= _LARGEST_RATIO:
         raise ValueError(f"ratio: got {ratio}, expected above 1 and at most {_LARGEST_RATIO:g}")
     return ratio

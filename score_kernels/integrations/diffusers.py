@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from score_kernels import ops
 from score_kernels.backends import choose
+from score_kernels.diffusion.prediction import as_score
+from score_kernels.diffusion.sde import Discrete
 from score_kernels.noise import NoiseKey, Purpose, resolve
-from score_kernels.parametrization import as_score
-from score_kernels.sampling.reverse import norms
-from score_kernels.sde import Discrete
+from score_kernels.sampling.sde import norms
 
 try:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels import _check, ops
+from score_kernels import checks, ops
 from score_kernels._torch import modes_active, transforms_active
 from score_kernels.noise import NoiseKey, Purpose, resolve
 
@@ -65,12 +65,12 @@ def dsm_loss(
             a weight is not finite, or the network returns another shape. Under ``torch.compile``
             the values of tensors are not looked at.
     """
-    _check.function("net", net)
-    _check.flag("return_per_level", return_per_level)
-    _check.state("x", x)
+    checks.function("net", net)
+    checks.flag("return_per_level", return_per_level)
+    checks.state("x", x)
     table = _table(sigmas, x)
     levels = table.shape[0]
-    _check.reduction(reduction)
+    checks.reduction(reduction)
     batch = x.shape[0]
     if not batch:
         raise ValueError("x: got a batch of 0, expected at least one sample")
@@ -104,7 +104,7 @@ def denoising_losses(
     """The ``[B]`` losses of :func:`dsm_loss` at given noise levels, unchecked."""
     key = noise.for_purpose(Purpose.DSM_NOISE)
     score = net(ops.perturb(x, sigma, key), sigma, **conditions)
-    _check.score_like(x, score, "net")
+    checks.score_like(x, score, "net")
     return ops.dsm_loss_from_score(score, sigma, key, weight=weight)
 
 
@@ -112,12 +112,12 @@ def _table(sigmas: Any, x: Tensor) -> Tensor:
     """The noise levels as float32 on x's device, checked."""
     global _checked
     if not isinstance(sigmas, Tensor):
-        return torch.tensor(_check.noise_levels(sigmas), dtype=torch.float32).to(x.device)
+        return torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32).to(x.device)
     if torch.compiler.is_compiling():
         return sigmas.to(x.device, torch.float32)
-    _check.dense("sigmas", sigmas)
+    checks.dense("sigmas", sigmas)
     # Tensors made under a transform or a mode are not for later calls.
-    lasting = type(sigmas) in _check.PLAIN and not (transforms_active() or modes_active())
+    lasting = type(sigmas) in checks.PLAIN and not (transforms_active() or modes_active())
     # Read once: another thread may replace it.
     known = _checked
     if lasting and known is not None:
@@ -125,7 +125,7 @@ def _table(sigmas: Any, x: Tensor) -> Tensor:
         same = sigmas.dtype == before.dtype and sigmas.device == before.device
         if same and table.device == x.device and torch.equal(sigmas, before):
             return table
-    table = torch.tensor(_check.noise_levels(sigmas), dtype=torch.float32).to(x.device)
+    table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32).to(x.device)
     if lasting:
         _checked = sigmas.detach().clone(), table
     return table
@@ -134,9 +134,9 @@ def _table(sigmas: Any, x: Tensor) -> Tensor:
 def _weight(weighting: float | Tensor, sigma: Tensor, x: Tensor) -> Tensor | None:
     """lambda(sigma) / sigma^2 per sample, None for ones."""
     if not isinstance(weighting, Tensor):
-        power = _check.number("weighting", weighting)
+        power = checks.number("weighting", weighting)
         return None if power == 2.0 else sigma ** (power - 2.0)
-    _check.per_sample("weighting", weighting, x)
+    checks.per_sample("weighting", weighting, x)
     if not torch.compiler.is_compiling():
         low, high = (float(v) for v in torch.aminmax(weighting.detach()))
         if not (low >= 0 and high < math.inf):
@@ -156,8 +156,8 @@ def per_level(each: Tensor, labels: Tensor, levels: int) -> Tensor:
 
 
 def _check_labels(labels: Any, x: Tensor, levels: int) -> None:
-    _check.instance("labels", labels, Tensor, "a tensor of level indices")
-    _check.dense("labels", labels)
+    checks.instance("labels", labels, Tensor, "a tensor of level indices")
+    checks.dense("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
     if labels.shape != x.shape[:1]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels import _check, ops
+from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
 
 __all__ = ["exact_score_loss", "sliced_score_loss"]
@@ -119,13 +119,13 @@ def sliced_score_loss(
     """
     call = _caller(score, x, sigma)
     noise = resolve(noise, seed)
-    probes = _check.count("probes", probes, least=1)
+    probes = checks.count("probes", probes, least=1)
     if probes > _MOST_PROBES:
         raise ValueError(f"probes: got {probes}, expected at most {_MOST_PROBES}")
-    fd_step = _check.positive("fd_step", fd_step)
+    fd_step = checks.positive("fd_step", fd_step)
     if method not in ("auto", *_METHODS):
         raise ValueError(f"method: got {method!r}, expected auto, {', '.join(_METHODS)}")
-    _check.reduction(reduction)
+    checks.reduction(reduction)
     keys = [noise.for_purpose(Purpose.SSM_PROBE + i) for i in range(probes)]
 
     def run(method: str) -> Tensor:
@@ -291,9 +291,9 @@ def _levels(sigma: Tensor | float | None, x: Tensor) -> Tensor | None:
     if sigma is None:
         return None
     if isinstance(sigma, Tensor):
-        _check.per_sample("sigma", sigma, x)
+        checks.per_sample("sigma", sigma, x)
         return sigma
-    level = _check.noise_level("sigma", sigma)
+    level = checks.noise_level("sigma", sigma)
     return torch.full(x.shape[:1], level, dtype=torch.float32, device=x.device)
 
 
@@ -301,16 +301,16 @@ def _caller(
     score: Callable[..., Tensor], x: Tensor, sigma: Tensor | float | None
 ) -> Callable[[Tensor], Tensor]:
     """score as a function of x alone, its result checked."""
-    _check.function("score", score)
-    _check.state("x", x)
-    _check.noise_shape(x.shape)
+    checks.function("score", score)
+    checks.state("x", x)
+    checks.noise_shape(x.shape)
     if not x.numel():
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one element")
     level = _levels(sigma, x)
 
     def call(y: Tensor) -> Tensor:
         value = score(y) if level is None else score(y, level)
-        _check.score_like(y, value)
+        checks.score_like(y, value)
         return value
 
     return call

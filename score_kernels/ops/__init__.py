@@ -12,9 +12,9 @@ Noise is named by a :class:`score_kernels.NoiseKey` and made inside the kernel. 
 """
 
 from score_kernels.ops.dsm import dsm_loss_from_score, perturb
-from score_kernels.ops.fill import normal, rademacher, uniform, words
-from score_kernels.ops.probe import fd_pair, fd_reduce, probe_dot, probe_scale, ssm_reduce
-from score_kernels.ops.update import affine_step_, langevin_step, langevin_step_, table_step_
+from score_kernels.ops.langevin import affine_step_, langevin_step, langevin_step_, table_step_
+from score_kernels.ops.random import normal, rademacher, uniform, words
+from score_kernels.ops.sliced import fd_pair, fd_reduce, probe_dot, probe_scale, ssm_reduce
 
 __all__ = [
     "affine_step_",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from score_kernels import _check
+from score_kernels import checks
 from score_kernels._torch import is_compiling, modes_active, profiler_enabled, transforms_active
 from score_kernels.noise import Key
 
@@ -62,7 +62,7 @@ def register(
         """The same for torch's dispatcher, which anyone may call."""
         for i, argument, _ in tensors:
             if arguments[i] is not None:
-                _check.memory(argument, arguments[i])
+                checks.memory(argument, arguments[i])
         return resolved(*arguments)
 
     library.impl(name, stored, "CompositeExplicitAutograd")
@@ -75,7 +75,7 @@ def register(
         for i, _, _ in tensors:
             value = arguments[i]
             if value is not None and (
-                type(value) not in _check.PLAIN or value.is_meta or value._is_zerotensor()
+                type(value) not in checks.PLAIN or value.is_meta or value._is_zerotensor()
             ):
                 return op(*arguments)
         return resolved(*arguments)

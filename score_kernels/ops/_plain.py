@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from score_kernels.noise import NoiseKey
-from score_kernels.ops.fill import normal, rademacher
+from score_kernels.ops.random import normal, rademacher
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels import _check
+from score_kernels import checks
 from score_kernels._torch import is_compiling
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import (
+from score_kernels.ops._dispatch import (
     KEY,
     apply,
     differentiated,
@@ -21,7 +21,7 @@ from score_kernels.ops._library import (
     unsigned,
 )
 from score_kernels.ops._plain import spread, sums, wide
-from score_kernels.ops.fill import normal
+from score_kernels.ops.random import normal
 
 __all__ = ["dsm_loss_from_score", "perturb"]
 
@@ -40,11 +40,11 @@ def perturb(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype, shape or device is not one of the above.
     """
-    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
-    _check.state("x", x)
-    _check.noise_shape(x.shape, "x")
-    _check.sample_range(noise.first_sample, x.shape[0])
-    _check.per_sample("sigma", sigma, x)
+    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
+    checks.state("x", x)
+    checks.noise_shape(x.shape, "x")
+    checks.sample_range(noise.first_sample, x.shape[0])
+    checks.per_sample("sigma", sigma, x)
     # Under torch.func the plain formula serves: it has every derivative and batching rule.
     if transformed() or (torch.is_grad_enabled() and sigma.requires_grad):
         return x + spread(sigma, x) * normal(x.shape, noise, dtype=x.dtype, device=x.device)
@@ -75,13 +75,13 @@ def dsm_loss_from_score(
     Raises:
         TypeError, ValueError: a dtype, shape or device is not one of the above.
     """
-    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
-    _check.score("score", score)
-    _check.noise_shape(score.shape, "score")
-    _check.sample_range(noise.first_sample, score.shape[0])
-    _check.per_sample("sigma", sigma, score)
+    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
+    checks.score("score", score)
+    checks.noise_shape(score.shape, "score")
+    checks.sample_range(noise.first_sample, score.shape[0])
+    checks.per_sample("sigma", sigma, score)
     if weight is not None:
-        _check.per_sample("weight", weight, score)
+        checks.per_sample("weight", weight, score)
     if transformed() or (
         torch.is_grad_enabled()
         and (sigma.requires_grad or (weight is not None and weight.requires_grad))

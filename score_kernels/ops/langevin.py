@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from score_kernels import _check
+from score_kernels import checks
 from score_kernels.backends import choose, native
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import KEY, apply, register, signed, unsigned
+from score_kernels.ops._dispatch import KEY, apply, register, signed, unsigned
 
 __all__ = ["affine_step_", "langevin_step", "langevin_step_", "table_step_"]
 
@@ -37,7 +37,7 @@ def affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: 
         TypeError: a dtype or an argument's kind is not one of the above.
         ValueError: shapes or devices differ, or a number is not finite or out of range.
     """
-    a, b, c = _check.number("a", a), _check.number("b", b), _check.number("c", c)
+    a, b, c = checks.number("a", a), checks.number("b", b), checks.number("c", c)
     return _step(x, score, a, b, c, noise, in_place=True)
 
 
@@ -45,7 +45,7 @@ def langevin_step_(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> T
     """``x <- x + (alpha/2) score + sqrt(alpha) z`` in place. See :func:`langevin_step`."""
     if type(alpha) is not float or not 0.0 <= alpha < math.inf:
         # Only what is not plainly right is checked in full: that costs a tenth of a small step.
-        alpha = _check.not_negative("alpha", alpha)
+        alpha = checks.not_negative("alpha", alpha)
     return _step(x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise, in_place=True)
 
 
@@ -70,7 +70,7 @@ def langevin_step(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Te
     """
     if type(alpha) is not float or not 0.0 <= alpha < math.inf:
         # Only what is not plainly right is checked in full: that costs a tenth of a small step.
-        alpha = _check.not_negative("alpha", alpha)
+        alpha = checks.not_negative("alpha", alpha)
     return _step(x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise, in_place=False)
 
 
@@ -115,8 +115,8 @@ def table_step_(
         missing = "known" if known is None else "mask"
         raise ValueError(f"{missing}: got none, expected it beside the other of known and mask")
     columns = 3 if known is None else 5
-    _check.instance("table", table, Tensor, "a tensor")
-    _check.dense("table", table)
+    checks.instance("table", table, Tensor, "a tensor")
+    checks.dense("table", table)
     lines = table.shape[:1] if step is not None or table.shape[:1] == x.shape[:1] else (1,)
     wanted = f"[steps, {columns}]" if step is not None else f"[B, {columns}] or [1, {columns}]"
     _check_part("table", table, x.dtype, (*lines, columns), wanted, x)
@@ -146,8 +146,8 @@ def table_step_(
 def _check_part(
     name: str, value: Any, dtype: torch.dtype, shape: Sequence[int], wanted: str, x: Tensor
 ) -> None:
-    _check.instance(name, value, Tensor, "a tensor")
-    _check.dense(name, value)
+    checks.instance(name, value, Tensor, "a tensor")
+    checks.dense(name, value)
     if value.dtype != dtype or value.device != x.device:
         raise TypeError(
             f"{name}: got {value.dtype} on {value.device}, expected {dtype} on {x.device}"
@@ -170,11 +170,11 @@ def _step(
 
 
 def _check_step(x: Tensor, score: Tensor, noise: NoiseKey) -> None:
-    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
-    _check.state("x", x)
-    _check.score_like(x, score)
-    _check.sample_range(noise.first_sample, x.shape[0])
-    _check.noise_shape(x.shape, "x")
+    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
+    checks.state("x", x)
+    checks.score_like(x, score)
+    checks.sample_range(noise.first_sample, x.shape[0])
+    checks.noise_shape(x.shape, "x")
 
 
 class _AffineStep(torch.autograd.Function):

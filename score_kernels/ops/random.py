@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels import _check
+from score_kernels import checks
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import KEY, register, signed, unsigned
+from score_kernels.ops._dispatch import KEY, register, signed, unsigned
 
 __all__ = ["normal", "rademacher", "uniform", "words"]
 
@@ -85,12 +85,12 @@ def _fill(
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> Tensor:
-    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
-    sizes = _check.noise_shape(shape)
-    _check.sample_range(noise.first_sample, sizes[0])
+    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
+    sizes = checks.noise_shape(shape)
+    checks.sample_range(noise.first_sample, sizes[0])
     if kind != "words" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
-    home = _check.device("device", device)
+    home = checks.device("device", device)
     filled = _OPS[kind](list(sizes), home, *signed(noise.fields()))
     if filled.dtype == dtype:
         return filled

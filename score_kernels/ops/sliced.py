@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels import _check
+from score_kernels import checks
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
-from score_kernels.ops._library import KEY, apply, register, signed, transformed, unsigned
+from score_kernels.ops._dispatch import KEY, apply, register, signed, transformed, unsigned
 from score_kernels.ops._plain import probe_like, spread, sums, wide
 
 __all__ = ["fd_pair", "fd_reduce", "probe_dot", "probe_scale", "ssm_reduce"]
@@ -62,8 +62,8 @@ def probe_scale(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    sizes = _check.noise_shape(shape)
-    _check.state("g", g)
+    sizes = checks.noise_shape(shape)
+    checks.state("g", g)
     if g.shape != sizes[:1]:
         raise ValueError(f"g: got shape {tuple(g.shape)}, expected [B] = {sizes[:1]}")
     _check_probe(g, noise, probe, "g")
@@ -99,7 +99,7 @@ def ssm_reduce(
     """
     _check_probe(s, noise, probe, "s")
     _check_like("g", g, "s", s)
-    reduced = _check.flag("variance_reduced", variance_reduced)
+    reduced = checks.flag("variance_reduced", variance_reduced)
     if transformed():
         return _formula(wide(g), wide(s), noise, probe, reduced)
     return apply(_Reduce, g, s, noise, probe, reduced)
@@ -121,7 +121,7 @@ def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademache
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    _check.state("x", x)
+    checks.state("x", x)
     _check_probe(x, noise, probe, "x")
     _check_steps(step, x)
     if transformed():
@@ -156,7 +156,7 @@ def fd_reduce(
     _check_probe(above, noise, probe, "above")
     _check_like("below", below, "above", above)
     _check_steps(step, above)
-    reduced = _check.flag("variance_reduced", variance_reduced)
+    reduced = checks.flag("variance_reduced", variance_reduced)
     if transformed():
         above, below = wide(above), wide(below)
         slope = (above - below) / spread(2 * step, above)
@@ -170,7 +170,7 @@ def _formula(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -
 
 
 def _check_like(name: str, value: Tensor, other: str, like: Tensor) -> None:
-    _check.score(name, value)
+    checks.score(name, value)
     for what, got, expected in (
         ("shape", tuple(value.shape), tuple(like.shape)),
         ("dtype", value.dtype, like.dtype),
@@ -181,7 +181,7 @@ def _check_like(name: str, value: Tensor, other: str, like: Tensor) -> None:
 
 
 def _check_steps(step: Tensor, batch: Tensor) -> None:
-    _check.state("step", step)
+    checks.state("step", step)
     dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
     if step.dtype != dtype:
         raise TypeError(f"step: got dtype {step.dtype}, expected {dtype}")
@@ -193,11 +193,11 @@ def _check_steps(step: Tensor, batch: Tensor) -> None:
 
 
 def _check_probe(values: Tensor, noise: NoiseKey, probe: str, name: str) -> None:
-    _check.instance("noise", noise, NoiseKey, "a NoiseKey")
-    _check.score(name, values)
-    _check.noise_shape(values.shape, name)
-    _check.sample_range(noise.first_sample, values.shape[0])
-    _check.choice("probe", probe, _KINDS)
+    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
+    checks.score(name, values)
+    checks.noise_shape(values.shape, name)
+    checks.sample_range(noise.first_sample, values.shape[0])
+    checks.choice("probe", probe, _KINDS)
 
 
 def _sums(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from score_kernels import _check
-from score_kernels.sampling.chain import Options, run
+from score_kernels import checks
+from score_kernels.diffusion.sde import Discrete
+from score_kernels.sampling.engine import Options, run
 from score_kernels.sampling.steps import Phase, Score
-from score_kernels.sde import Discrete
 
 __all__ = ["ddim", "ddpm"]
 
@@ -52,7 +52,7 @@ def ddpm(
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
-    _check.instance("schedule", schedule, Discrete, "a score_kernels.sde.Discrete")
+    checks.instance("schedule", schedule, Discrete, "a score_kernels.diffusion.sde.Discrete")
     if variance not in ("small", "large"):
         raise ValueError(f"variance: got {variance!r}, expected 'small' or 'large'")
     kept = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar])
@@ -96,12 +96,12 @@ def ddim(
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
-    _check.instance("schedule", schedule, Discrete, "a score_kernels.sde.Discrete")
-    steps = _check.count("steps", steps, least=1)
+    checks.instance("schedule", schedule, Discrete, "a score_kernels.diffusion.sde.Discrete")
+    steps = checks.count("steps", steps, least=1)
     levels = len(schedule.sigmas)
     if steps > levels:
         raise ValueError(f"steps: got {steps}, expected at most the schedule's {levels}")
-    eta = _check.not_negative("eta", eta)
+    eta = checks.not_negative("eta", eta)
     if eta > 1:
         raise ValueError(f"eta: got {eta}, expected a number from 0 to 1")
     chosen = torch.linspace(levels - 1, 0, steps, dtype=torch.float64).round().long()

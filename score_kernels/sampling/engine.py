@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from score_kernels import _check, ops
+from score_kernels import checks, ops
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey, Purpose, fresh_seed
 from score_kernels.sampling.steps import Network, Phase, Score, Steps, Update
@@ -117,16 +117,16 @@ def run(
     With `denoise` it ends with ``x + sigma^2 score(x, sigma)``, sigma that of the last phase's end
     and x in the data's scale.
     """
-    _check.function("score", score)
+    checks.function("score", score)
     flags = {"denoise": denoise, "progress": progress, "cuda_graph": cuda_graph}
     for name, value in flags.items():
-        _check.flag(name, value)
+        checks.flag(name, value)
     if on_nan not in ("raise", "stop", "ignore"):
         raise ValueError(f"on_nan: got {on_nan!r}, expected 'raise', 'stop' or 'ignore'")
     seed = fresh_seed() if seed is None else seed
     noise = NoiseKey(seed, purpose=Purpose.LANGEVIN, first_sample=first_sample)
     total = sum(phase.steps for phase in plan)
-    first_step = _check.count("first_step", first_step, least=0)
+    first_step = checks.count("first_step", first_step, least=0)
     if first_step > total:
         raise ValueError(
             f"first_step: got {first_step}, expected at most the chain's {total} steps"
@@ -134,9 +134,9 @@ def run(
     if total > 2**32:
         raise ValueError(f"steps: got {total} steps in all, expected at most 2**32, one draw each")
     if callback is not None:
-        _check.function("callback", callback)
+        checks.function("callback", callback)
     every = (
-        total + 1 if record_every is None else _check.count("record_every", record_every, least=1)
+        total + 1 if record_every is None else checks.count("record_every", record_every, least=1)
     )
     with torch.no_grad():
         x = _start(shape_or_init, scale, init, noise, device)
@@ -207,10 +207,10 @@ def _start(
     device: torch.device | str | None,
 ) -> Tensor:
     if isinstance(shape_or_init, Tensor):
-        _check.state("shape_or_init", shape_or_init)
-        _check.noise_shape(shape_or_init.shape)
-        _check.sample_range(noise.first_sample, shape_or_init.shape[0])
-        wanted = _check.device("device", device) or shape_or_init.device
+        checks.state("shape_or_init", shape_or_init)
+        checks.noise_shape(shape_or_init.shape)
+        checks.sample_range(noise.first_sample, shape_or_init.shape[0])
+        wanted = checks.device("device", device) or shape_or_init.device
         if wanted.type != shape_or_init.device.type or (
             wanted.index is not None and wanted.index != shape_or_init.device.index
         ):
@@ -221,7 +221,7 @@ def _start(
         if shape_or_init.is_meta:
             raise ValueError("shape_or_init: got a tensor on meta, expected one with values")
         return shape_or_init.detach().clone(memory_format=torch.contiguous_format)
-    home = _check.device("device", device)
+    home = checks.device("device", device)
     if (home or torch.get_default_device()).type == "meta":
         raise ValueError("device: got meta, expected one that computes")
     prior = noise.for_purpose(Purpose.PRIOR)

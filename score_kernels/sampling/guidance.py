@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels import _check
+from score_kernels import checks
 from score_kernels.sampling.steps import Score
 
 __all__ = ["classifier_free", "interpolate"]
@@ -33,14 +33,14 @@ def classifier_free(
         TypeError, ValueError: an argument or, when called, what score returns is of the wrong kind,
             or scale is not a finite number.
     """
-    _check.function("score", score)
-    scale = _check.number("scale", scale)
-    given, without = _check.keywords("given", given), _check.keywords("without", without)
+    checks.function("score", score)
+    scale = checks.number("scale", scale)
+    given, without = checks.keywords("given", given), checks.keywords("without", without)
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
         values = score(x, sigma, **given), score(x, sigma, **without)
         for value in values:
-            _check.score_like(x, value)
+            checks.score_like(x, value)
         return (1 + scale) * values[0] - scale * values[1]
 
     return guided
@@ -63,7 +63,7 @@ def interpolate(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
         TypeError, ValueError: a tensor is not one of floats, or the shapes or devices differ.
     """
     for name, value in (("a", a), ("b", b), ("shares", shares)):
-        _check.score(name, value)
+        checks.score(name, value)
     if b.device != a.device:
         raise ValueError(f"b: got device {b.device}, expected that of a, {a.device}")
     if shares.is_meta and not a.is_meta:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from score_kernels import _check
-from score_kernels.sampling.chain import Options, run
+from score_kernels import checks
+from score_kernels.sampling.engine import Options, run
 from score_kernels.sampling.steps import Phase, Score
 
 __all__ = ["annealed_langevin", "consistent_annealed", "langevin"]
@@ -42,9 +42,9 @@ def langevin(
     Returns:
         ``x``, or the recorded states.
     """
-    level = math.nan if sigma is None else _check.noise_level("sigma", sigma)
-    step_size = _check.positive("step_size", step_size)
-    steps = _check.count("steps", steps, least=0)
+    level = math.nan if sigma is None else checks.noise_level("sigma", sigma)
+    step_size = checks.positive("step_size", step_size)
+    steps = checks.count("steps", steps, least=0)
     plan = [Phase(level, 1.0, 0.5 * step_size, math.sqrt(step_size), steps)]
     return run(score, shape_or_init, plan, scale=1.0, **options)
 
@@ -93,9 +93,9 @@ def annealed_langevin(
             or device, or cuda_graph is asked for where there is no CUDA kernel.
         RuntimeError: cuda_graph is asked for and score cannot be captured.
     """
-    levels = _check.noise_levels(sigmas)
-    steps = _check.count("steps_per_level", steps_per_level, least=1)
-    step_size = _check.positive("step_size", step_size)
+    levels = checks.noise_levels(sigmas)
+    steps = checks.count("steps_per_level", steps_per_level, least=1)
+    step_size = checks.positive("step_size", step_size)
     alphas = [step_size * (s / levels[-1]) ** 2 for s in levels]
     plan = [
         Phase(s, 1.0, 0.5 * alpha, math.sqrt(alpha), steps)
@@ -136,10 +136,10 @@ def consistent_annealed(
         TypeError, ValueError: as in :func:`annealed_langevin`; or step_size is outside the range
             that the levels allow, which the message names.
     """
-    levels = _check.noise_levels(sigmas)
+    levels = checks.noise_levels(sigmas)
     if len(levels) < 2:
         raise ValueError("sigmas: got 1 noise level, expected at least 2")
-    step_size = _check.positive("step_size", step_size)
+    step_size = checks.positive("step_size", step_size)
     eta = step_size / (2 * levels[-1] ** 2)
     plan = []
     for sigma, following in zip(levels, levels[1:], strict=False):

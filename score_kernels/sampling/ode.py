@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from score_kernels import _check, ops
+from score_kernels import checks, ops
 from score_kernels.backends import Backend
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
-from score_kernels.sampling.chain import Options, run
+from score_kernels.sampling.engine import Options, run
 from score_kernels.sampling.steps import Network, Phase, Score
 
 __all__ = ["log_likelihood", "probability_flow"]
@@ -50,11 +50,11 @@ def probability_flow(
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
-    levels = _check.noise_levels(sigmas)
+    levels = checks.noise_levels(sigmas)
     if method not in ("heun", "euler"):
         raise ValueError(f"method: got {method!r}, expected 'heun' or 'euler'")
-    churn = _check.not_negative("churn", churn)
-    churn_noise = _check.not_negative("churn_noise", churn_noise)
+    churn = checks.not_negative("churn", churn)
+    churn_noise = checks.not_negative("churn_noise", churn_noise)
     low, high = _ends(churn_range)
     plan = []
     for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
@@ -73,8 +73,8 @@ def _ends(churn_range: Any) -> tuple[float, float]:
         raise TypeError(f"churn_range: got {churn_range!r}, expected two numbers (S_min, S_max)")
     low, high = churn_range
     if not (isinstance(high, float) and high == math.inf):
-        high = _check.not_negative("churn_range[1]", high)
-    return _check.not_negative("churn_range[0]", low), high
+        high = checks.not_negative("churn_range[1]", high)
+    return checks.not_negative("churn_range[0]", low), high
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +140,16 @@ def log_likelihood(
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
-    _check.function("score", score)
-    _check.flag("progress", progress)
-    _check.state("x", x)
-    levels = _check.noise_levels(sigmas)[::-1]
+    checks.function("score", score)
+    checks.flag("progress", progress)
+    checks.state("x", x)
+    levels = checks.noise_levels(sigmas)[::-1]
     if len(levels) < 2:
         raise ValueError("sigmas: got 1 noise level, expected at least 2")
-    probes = _check.count("probes", probes, least=1)
+    probes = checks.count("probes", probes, least=1)
     if probes > 256:
         raise ValueError(f"probes: got {probes}, expected at most 256")
-    spread = levels[-1] if prior_std is None else _check.positive("prior_std", prior_std)
+    spread = levels[-1] if prior_std is None else checks.positive("prior_std", prior_std)
     key = NoiseKey(
         fresh_seed() if seed is None else seed, purpose=Purpose.TRACE, first_sample=first_sample
     )
@@ -177,7 +177,7 @@ def _slope_and_trace(
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = score(leaf, level)
-        _check.score_like(x, value)
+        checks.score_like(x, value)
         trace = x.new_zeros(x.shape[0])
         for i, v in enumerate(vs):
             along = (value.to(x.dtype) * v.to(x.dtype)).sum()

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from score_kernels import _check
+from score_kernels import checks
 from score_kernels.backends import Backend
+from score_kernels.diffusion.sde import SDE, VE, VP, SubVP
 from score_kernels.noise import Key
-from score_kernels.sampling.chain import Options, run
+from score_kernels.sampling.engine import Options, run
 from score_kernels.sampling.steps import Network, Phase, Score
-from score_kernels.sde import SDE, VE, VP, SubVP
 
 __all__ = ["euler_maruyama", "predictor_corrector"]
 
@@ -39,7 +39,7 @@ def euler_maruyama(
         score: ``score(y, sigma)`` of data plus noise, as everywhere; it is called at ``y = x / m``.
         shape_or_init: ``[B, ...]`` to start from the prior, N(0, 1) (VE: N(0, sigma_max^2)), or a
             state at time 1.
-        sde: :class:`score_kernels.sde.VE`, ``VP`` or ``SubVP``.
+        sde: :class:`score_kernels.diffusion.sde.VE`, ``VP`` or ``SubVP``.
         steps: their number.
         end: the time to stop at, in [0, 1); for VP and SubVP above 0.
         denoise: end with ``y + sigma^2 score(y, sigma)``; without it the result is x at time `end`.
@@ -116,10 +116,10 @@ def predictor_corrector(
         raise ValueError(f"corrector: got {corrector!r}, expected 'langevin', 'ald' or None")
     if predict is None and corrector is None:
         raise ValueError("predictor: got None beside corrector None, expected one of the two")
-    corrector_first = _check.flag("corrector_first", corrector_first)
-    batch_mean = _check.flag("batch_mean", batch_mean)
-    snr = _check.positive("snr", snr)
-    repeats = _check.count("corrector_steps", corrector_steps, least=1)
+    corrector_first = checks.flag("corrector_first", corrector_first)
+    batch_mean = checks.flag("batch_mean", batch_mean)
+    snr = checks.positive("snr", snr)
+    repeats = checks.count("corrector_steps", corrector_steps, least=1)
     plan = []
     for now, then in zip(moments, moments[1:], strict=False):
         place = now if corrector_first else then
@@ -147,9 +147,9 @@ class _Moment:
 
 
 def _moments(sde: SDE, steps: int, end: float) -> list[_Moment]:
-    _check.instance("sde", sde, SDE, "a diffusion of score_kernels.sde")
-    steps = _check.count("steps", steps, least=1)
-    end = _check.not_negative("end", end)
+    checks.instance("sde", sde, SDE, "a diffusion of score_kernels.diffusion.sde")
+    steps = checks.count("steps", steps, least=1)
+    end = checks.not_negative("end", end)
     if not end < 1 or not end and not isinstance(sde, VE):
         raise ValueError(f"end: got {end}, expected a time above 0 and below 1")
     t = torch.linspace(1, end, steps + 1, dtype=torch.float64)
@@ -204,7 +204,7 @@ def _predictor(name: str, sde: SDE) -> Callable[[_Moment, _Moment], Phase]:
     elif isinstance(sde, VP):
         table |= {"reverse_diffusion": _reverse_vp, "ancestral": _ancestral_vp}
     more = f" for {type(sde).__name__}, or None"
-    return table[_check.choice("predictor", name, table, more)]
+    return table[checks.choice("predictor", name, table, more)]
 
 
 def _corrector(

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from score_kernels import _capture, _check
+from score_kernels import checks
 from score_kernels.backends import Backend
 from score_kernels.noise import Key, NoiseKey
-from score_kernels.ops.update import readable
+from score_kernels.ops.langevin import readable
+from score_kernels.sampling import graph
 
 __all__ = ["Network", "Phase", "Score", "Steps", "Update"]
 
@@ -28,7 +29,7 @@ class Phase:
         sigma: the level that the score is told; nan: it is told none.
         a, b, c: see above.
         steps: their number.
-        mean: the score sees ``x / mean``: m(t) of :mod:`score_kernels.sde`.
+        mean: the score sees ``x / mean``: m(t) of :mod:`score_kernels.diffusion.sde`.
         after: noise level and mean of the state after a step, where they are others than before.
         move: what comes before the kernel where one call of the score is not all.
     """
@@ -72,9 +73,9 @@ class Network:
     ) -> None:
         self.score = score
         self.sigma = x.new_empty(x.shape[0], dtype=torch.float32)
-        self.conditions = {} if conditions is None else _check.keywords("conditions", conditions)
+        self.conditions = {} if conditions is None else checks.keywords("conditions", conditions)
         if guidance is not None:
-            _check.function("guidance", guidance)
+            checks.function("guidance", guidance)
         self.guidance = guidance
         self.told = True
         # What x is multiplied by: a number or, under a captured graph, a tensor of x's dtype.
@@ -90,12 +91,12 @@ class Network:
         seen = x if isinstance(self.scale, float) and self.scale == 1.0 else x * self.scale
         told = (self.sigma,) if self.told else ()
         value = self.score(seen, *told, **self.conditions)
-        _check.score_like(x, value)
+        checks.score_like(x, value)
         if self.guidance is not None:
             added = self.guidance(seen, self.sigma)
-            _check.score_like(x, added, "guidance")
+            checks.score_like(x, added, "guidance")
             value = value + added
-        return readable(x, _check.in_memory(value))
+        return readable(x, checks.in_memory(value))
 
 
 # The line of the denoising step in a plan's table: its last.
@@ -176,14 +177,14 @@ def _given(
         missing = "mask" if mask is None else "known"
         raise ValueError(f"{missing}: got none, expected it beside the other of known and mask")
     for name, value in (("known", known), ("mask", mask)):
-        _check.instance(name, value, Tensor, "a tensor")
-        _check.dense(name, value)
+        checks.instance(name, value, Tensor, "a tensor")
+        checks.dense(name, value)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {mask.dtype}, expected torch.bool, true where known")
     parts = []
     for name, value in (("known", known.to(x.dtype)), ("mask", mask)):
         try:
-            parts.append(_check.in_memory(value.to(x.device).expand(x.shape)))
+            parts.append(checks.in_memory(value.to(x.device).expand(x.shape)))
         except RuntimeError:
             raise ValueError(
                 f"{name}: got shape {tuple(value.shape)}, expected one that broadcasts to the "
@@ -240,7 +241,7 @@ class Steps:
             ValueError: the steps, or the backend, cannot be captured.
             RuntimeError: the score does something that cannot be captured.
         """
-        _capture.check(self.update.backend, x)
+        graph.check(self.update.backend, x)
         if any(phase.move is not None for phase in self.plan):
             raise ValueError(
                 "cuda_graph: got True with steps that are more than one call of score and one "
@@ -270,5 +271,5 @@ class Steps:
             update.backend.table_step(x, x, value, table, counter, key, known, mask)
             counter.add_(1)
 
-        replay = _capture.captured(step, x, counter)
+        replay = graph.captured(step, x, counter)
         return lambda x, t, index: replay()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from score_kernels import _check, ops
+from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose
 
 __all__ = ["Batches", "permutation"]
@@ -28,7 +28,7 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 class Batches:
-    """Batches of a tensor, a :class:`score_kernels.data.Data` or a map-style dataset, in order.
+    """Batches of a tensor, a :class:`score_kernels.cli.data.Data` or a map-style dataset, in order.
 
     Args:
         data: ``[N, ...]`` float32 or float64 tensor; or an object with ``__len__`` and
@@ -117,7 +117,7 @@ class Batches:
                 f"conditions: got {len(self.conditions)} names, {list(self.conditions)}, and items "
                 f"of {1 + len(rest)} parts, expected one name for each part after the sample"
             )
-        _check.state("data", x)
+        checks.state("data", x)
         return x, dict(zip(self.conditions, rest, strict=False))
 
 
@@ -127,7 +127,7 @@ def _check_values(data: Tensor) -> None:
             f"data: got dtype {data.dtype}, expected torch.float32; for 8-bit images, "
             "data.float() / 127.5 - 1 is in [-1, 1]"
         )
-    _check.state("data", data)
+    checks.state("data", data)
     # A piece at a time: no copy of the data's size.
     for first in range(0, len(data), 4096):
         finite = data[first : first + 4096].isfinite().flatten(1).all(1)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from score_kernels import ops
-from score_kernels.losses import denoising_losses, draw_labels
+from score_kernels.losses.dsm import denoising_losses, draw_labels
+from score_kernels.losses.sliced import sliced_score_loss
 from score_kernels.noise import NoiseKey, Purpose
-from score_kernels.sliced import sliced_score_loss
 
 __all__ = ["Objective", "objective"]
 

@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from score_kernels import _check, checkpoint, ops
-from score_kernels._batches import Batches
-from score_kernels._objectives import Objective, objective
-from score_kernels._progress import Meter
-from score_kernels._ranks import current
+from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, fresh_seed
+from score_kernels.training import checkpoint
+from score_kernels.training.batches import Batches
+from score_kernels.training.distributed import current
+from score_kernels.training.objectives import Objective, objective
+from score_kernels.training.progress import Meter
 
 __all__ = ["Trainer"]
 
@@ -47,7 +48,7 @@ class Trainer:
 
     Args:
         net: the score network, ``net(x, sigma)`` with x ``[B, ...]`` and sigma ``[B]``, trained in
-            place where it is. See :mod:`score_kernels.parametrization` for networks of other forms.
+            place where it is. See :func:`score_kernels.as_score` for networks of other forms.
         sigmas: the noise levels, strictly decreasing, in units of the data; see
             :func:`score_kernels.suggest_schedule`.
         optimizer: over the parameters of net.
@@ -107,33 +108,33 @@ class Trainer:
         seed: int | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
-        _check.instance("net", net, nn.Module, "a torch.nn.Module")
-        _check.instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        checks.instance("net", net, nn.Module, "a torch.nn.Module")
+        checks.instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
         self.ranks = current()
         self.net = net
         self.optimizer = optimizer
-        self.sigmas = torch.tensor(_check.noise_levels(sigmas), dtype=torch.float32)
-        self.batch_size = _check.count("batch_size", batch_size, least=1)
-        self.accumulate = _check.count("accumulate", accumulate, least=1)
+        self.sigmas = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32)
+        self.batch_size = checks.count("batch_size", batch_size, least=1)
+        self.accumulate = checks.count("accumulate", accumulate, least=1)
         if batch_size % (accumulate * self.ranks.size):
             among = "" if self.ranks.size == 1 else f", times the {self.ranks.size} ranks,"
             raise ValueError(
                 f"accumulate: got {accumulate}, expected it to divide{among} batch_size = "
                 f"{batch_size}"
             )
-        self.ema_decay = _check.not_negative("ema_decay", ema_decay)
+        self.ema_decay = checks.not_negative("ema_decay", ema_decay)
         if ema_decay >= 1:
             raise ValueError(f"ema_decay: got {ema_decay}, expected a number in [0, 1)")
         self.ema_warmup = ema_warmup
-        self.clip_norm = None if clip_norm is None else _check.positive("clip_norm", clip_norm)
-        self.warmup_steps = _check.count("warmup_steps", warmup_steps, least=0)
+        self.clip_norm = None if clip_norm is None else checks.positive("clip_norm", clip_norm)
+        self.warmup_steps = checks.count("warmup_steps", warmup_steps, least=0)
         self.scheduler = scheduler
-        self.precision = _check.choice("precision", precision, _PRECISIONS)
+        self.precision = checks.choice("precision", precision, _PRECISIONS)
         self.conditions = tuple(conditions)
         # One for all ranks.
         self.seed = self.ranks.gathered(NoiseKey(fresh_seed() if seed is None else seed).seed)[0]
         self.about = dict(about or {})
-        self.weighting = _check.number("weighting", weighting)
+        self.weighting = checks.number("weighting", weighting)
         self.loss = loss if isinstance(loss, str) else "custom"
         self._objective: Objective = objective(loss, self.sigmas, self.weighting)
         parameter = next(net.parameters(), None)
@@ -185,7 +186,7 @@ class Trainer:
         """Train until `steps` optimiser steps have been taken in all, those before included.
 
         Args:
-            data: ``[N, ...]`` float32 tensor, a :class:`score_kernels.data.Data`, or any dataset
+            data: ``[N, ...]`` float32 tensor, a :class:`score_kernels.cli.data.Data` or a dataset
                 with ``__len__`` and ``__getitem__`` whose items are samples, or tuples of a sample
                 and its conditions. For equal bits after a resume an item must be a function of its
                 index and, with ``workers=0``, of torch's default generator.
@@ -212,10 +213,10 @@ class Trainer:
             ImportError: tensorboard is given and not installed.
             ValueError: the data, an argument or the checkpoint to resume from do not fit.
         """
-        steps = _check.count("steps", steps, least=0)
-        save_every = _check.count("save_every", save_every, least=1)
-        report_every = _check.count("report_every", report_every, least=1)
-        workers = _check.count("workers", workers, least=0)
+        steps = checks.count("steps", steps, least=0)
+        save_every = checks.count("save_every", save_every, least=1)
+        report_every = checks.count("report_every", report_every, least=1)
+        workers = checks.count("workers", workers, least=0)
         batches = Batches(
             data, self.batch_size, self.seed, workers, self.conditions, self._places()
         )
@@ -296,7 +297,7 @@ class Trainer:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, or of another network or another training: what differs
                 is named. To start a new training from its weights, use
-                :func:`score_kernels.checkpoint.load_weights`.
+                :func:`score_kernels.training.checkpoint.load_weights`.
         """
         state = checkpoint.read(path)
         missing = {"net", "ema", "optimizer", "step", "settings"} - state.keys()

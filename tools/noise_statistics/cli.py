@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from score_kernels import NoiseKey, _check, pictures
+from score_kernels import NoiseKey, checks
+from score_kernels.cli import plots
 from tools.noise_statistics import report, words
 from tools.noise_statistics.run import run
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report.map_table())
         return 0
     if args.picture:
-        pictures.require()
+        plots.require()
     result = run(args.count, args.seed)
     print(report.table(result.findings), report.summary(result), sep="\n\n")
     for path, save in (
@@ -76,13 +77,13 @@ def _words(order: str, seed: int) -> int:
 
 def _count(text: str) -> int:
     try:
-        return _check.count("count", int(float(text)), least=1)
+        return checks.count("count", int(float(text)), least=1)
     except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"got {text}, expected at least 1, such as 1e9") from error
 
 
 def _seed(text: str) -> int:
     try:
-        return _check.unsigned("seed", int(text, 0), 64)
+        return checks.unsigned("seed", int(text, 0), 64)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text}, expected 0 <= seed < 2**64") from error

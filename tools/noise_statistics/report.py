@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from score_kernels import pictures
+from score_kernels.cli import plots
 from tools.noise_statistics import laws
 from tools.noise_statistics.dependence import Repeats
 from tools.noise_statistics.findings import ALPHA, Finding, failed, level
@@ -73,21 +73,21 @@ def save_markdown(path: str | os.PathLike[str], result: Result) -> None:
 
 def draw(path: str | os.PathLike[str], result: Result) -> None:
     """Tail counts beside what the normal law expects, and the p-values of all tests in order."""
-    plot = pictures.figure(9, 3.8)
+    plot = plots.figure(9, 3.8)
     left, right = plot.subplots(1, 2)
     t, count = result.tails, result.count
     for counts, color, marker, name in (
-        (result.above, pictures.BLUE, "^", "z > t"),
-        (result.below, pictures.ORANGE, "v", "z < -t"),
+        (result.above, plots.BLUE, "^", "z > t"),
+        (result.below, plots.ORANGE, "v", "z < -t"),
     ):
         seen = counts > 0
         left.plot(t[seen], counts[seen], marker, color=color, markersize=5, label=name)
     x = np.linspace(t[0], t[-1], 200)
     expected = count * stats.norm.sf(x)
-    left.plot(x, expected, color=pictures.GREY, linewidth=1, label="expected")
+    left.plot(x, expected, color=plots.GREY, linewidth=1, label="expected")
     low, high = stats.poisson.ppf(0.025, expected), stats.poisson.ppf(0.975, expected)
     left.fill_between(
-        x, np.maximum(low, 0.3), high, color=pictures.GREY, alpha=0.3, linewidth=0, label="95%"
+        x, np.maximum(low, 0.3), high, color=plots.GREY, alpha=0.3, linewidth=0, label="95%"
     )
     left.set_yscale("log")
     left.set_ylim(0.5, None)
@@ -96,8 +96,8 @@ def draw(path: str | os.PathLike[str], result: Result) -> None:
     left.legend(frameon=False)
     p = np.sort([f.p for f in result.findings if f.name != Repeats.NAME])
     middle = (np.arange(len(p)) + 0.5) / len(p)
-    right.plot([0, 1], [0, 1], color=pictures.GREY, linewidth=1, label="uniform")
-    right.plot(middle, p, ".", color=pictures.BLUE, markersize=6, label=f"{len(p)} tests")
+    right.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1, label="uniform")
+    right.plot(middle, p, ".", color=plots.BLUE, markersize=6, label=f"{len(p)} tests")
     right.set_xlabel("share of the tests")
     right.set_ylabel("p-value")
     right.legend(frameon=False)

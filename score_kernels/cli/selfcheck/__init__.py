@@ -17,8 +17,8 @@ import torch
 from tqdm.auto import tqdm
 
 import score_kernels
-from score_kernels.selfcheck import bits, gpu, laws
-from score_kernels.selfcheck.kit import Kit, NotHere
+from score_kernels.cli.selfcheck import bits, gpu, laws
+from score_kernels.cli.selfcheck.kit import Kit, NotHere
 
 __all__ = ["Check", "kit_of", "name_of", "only", "run", "selfcheck"]
 

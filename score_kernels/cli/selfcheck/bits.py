@@ -13,10 +13,7 @@ from torch import Tensor
 
 from score_kernels import ops
 from score_kernels.backends import Backend, cuda, native, reference
-from score_kernels.losses import dsm_loss
-from score_kernels.noise import NoiseKey
-from score_kernels.sampling import annealed_langevin
-from score_kernels.selfcheck.kit import (
+from score_kernels.cli.selfcheck.kit import (
     CPU,
     FP32,
     FP32_CHAIN,
@@ -36,6 +33,9 @@ from score_kernels.selfcheck.kit import (
     threads,
     within,
 )
+from score_kernels.losses import dsm_loss
+from score_kernels.noise import NoiseKey
+from score_kernels.sampling import annealed_langevin
 
 
 def _kernels(kit: Kit) -> Finding:

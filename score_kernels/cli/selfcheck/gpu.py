@@ -11,9 +11,7 @@ from torch import Tensor
 
 from score_kernels import ops
 from score_kernels.backends import reference, use_backend
-from score_kernels.networks import MLPScore
-from score_kernels.sampling import annealed_langevin
-from score_kernels.selfcheck.kit import (
+from score_kernels.cli.selfcheck.kit import (
     CPU,
     KEY,
     Finding,
@@ -27,6 +25,8 @@ from score_kernels.selfcheck.kit import (
     side_stream,
     sums,
 )
+from score_kernels.networks import MLPScore
+from score_kernels.sampling import annealed_langevin
 
 
 def _graph(kit: Kit) -> Finding:

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from score_kernels import ops
-from score_kernels.losses import dsm_loss
-from score_kernels.noise import NoiseKey, Purpose
-from score_kernels.sampling import langevin
-from score_kernels.selfcheck.kit import (
+from score_kernels.cli.selfcheck.kit import (
     ALPHA,
     CPU,
     DEVIATIONS,
@@ -28,7 +25,10 @@ from score_kernels.selfcheck.kit import (
     relative,
     within,
 )
-from score_kernels.sliced import exact_score_loss, sliced_score_loss
+from score_kernels.losses import dsm_loss
+from score_kernels.losses.sliced import exact_score_loss, sliced_score_loss
+from score_kernels.noise import NoiseKey, Purpose
+from score_kernels.sampling import langevin
 
 
 def _moments(kit: Kit) -> Finding:

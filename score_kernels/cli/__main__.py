@@ -1,0 +1,3 @@
+from score_kernels.cli.main import main
+
+raise SystemExit(main())
