@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from score_kernels import ops, sampling
-from score_kernels.diffusion.sde import VE, Discrete
+from score_kernels.diffusion.sde import VE, DDPMSchedule
 from score_kernels.diffusion.sigmas import geometric_sigmas
 from score_kernels.noise import NoiseKey
 
@@ -349,9 +349,9 @@ _SAMPLERS: dict[str, Callable[[Inputs], Made]] = {
             denoise=False,
         )
     ),
-    "ddpm": _sampler(partial(sampling.ddpm, schedule=Discrete(1 / (1 + _LEVELS.flip(0) ** 2)))),
+    "ddpm": _sampler(partial(sampling.ddpm, schedule=DDPMSchedule(1 / (1 + _LEVELS.flip(0) ** 2)))),
     "ddim": _sampler(
-        partial(sampling.ddim, schedule=Discrete(1 / (1 + _LEVELS.flip(0) ** 2)), steps=STEPS),
+        partial(sampling.ddim, schedule=DDPMSchedule(1 / (1 + _LEVELS.flip(0) ** 2)), steps=STEPS),
         noise=False,
     ),
     "probability_flow": _sampler(

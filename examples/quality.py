@@ -20,17 +20,17 @@ from tqdm.auto import tqdm
 import score_kernels as sk
 from examples.digits import demo, evaluation
 from score_kernels.cli import plots
-from score_kernels.diffusion.sde import VE, Discrete
+from score_kernels.diffusion.sde import VE, DDPMSchedule
 
 HIGH, LOW, LEVELS = demo.Recipe.sigma_max, demo.Recipe.sigma_min, demo.Recipe.levels
 BUDGETS = (13, 26, 52, 104, 208)
 SHAPE = (599, 1, 8, 8)
 
 
-def chain(calls: int) -> Discrete:
+def chain(calls: int) -> DDPMSchedule:
     """A chain of DDPM whose levels are the network's."""
     sigmas = sk.geometric_sigmas(HIGH, LOW, calls).flip(0).double()
-    return Discrete(1 / (1 + sigmas.square()))
+    return DDPMSchedule(1 / (1 + sigmas.square()))
 
 
 def annealed(net: sk.sampling.Score, calls: int) -> Tensor:

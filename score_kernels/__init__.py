@@ -27,11 +27,11 @@ from score_kernels.sampling import (
     ddim,
     ddpm,
     euler_maruyama,
-    interpolate,
     langevin,
     log_likelihood,
     predictor_corrector,
     probability_flow,
+    slerp_noise,
 )
 from score_kernels.training import Trainer
 
@@ -56,7 +56,7 @@ __all__ = [
     "euler_maruyama",
     "exact_score_loss",
     "geometric_sigmas",
-    "interpolate",
+    "slerp_noise",
     "langevin",
     "level_count",
     "level_overlap",

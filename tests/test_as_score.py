@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from score_kernels import NoiseKey, annealed_langevin, dsm_loss, ops
 from score_kernels.diffusion.prediction import as_score, convert
-from score_kernels.diffusion.sde import SDE, VE, VP, Discrete, SubVP
+from score_kernels.diffusion.sde import SDE, VE, VP, DDPMSchedule, SubVP
 from score_kernels.noise import Purpose
 
 KINDS = ["epsilon", "x0", "v", "score"]
@@ -25,10 +25,10 @@ SCHEDULES = [
     VP(),
     SubVP(),
     SubVP(0.5, 7.0),
-    Discrete.linear(),
-    Discrete.cosine(50),
+    DDPMSchedule.linear(),
+    DDPMSchedule.cosine(50),
 ]
-Schedule = SDE | Discrete | None
+Schedule = SDE | DDPMSchedule | None
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 
@@ -41,7 +41,7 @@ def coordinates(schedule: Schedule, told: Tensor) -> tuple[Tensor, Tensor]:
     """(m, std) as the schedule itself has them, from what a network is told."""
     if schedule is None:
         return torch.ones_like(told), told
-    if isinstance(schedule, Discrete):
+    if isinstance(schedule, DDPMSchedule):
         abar = schedule.alphas_bar[told]
         return abar.sqrt(), (1 - abar).sqrt()
     return schedule.mean(told), schedule.std(told)
@@ -55,8 +55,10 @@ class Gaussian(nn.Module):
         self.kind, self.schedule, self.mu, self.variance = kind, schedule, mu, variance
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        assert told.dtype == (torch.int64 if isinstance(self.schedule, Discrete) else torch.float32)
-        told = told if isinstance(self.schedule, Discrete) else told.double()
+        assert told.dtype == (
+            torch.int64 if isinstance(self.schedule, DDPMSchedule) else torch.float32
+        )
+        told = told if isinstance(self.schedule, DDPMSchedule) else told.double()
         m, std = (column(each, x) for each in coordinates(self.schedule, told))
         score = (m * self.mu - x) / (m**2 * self.variance + std**2)
         x0 = self.mu - m * self.variance * score
@@ -71,7 +73,7 @@ class Gaussian(nn.Module):
 
 def levels(schedule: Schedule, count: int) -> Tensor:
     """Noise levels that the schedule has, in float32."""
-    if isinstance(schedule, Discrete):
+    if isinstance(schedule, DDPMSchedule):
         return schedule.sigmas[torch.randint(len(schedule.sigmas), (count,))].float()
     if schedule is None:
         return (torch.rand(count) * 10 - 5).exp()
@@ -156,7 +158,7 @@ def test_ddpm_s_loss_and_ours_have_one_gradient(dtype: torch.dtype, kind: str) -
     rounding. An error of z is 1 / sigma times one of x_0, and sqrt(abar) times one of v.
     """
     torch.manual_seed(4)
-    chain = Discrete.linear(100, 1e-3, 0.2)
+    chain = DDPMSchedule.linear(100, 1e-3, 0.2)
     net = Told().to(dtype)
     x0 = torch.randn(64, 6, dtype=dtype)
     step = torch.randint(100, (64,))
@@ -187,7 +189,7 @@ def test_ddpm_s_loss_and_ours_have_one_gradient(dtype: torch.dtype, kind: str) -
 
 def test_between_the_levels_of_a_chain() -> None:
     """The nearest step is named; x_t has the size that sigma asks for."""
-    chain = Discrete.linear(50)
+    chain = DDPMSchedule.linear(50)
     seen = []
 
     class Spy(nn.Module):
@@ -281,7 +283,7 @@ def test_half_precision_networks_do_not_overflow(kind: str) -> None:
 
 def test_chains_survive_half_and_compile() -> None:
     """`half()` leaves the table of levels as it is; a compiled score is the score."""
-    chain = Discrete.linear()
+    chain = DDPMSchedule.linear()
     sigma, y = levels(chain, 64), torch.randn(64, 3)
     seen = []
 
@@ -304,7 +306,7 @@ def test_what_is_refused() -> None:
         as_score(lambda x: x, kind="epsilon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind: got 'eps', expected one of 'epsilon', 'x0', 'v', "):
         as_score(net, kind="eps")
-    with pytest.raises(TypeError, match="schedule: got list, expected an SDE, a Discrete or none"):
+    with pytest.raises(TypeError, match="schedule: got list, expected an SDE"):
         as_score(net, kind="v", schedule=[1.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="schedule: got VP with kind = 'denoiser', expected none"):
         as_score(net, kind="denoiser", schedule=VP())

@@ -494,7 +494,7 @@ def a_sde(draw: Draw) -> Argument:
 
 
 def a_chain(draw: Draw) -> Argument:
-    return Argument(sde.Discrete.linear(20, 0.01, 0.3), "any")
+    return Argument(sde.DDPMSchedule.linear(20, 0.01, 0.3), "any")
 
 
 @target("langevin", sk.langevin, "chain")
@@ -556,19 +556,19 @@ def _likelihood(draw: Draw) -> Arguments:
     return {**made, "seed": seed(draw), "prior_std": number(draw, 0.1)}
 
 
-def guided(score: Any, scale: Any, given: Any, without: Any, x: Tensor, sigma: Tensor) -> Tensor:
-    return sk.classifier_free(score, scale, given=given, without=without)(x, sigma)
+def guided(score: Any, scale: Any, cond: Any, uncond: Any, x: Tensor, sigma: Tensor) -> Tensor:
+    return sk.classifier_free(score, scale, cond=cond, uncond=uncond)(x, sigma)
 
 
 @target("classifier_free", guided, "losses")
 def _guided(draw: Draw) -> Arguments:
     x = clean(draw)
     made = {"score": score(draw), "scale": number(draw), "x": Argument(x, "fixed")}
-    made["given"] = made["without"] = Argument({}, "any")
+    made["cond"] = made["uncond"] = Argument({}, "any")
     return {**made, "sigma": Argument(positive(draw, len(x)), "fixed")}
 
 
-@target("interpolate", sk.interpolate, "losses")
+@target("slerp_noise", sk.slerp_noise, "losses")
 def _between(draw: Draw) -> Arguments:
     a, shares = values(draw, (3, 5)), torch.linspace(0, 1, 4)
     return {"a": tensor(a), "b": tensor(values(draw, (3, 5))), "shares": tensor(shares)}
@@ -600,7 +600,7 @@ def _wrapped(draw: Draw) -> Arguments:
 
 @target("as_score", as_score, "losses")
 def _as_score(draw: Draw) -> Arguments:
-    schedules = [None, *SDES, sde.Discrete.linear(20, 0.01, 0.3)]
+    schedules = [None, *SDES, sde.DDPMSchedule.linear(20, 0.01, 0.3)]
     kinds = ("epsilon", "x0", "v", "score", "denoiser")
     made = {**_wrapped(draw), "kind": one_of(draw, *kinds)}
     return {**made, "schedule": Argument(draw(st.sampled_from(schedules)), "any")}
@@ -738,7 +738,7 @@ def _subvp(draw: Draw) -> Arguments:
     return _vp(draw)
 
 
-@target("sde.Discrete", sde.Discrete)
+@target("sde.DDPMSchedule", sde.DDPMSchedule)
 def _discrete(draw: Draw) -> Arguments:
     return {"alphas_bar": Argument([0.9, 0.5, 0.1], "levels")}
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import score_kernels as sk
 from score_kernels import ops
-from score_kernels.diffusion.sde import VE, VP, Discrete, SubVP
+from score_kernels.diffusion.sde import VE, VP, DDPMSchedule, SubVP
 from score_kernels.noise import NoiseKey, Purpose
 
 LEVELS = sk.geometric_sigmas(50.0, 0.02, 800)
-DDPM = Discrete.linear()
+DDPM = DDPMSchedule.linear()
 WIDE = VE(0.02, 50.0)
 FLOW = partial(sk.edm_sigmas, 200.0, 0.02)
 # eta of consistent annealing is at least 1 - g.
@@ -244,11 +244,11 @@ def test_consistent_annealing_leaves_exactly_the_next_level() -> None:
 
 def test_ddim_without_noise_is_the_probability_flow_in_the_limit() -> None:
     """The difference of the end points halves with the steps: both are of the same flow."""
-    start = math.sqrt(1 + float(Discrete.linear(4000, 2.5e-5, 5e-3).sigmas[-1]) ** 2)
+    start = math.sqrt(1 + float(DDPMSchedule.linear(4000, 2.5e-5, 5e-3).sigmas[-1]) ** 2)
     x = start * ops.normal((64, 3), NoiseKey(1))
     errors = []
     for steps in (1000, 2000, 4000):
-        schedule = Discrete.linear(steps, 0.1 / steps, 20 / steps)
+        schedule = DDPMSchedule.linear(steps, 0.1 / steps, 20 / steps)
         levels = schedule.sigmas.flip(0)
         scaled = x * float(levels[0]) / start
         got = sk.ddim(gaussian, scaled, schedule, steps=steps, seed=0)
@@ -264,7 +264,7 @@ def test_ddim_without_noise_is_the_probability_flow_in_the_limit() -> None:
 
 def test_ddim_with_all_noise_is_ddpm_and_both_are_their_papers_formulas() -> None:
     """In DDPM's own scale, in fp64, with the same noise."""
-    schedule = Discrete.linear(30, 1e-3, 0.3)
+    schedule = DDPMSchedule.linear(30, 1e-3, 0.3)
     abar = schedule.alphas_bar
     for variance in ("small", "large"):
         got = sk.ddpm(gaussian, (4, 5), schedule, variance=variance, seed=9)
@@ -357,7 +357,7 @@ def test_conditions_guidance_and_classifier_free() -> None:
         ),
     )  # fmt: skip
     assert abs(float(x.mean()) - 1.0) < 0.02 and abs(float(x.var()) / 0.18 - 1) < 0.05
-    free = sk.classifier_free(labelled, 1.0, given={"mean": 3.0}, without={})
+    free = sk.classifier_free(labelled, 1.0, cond={"mean": 3.0}, uncond={})
     at, sigma = torch.randn(3, 4), torch.rand(3) + 0.1
     want = 2 * gaussian(at, sigma, mean=3.0) - gaussian(at, sigma, mean=0.0)
     torch.testing.assert_close(free(at, sigma), want)
@@ -365,17 +365,17 @@ def test_conditions_guidance_and_classifier_free() -> None:
 
 def test_interpolation_keeps_the_noise_s_spread() -> None:
     a, b = (ops.normal((20_000,), NoiseKey(seed)) for seed in (1, 2))
-    path = sk.interpolate(a, b, torch.linspace(0, 1, 5))
+    path = sk.slerp_noise(a, b, torch.linspace(0, 1, 5))
     assert torch.equal(path[0], a)
     torch.testing.assert_close(path[4], b, atol=1e-6, rtol=0)
     for x in path.double():
         p = stats.chi2.cdf(float(x.square().sum()), 20_000)
         assert 2 * min(p, 1 - p) > tolerances.ALPHA / 5
     with pytest.raises(ValueError, match="b: got shape"):
-        sk.interpolate(a, b[:5], torch.zeros(2))
+        sk.slerp_noise(a, b[:5], torch.zeros(2))
     # torch itself crashes on some of these.
     with pytest.raises(TypeError, match="b: got layout torch.sparse_coo"):
-        sk.interpolate(a, b.to_sparse(), torch.zeros(2))
+        sk.slerp_noise(a, b.to_sparse(), torch.zeros(2))
 
 
 REFUSED: list[tuple[Any, str]] = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from score_kernels.diffusion.sde import SDE, VE, VP, Discrete, SubVP
+from score_kernels.diffusion.sde import SDE, VE, VP, DDPMSchedule, SubVP
 
 T = torch.linspace(0.01, 0.99, 41, dtype=torch.float64)
 KINDS = [VE(), VE(0.1, 3.0), VP(), VP(2.0, 2.0), SubVP(), SubVP(0.5, 7.0)]
@@ -34,17 +34,17 @@ def test_time_is_the_way_back_of_sigma(sde: SDE) -> None:
 
 def test_published_ends() -> None:
     """DDPM's linear betas: abar_1000 = 4.0e-5; VP is their limit."""
-    ddpm = Discrete.linear()
+    ddpm = DDPMSchedule.linear()
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     torch.testing.assert_close(ddpm.alphas_bar, (1 - betas).cumprod(0))
     one = torch.ones((), dtype=torch.float64)
     assert float(VP().mean(one).square()) == pytest.approx(float(ddpm.alphas_bar[-1]), rel=0.1)
-    cosine = Discrete.cosine(100)
+    cosine = DDPMSchedule.cosine(100)
     assert len(cosine.sigmas) == 100 and bool((cosine.sigmas.diff() > 0).all())
 
 
 def test_index_is_the_nearest_step() -> None:
-    ddpm = Discrete.linear(50)
+    ddpm = DDPMSchedule.linear(50)
     assert torch.equal(ddpm.index(ddpm.sigmas.float()), torch.arange(50))
     near = ddpm.sigmas * torch.exp(0.4 * ddpm.sigmas.log().diff().min() * (torch.rand(50) * 2 - 1))
     assert torch.equal(ddpm.index(near), torch.arange(50))
@@ -58,8 +58,8 @@ def test_what_is_refused() -> None:
         VP(0)
     for values in ([0.5, 0.6], [1.0, 0.5], [0.5, 0.0]):
         with pytest.raises(ValueError, match="alphas_bar: got values from"):
-            Discrete(values)
+            DDPMSchedule(values)
     with pytest.raises(TypeError, match="alphas_bar: got float 0.5, expected a tensor or"):
-        Discrete(0.5)
+        DDPMSchedule(0.5)
     with pytest.raises(ValueError, match="alphas_bar: got none"):
-        Discrete([])
+        DDPMSchedule([])

@@ -2,13 +2,13 @@
 
 from score_kernels.diffusion.prediction import as_score, by_label, by_sigma, convert, unconditional
 from score_kernels.diffusion.presets import Preset, preset, presets
-from score_kernels.diffusion.sde import SDE, VE, VP, Discrete, SubVP
+from score_kernels.diffusion.sde import SDE, VE, VP, DDPMSchedule, SubVP
 
 __all__ = [
     "SDE",
     "VE",
     "VP",
-    "Discrete",
+    "DDPMSchedule",
     "Preset",
     "SubVP",
     "as_score",

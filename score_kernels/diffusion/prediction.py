@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from score_kernels import checks
-from score_kernels.diffusion.sde import SDE, Discrete
+from score_kernels.diffusion.sde import SDE, DDPMSchedule
 
 __all__ = ["as_score", "by_label", "by_sigma", "convert", "unconditional"]
 
@@ -66,7 +66,7 @@ _QUANTITIES = {
 }
 
 
-def as_score(net: nn.Module, *, kind: str, schedule: SDE | Discrete | None = None) -> nn.Module:
+def as_score(net: nn.Module, *, kind: str, schedule: SDE | DDPMSchedule | None = None) -> nn.Module:
     """A network that predicts the noise, the clean sample, v or a score, as a score.
 
     Args:
@@ -81,7 +81,7 @@ def as_score(net: nn.Module, *, kind: str, schedule: SDE | Discrete | None = Non
             - a :class:`SDE`: ``(x_t, t)`` with t ``[B]`` float32, the time of
               this sigma; outside 0 to 1 where sigma is outside the schedule. Networks that want a
               multiple of t (999 t, say) take it themselves.
-            - a :class:`Discrete`: ``(x_t, i)`` with i ``[B]`` int64, the step
+            - a :class:`DDPMSchedule`: ``(x_t, i)`` with i ``[B]`` int64, the step
               whose level is nearest to sigma. Between levels x_t still is what sigma asks for,
               ``y / sqrt(1 + sigma^2)``: of the right size, told of a level slightly off.
 
@@ -107,7 +107,7 @@ def convert(
     *,
     source: str,
     target: str,
-    schedule: SDE | Discrete | None = None,
+    schedule: SDE | DDPMSchedule | None = None,
 ) -> Tensor:
     """One quantity of this module's table from another.
 
@@ -245,7 +245,7 @@ class _ByLabel(_Wrapper):
 
 
 class _AsScore(nn.Module):
-    def __init__(self, net: nn.Module, kind: str, schedule: SDE | Discrete | None) -> None:
+    def __init__(self, net: nn.Module, kind: str, schedule: SDE | DDPMSchedule | None) -> None:
         super().__init__()
         checks.instance("net", net, nn.Module, "a torch.nn.Module")
         _check_schedule(schedule)
@@ -292,7 +292,7 @@ def _over(out: Tensor, sigma: Tensor) -> Tensor:
     return wide / _fit(sigma, out)
 
 
-def _mean(schedule: SDE | Discrete | None, sigma: Tensor) -> Tensor:
+def _mean(schedule: SDE | DDPMSchedule | None, sigma: Tensor) -> Tensor:
     """m of a level, in float64."""
     sigma = sigma.double()
     if schedule is None:
@@ -313,7 +313,7 @@ def _fit(each: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_schedule(schedule: Any) -> None:
-    if schedule is not None and not isinstance(schedule, (SDE, Discrete)):
+    if schedule is not None and not isinstance(schedule, (SDE, DDPMSchedule)):
         raise TypeError(
-            f"schedule: got {type(schedule).__name__}, expected an SDE, a Discrete or none"
+            f"schedule: got {type(schedule).__name__}, expected an SDE, a DDPMSchedule or none"
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from score_kernels import checks
 
-__all__ = ["SDE", "VE", "VP", "Discrete", "SubVP"]
+__all__ = ["SDE", "VE", "VP", "DDPMSchedule", "SubVP"]
 
 
 class SDE(ABC):
@@ -139,7 +139,7 @@ class SubVP(VP):
         return self._when(2 * (sigma / 2).asinh())
 
 
-class Discrete:
+class DDPMSchedule:
     """A chain of DDPM (Ho et al. 2020, arXiv 2006.11239):
     ``x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) z`` for the steps ``i = 0 .. N - 1``.
 
@@ -170,13 +170,13 @@ class Discrete:
         self._middles = (logs[1:] + logs[:-1]) / 2
 
     @classmethod
-    def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Discrete:
+    def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> DDPMSchedule:
         """DDPM's own: beta from `first` to `last` in a straight line."""
         betas = torch.linspace(first, last, steps, dtype=torch.float64)
         return cls((-betas).log1p().cumsum(0).exp())
 
     @classmethod
-    def cosine(cls, steps: int = 1000, offset: float = 0.008) -> Discrete:
+    def cosine(cls, steps: int = 1000, offset: float = 0.008) -> DDPMSchedule:
         """Nichol and Dhariwal 2021, arXiv 2102.09672, betas at most 0.999."""
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         level = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from score_kernels import ops
 from score_kernels.backends import choose
 from score_kernels.diffusion.prediction import as_score
-from score_kernels.diffusion.sde import Discrete
+from score_kernels.diffusion.sde import DDPMSchedule
 from score_kernels.noise import NoiseKey, Purpose, resolve
 from score_kernels.sampling.sde import norms
 
@@ -37,7 +37,7 @@ _KINDS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 _PREDICTS = ", ".join(map(repr, _KINDS))
 
 
-def from_scheduler(scheduler: Any) -> Discrete:
+def from_scheduler(scheduler: Any) -> DDPMSchedule:
     """The chain that networks of a scheduler are trained on, from its ``alphas_cumprod``.
 
     Args:
@@ -59,7 +59,7 @@ def from_scheduler(scheduler: Any) -> Discrete:
             "scheduler: got rescale_betas_zero_snr, expected a scheduler whose last step keeps "
             "something of the data: one that keeps nothing is at sigma = infinity"
         )
-    return Discrete(alphas_bar)
+    return DDPMSchedule(alphas_bar)
 
 
 def score_of(net: nn.Module, scheduler: Any) -> nn.Module:

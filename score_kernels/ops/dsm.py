@@ -20,7 +20,7 @@ from score_kernels.ops._dispatch import (
     transformed,
     unsigned,
 )
-from score_kernels.ops._plain import spread, sums, wide
+from score_kernels.ops._formulas import expand_like, sums, wide
 from score_kernels.ops.random import normal
 
 __all__ = ["dsm_loss_from_score", "perturb"]
@@ -47,7 +47,7 @@ def perturb(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     checks.per_sample("sigma", sigma, x)
     # Under torch.func the plain formula serves: it has every derivative and batching rule.
     if transformed() or (torch.is_grad_enabled() and sigma.requires_grad):
-        return x + spread(sigma, x) * normal(x.shape, noise, dtype=x.dtype, device=x.device)
+        return x + expand_like(sigma, x) * normal(x.shape, noise, dtype=x.dtype, device=x.device)
     return apply(_Perturb, x, sigma, noise)
 
 
@@ -96,7 +96,7 @@ def _residual(score: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     """sigma score + z in plain torch, for derivatives that the kernels do not have."""
     score = wide(score)
     z = normal(score.shape, noise, dtype=score.dtype, device=score.device)
-    return spread(sigma, score) * score + z
+    return expand_like(sigma, score) * score + z
 
 
 def _loss_formula(score: Tensor, sigma: Tensor, weight: Tensor | None, noise: NoiseKey) -> Tensor:
@@ -140,10 +140,10 @@ class _DsmLoss(torch.autograd.Function):
             # A further derivative is wanted: the formula in plain torch, which has them all.
             scale = grad * sigma if weight is None else grad * sigma * weight
             residual = _residual(score, sigma, ctx.noise)
-            return (spread(scale, residual) * residual).to(score.dtype), None, None, None
+            return (expand_like(scale, residual) * residual).to(score.dtype), None, None, None
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None:
-            return gradient.mul_(spread(grad, score)), None, None, None
+            return gradient.mul_(expand_like(grad, score)), None, None, None
         gradient = _dsm_gradient_op(score, sigma, weight, grad, *signed(ctx.noise.fields()))
         return gradient, None, None, None
 

@@ -17,7 +17,7 @@ from score_kernels import checks
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey
 from score_kernels.ops._dispatch import KEY, apply, register, signed, transformed, unsigned
-from score_kernels.ops._plain import probe_like, spread, sums, wide
+from score_kernels.ops._formulas import expand_like, probe_like, sums, wide
 
 __all__ = ["fd_pair", "fd_reduce", "probe_dot", "probe_scale", "ssm_reduce"]
 
@@ -69,7 +69,7 @@ def probe_scale(
     _check_probe(g, noise, probe, "g")
     if transformed():
         v = probe_like(g.new_empty(()).expand(sizes), noise, probe)
-        return spread(g, v) * v
+        return expand_like(g, v) * v
     return apply(_Scale, g, sizes, noise, probe)
 
 
@@ -125,7 +125,7 @@ def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademache
     _check_probe(x, noise, probe, "x")
     _check_steps(step, x)
     if transformed():
-        shift = spread(step, x) * probe_like(x, noise, probe)
+        shift = expand_like(step, x) * probe_like(x, noise, probe)
         return torch.cat([x + shift, x - shift])
     return apply(_Pair, x, step, noise, probe)
 
@@ -159,7 +159,7 @@ def fd_reduce(
     reduced = checks.flag("variance_reduced", variance_reduced)
     if transformed():
         above, below = wide(above), wide(below)
-        slope = (above - below) / spread(2 * step, above)
+        slope = (above - below) / expand_like(2 * step, above)
         return _formula(slope, 0.5 * (above + below), noise, probe, reduced)
     return apply(_Difference, above, below, step, noise, probe, reduced)
 

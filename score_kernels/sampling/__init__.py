@@ -2,7 +2,7 @@
 
 from score_kernels.sampling.ddpm import ddim, ddpm
 from score_kernels.sampling.engine import Options, Progress
-from score_kernels.sampling.guidance import classifier_free, interpolate
+from score_kernels.sampling.guidance import classifier_free, slerp_noise
 from score_kernels.sampling.langevin import annealed_langevin, consistent_annealed, langevin
 from score_kernels.sampling.ode import log_likelihood, probability_flow
 from score_kernels.sampling.sde import euler_maruyama, predictor_corrector
@@ -16,7 +16,7 @@ __all__ = [
     "ddim",
     "ddpm",
     "euler_maruyama",
-    "interpolate",
+    "slerp_noise",
     "langevin",
     "log_likelihood",
     "predictor_corrector",

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from score_kernels import checks
-from score_kernels.diffusion.sde import Discrete
+from score_kernels.diffusion.sde import DDPMSchedule
 from score_kernels.sampling.engine import Options, run
 from score_kernels.sampling.steps import Phase, Score
 
@@ -25,7 +25,7 @@ __all__ = ["ddim", "ddpm"]
 def ddpm(
     score: Score,
     shape_or_init: Sequence[int] | Tensor,
-    schedule: Discrete,
+    schedule: DDPMSchedule,
     *,
     variance: str = "small",
     **options: Unpack[Options],
@@ -52,7 +52,9 @@ def ddpm(
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
-    checks.instance("schedule", schedule, Discrete, "a score_kernels.diffusion.sde.Discrete")
+    checks.instance(
+        "schedule", schedule, DDPMSchedule, "a score_kernels.diffusion.sde.DDPMSchedule"
+    )
     if variance not in ("small", "large"):
         raise ValueError(f"variance: got {variance!r}, expected 'small' or 'large'")
     kept = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar])
@@ -70,7 +72,7 @@ def ddpm(
 def ddim(
     score: Score,
     shape_or_init: Sequence[int] | Tensor,
-    schedule: Discrete,
+    schedule: DDPMSchedule,
     *,
     steps: int = 50,
     eta: float = 0.0,
@@ -96,7 +98,9 @@ def ddim(
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
-    checks.instance("schedule", schedule, Discrete, "a score_kernels.diffusion.sde.Discrete")
+    checks.instance(
+        "schedule", schedule, DDPMSchedule, "a score_kernels.diffusion.sde.DDPMSchedule"
+    )
     steps = checks.count("steps", steps, least=1)
     levels = len(schedule.sigmas)
     if steps > levels:

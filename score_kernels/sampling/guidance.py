@@ -11,20 +11,20 @@ from torch import Tensor
 from score_kernels import checks
 from score_kernels.sampling.steps import Score
 
-__all__ = ["classifier_free", "interpolate"]
+__all__ = ["classifier_free", "slerp_noise"]
 
 
 def classifier_free(
-    score: Score, scale: float, *, given: Mapping[str, Any], without: Mapping[str, Any]
+    score: Score, scale: float, *, cond: Mapping[str, Any], uncond: Mapping[str, Any]
 ) -> Score:
-    """``(1 + scale) score(x, sigma, given) - scale score(x, sigma, without)``.
+    """``(1 + scale) score(x, sigma, cond) - scale score(x, sigma, uncond)``.
 
     Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598); two calls of the network.
 
     Args:
         score: ``score(x, sigma, **conditions)``.
         scale: w of the paper; 0 is the conditional score itself.
-        given, without: the keyword arguments with the condition and with none.
+        cond, uncond: the keyword arguments with the condition and with none.
 
     Returns:
         A score ``(x, sigma)`` for any sampler.
@@ -35,10 +35,10 @@ def classifier_free(
     """
     checks.function("score", score)
     scale = checks.number("scale", scale)
-    given, without = checks.keywords("given", given), checks.keywords("without", without)
+    cond, uncond = checks.keywords("cond", cond), checks.keywords("uncond", uncond)
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        values = score(x, sigma, **given), score(x, sigma, **without)
+        values = score(x, sigma, **cond), score(x, sigma, **uncond)
         for value in values:
             checks.score_like(x, value)
         return (1 + scale) * values[0] - scale * values[1]
@@ -46,7 +46,7 @@ def classifier_free(
     return guided
 
 
-def interpolate(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
+def slerp_noise(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
     """Noise on the way from one noise to another: ``cos(w) a + sin(w) b``, ``w = pi/2 share``.
 
     Standard normals stay standard normals at every share, as they would not on a straight line.

@@ -12,7 +12,7 @@ from score_kernels.noise import NoiseKey
 from score_kernels.ops.random import normal, rademacher
 
 
-def spread(values: Tensor, like: Tensor) -> Tensor:
+def expand_like(values: Tensor, like: Tensor) -> Tensor:
     """[B] as [B, 1, ...] in the dtype of `like`, to go with it."""
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
@@ -35,4 +35,4 @@ def probe_like(x: Tensor, noise: NoiseKey, probe: str) -> Tensor:
     elements = math.prod(x.shape[1:])
     if probe != "sphere" or not elements:
         return v
-    return v * spread((elements / sums(v * v)).sqrt(), v)
+    return v * expand_like((elements / sums(v * v)).sqrt(), v)
