@@ -260,8 +260,8 @@ def _fd_reduce(i: Inputs) -> Made:
 
     def eager() -> Tensor:
         v, s = i.signs(above.dtype), 0.5 * (above + below)
-        slope = (v * (above - below)).flatten(1).sum(1) / (2 * i.sigma)
-        return slope + 0.5 * s.square().flatten(1).sum(1)
+        derivative = (v * (above - below)).flatten(1).sum(1) / (2 * i.sigma)
+        return derivative + 0.5 * s.square().flatten(1).sum(1)
 
     ours = partial(ops.fd_reduce, above, below, i.sigma, KEY)
     return _against_eager(ours, eager), 2 * above.element_size()
@@ -385,12 +385,12 @@ def _flow(i: Inputs) -> Made:
     def eager() -> Tensor:
         x = start
         for sigma, following in itertools.pairwise(levels):
-            slope = -sigma * _identity(x, x.new_full(x.shape[:1], sigma))
-            ahead = x + (following - sigma) * slope
+            d = -sigma * _identity(x, x.new_full(x.shape[:1], sigma))
+            ahead = x + (following - sigma) * d
             if following:
                 level = x.new_full(x.shape[:1], following)
-                slope = 0.5 * (slope - following * _identity(ahead, level))
-                ahead = x + (following - sigma) * slope
+                d = 0.5 * (d - following * _identity(ahead, level))
+                ahead = x + (following - sigma) * d
             x = ahead
         return x
 

@@ -136,19 +136,19 @@ def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
     largest: dict[str, str] = {}
     for row in rows:
         largest[row["op"]] = max(largest.get(row["op"], "0"), row["shape"], key=size)
-    places = {op: i for i, op in enumerate(largest)}
+    positions = {op: i for i, op in enumerate(largest)}
     bars: dict[str, dict[int, float]] = {"floor": {}, "ours": {}}
     for row in rows:
         if row["dtype"] != "float32" or row["shape"] != largest[row["op"]]:
             continue
-        bars.setdefault(row["variant"], {})[places[row["op"]]] = row["ns_per_element"]
-        bars["floor"][places[row["op"]]] = row["ns_per_element"] / row["over_floor"]
+        bars.setdefault(row["variant"], {})[positions[row["op"]]] = row["ns_per_element"]
+        bars["floor"][positions[row["op"]]] = row["ns_per_element"] / row["over_floor"]
     figure = plots.figure(9, 0.55 * len(largest) + 1.6)
     axes = figure.subplots()
     height = 0.8 / len(bars)
     for i, (name, found) in enumerate(bars.items()):
         offset = (i - (len(bars) - 1) / 2) * height
-        axes.barh([place + offset for place in found], list(found.values()), height, label=name)
+        axes.barh([position + offset for position in found], list(found.values()), height, label=name)
     axes.set_yticks(range(len(largest)), [f"{op}\n{shape}" for op, shape in largest.items()])
     axes.invert_yaxis()
     axes.set_xscale("log")

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import score_kernels as sk
-from examples.digits import demo, evaluation
+from digits import demo, evaluation
 from score_kernels.cli import plots
 from score_kernels.diffusion.sde import VE, DDPMSchedule
 
@@ -116,7 +116,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     digits = demo.load_digits()
     recipe = demo.Recipe(steps=arguments.steps)
-    net, _ = demo.train(recipe, digits, seed=0, progress=True)
+    net, _ = demo.train(recipe, digits, seed=0)
     pca = evaluation.fit_pca(digits.train, variance=0.95)
     target = pca(digits.held_out)
     distances: dict[str, list[float]] = {name: [] for name in SAMPLERS}

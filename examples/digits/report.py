@@ -1,4 +1,4 @@
-"""The demo's pictures and its page. Matplotlib only, imported inside the functions that draw."""
+"""The demo's pictures and its page."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torch import Tensor
 
 from score_kernels.cli import plots
 
-__all__ = ["draw_chain", "draw_samples", "summary", "write_page"]
-
 
 def draw_samples(path: Path, samples: Tensor, real: Tensor) -> None:
     """Up to 100 samples `[N, 1, 8, 8]` in [-1, 1] beside as many real digits."""
     figure = plots.figure(10, 5.2)
     count = min(100, len(samples), len(real))
-    for place, images, title in (
+    for position, images, title in (
         (1, samples, f"{count} samples of the network"),
         (2, real, f"{count} real digits, held out from training"),
     ):
-        axes = figure.add_subplot(1, 2, place)
+        axes = figure.add_subplot(1, 2, position)
         sheet = plots.sheet(images[:count], columns=10)
         axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(title)
@@ -55,9 +53,9 @@ def draw_chain(path: Path, chain: list[tuple[float, Tensor]]) -> None:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The figures as a plain-text table with what is compared with what."""
+    """The figures as plain text; the page explains them."""
     frechet, seconds = report["frechet"], report["seconds"]
-    kinds = "\n".join(f"{n:34}{d:>9}{near:>9}{share:>10}" for n, d, near, share in _rows(report))
+    figures = "\n".join(f"{n:34}{d:>9}{near:>9}{share:>10}" for n, d, near, share in _rows(report))
     classes = "\n".join(
         f"{name:34}" + "".join(f"{n:>5}" for n in report["classes"][key])
         for key, name in _CLASS_ROWS
@@ -66,20 +64,16 @@ def summary(report: dict[str, Any]) -> str:
 {frechet["images"]} images of each kind against the {frechet["against"]} held-out digits
 
 {"":34}{"Frechet":>9}{"nearest":>9}{"in reach":>10}
-{kinds}
+{figures}
 
-Frechet:  squared Frechet distance of Gaussians fitted in {frechet["pca_dims"]} principal axes of
-          the training digits. Real against real (mean of {frechet["real_sets"]} random sets, from
-          {frechet["real_lowest"]:.2f} to {frechet["real_highest"]:.2f}) is what so few images
-          leave to chance: samples cannot be expected to get below it.
-nearest:  median distance to the nearest training digit; far below the held-out digits' would
-          mean copies.
-in reach: share no farther from a training digit than 95% of the held-out digits are.
+Frechet:  squared Frechet distance; real sets of this size have {frechet["real_lowest"]:.2f} to \
+{frechet["real_highest"]:.2f}
+nearest:  median distance to the nearest training digit
+in reach: share no farther from one than 95% of the held-out digits are
 
 {"images put in each class":34}{"".join(f"{digit:>5}" for digit in range(10))}
 {classes}
-The classifier saw training digits only and is right on {report["classifier_accuracy"]:.1%} of the \
-held-out ones.
+The classifier is right on {report["classifier_accuracy"]:.1%} of the held-out digits.
 
 Training took {seconds["training"]:.0f} s, sampling {seconds["sampling"]:.0f} s; CPU \
 threads: {report["threads"]}."""
@@ -139,7 +133,7 @@ of a sample and a training digit is
 digit {report["nearest_training_digit"]["held_out"]["lowest"]:.2f}.</li>
 <li><b>In reach</b> is the share of images that are no farther from a training digit than 95% of the
 held-out digits are.</li>
-<li><b>Pixel noise</b> has the right mean and spread at every pixel and no shapes;
+<li><b>Pixel noise</b> has the right mean and standard deviation at every pixel and no shapes;
 <b>uniform noise</b> is every shade equally likely.</li>
 </ul>
 <h2>All ten digits</h2>
