@@ -146,9 +146,9 @@ def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
     figure = plots.figure(9, 0.55 * len(largest) + 1.6)
     axes = figure.subplots()
     height = 0.8 / len(bars)
-    for i, (name, found) in enumerate(bars.items()):
-        offset = (i - (len(bars) - 1) / 2) * height
-        axes.barh([position + offset for position in found], list(found.values()), height, label=name)
+    for bar, (name, found) in enumerate(bars.items()):
+        offset = (bar - (len(bars) - 1) / 2) * height
+        axes.barh([i + offset for i in found], list(found.values()), height, label=name)
     axes.set_yticks(range(len(largest)), [f"{op}\n{shape}" for op, shape in largest.items()])
     axes.invert_yaxis()
     axes.set_xscale("log")

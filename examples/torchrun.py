@@ -4,7 +4,8 @@
 
 Every process takes its share of each batch, and of the samples; noise is keyed by the sample's
 index in the batch and by its global index, so that losses are those of one process (to the order of
-sums) and so is every digit's noise. `python examples/torchrun.py` does the same on one. Writes checkpoint.pt and, from the first process, samples.png.
+sums) and so is every digit's noise. `python examples/torchrun.py` does the same on one. Writes
+checkpoint.pt and, from the first process, samples.png.
 """
 
 from __future__ import annotations
