@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from score_kernels.backends import reference
+from score_kernels.backends.reference import apart
 from score_kernels.noise import Key
 
 # The numbers of sk::Kind and sk::Dtype in csrc/args.h.
@@ -41,8 +42,7 @@ class CompiledBackend:
     """The functions of a Backend over `kernels`, a module that takes addresses.
 
     A subclass says on which device and stream a tensor's kernels run (the module's last arguments),
-    in how many chunks rows are summed, and in which dtype the gradient of a half-precision score is
-    written.
+    and in which dtype the gradient of a half-precision score is written.
     """
 
     name: str
@@ -51,6 +51,7 @@ class CompiledBackend:
 
     def __init__(self, module: str) -> None:
         self.kernels: Any = None
+        self.on_cpu = self.device_type == "cpu"
         self._why: str | None = None
         try:
             self.kernels = importlib.import_module(module)
@@ -59,6 +60,7 @@ class CompiledBackend:
         for function, kernel in KERNELS.items():
             if self.kernels is not None and not hasattr(self.kernels, kernel):
                 setattr(self, function, getattr(reference.backend, function))
+        self._affine_step: Any = getattr(self.kernels, "affine_step", None)
 
     def unavailable(self) -> str | None:
         return self._why
@@ -75,9 +77,6 @@ class CompiledBackend:
     def device_and_stream(self, device: torch.device) -> tuple[int, ...]:
         return ()
 
-    def partials(self, elements: int) -> int:
-        return 1
-
     def gradient_dtype(self, score: torch.dtype) -> torch.dtype:
         return torch.float32
 
@@ -88,19 +87,25 @@ class CompiledBackend:
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
     ) -> None:
-        rows = x.shape[0]
-        self.kernels.affine_step(
-            out.data_ptr(),
-            x.data_ptr(),
-            score.data_ptr(),
+        source, at = x.data_ptr(), score.data_ptr()
+        target, rows, count = source, x.shape[0], x.numel()
+        if out is not x:
+            target = out.data_ptr()
+        elif at != source and -8 * count < at - source < 8 * count:
+            score = apart(x, score)
+            at = score.data_ptr()
+        self._affine_step(
+            target,
+            source,
+            at,
             DTYPES[score.dtype],
             rows,
-            x.numel() // rows if rows else 0,
+            count // rows if rows else 0,
             a,
             b,
             c,
             *key,
-            *self.device_and_stream(x.device),
+            *(() if self.on_cpu else self.device_and_stream(x.device)),
         )
 
     def table_step(
@@ -115,6 +120,8 @@ class CompiledBackend:
         mask: Tensor | None = None,
     ) -> None:
         lines, columns = table.shape
+        # The kernel may read the score and what is known after it has written x.
+        score, known = apart(out, score), None if known is None else apart(out, known, same=True)
         self.kernels.table_step(
             out.data_ptr(),
             x.data_ptr(),
@@ -235,8 +242,10 @@ class CompiledBackend:
 
     def _workspace(self, batch: Tensor, sums: int) -> Tensor | None:
         """Where a kernel of two stages leaves the sums of the chunks of each row."""
+        if self.on_cpu:
+            return None
         rows, elements = _sizes(batch)
-        chunks = self.partials(elements)
+        chunks = self.kernels.partials(elements)
         if chunks <= 1:
             return None
         return batch.new_empty((sums, rows, chunks), dtype=torch.float32)
@@ -297,9 +306,6 @@ class Cuda(CompiledBackend):
 
     def device_and_stream(self, device: torch.device) -> tuple[int, ...]:
         return device.index, torch.cuda.current_stream(device).cuda_stream
-
-    def partials(self, elements: int) -> int:
-        return self.kernels.partials(elements)
 
     def gradient_dtype(self, score: torch.dtype) -> torch.dtype:
         return score

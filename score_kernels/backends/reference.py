@@ -86,6 +86,7 @@ class Reference:
     ) -> None:
         if x.numel() == 0:
             return
+        score, known = apart(out, score), None if known is None else apart(out, known, same=True)
         home = torch.device("cpu") if x.device.type == "mps" else x.device
         lines = table.to(home).double()
         if step is not None:
@@ -170,6 +171,17 @@ class Reference:
 
 
 backend = Reference()
+
+
+def apart(out: Tensor, value: Tensor, same: bool = False) -> Tensor:
+    """A tensor to read while `out` is written: itself, or a copy where the two overlap.
+
+    Elements of `out` itself may be read before they are written, unless `same` says otherwise.
+    """
+    distance = value.data_ptr() - out.data_ptr()
+    if distance == 0 and value.dtype == out.dtype and not same:
+        return value
+    return value.clone() if -value.nbytes < distance < out.nbytes else value
 
 
 def _residual(score: Tensor, sigma: Tensor, key: Key) -> Tensor:

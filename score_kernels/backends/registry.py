@@ -94,6 +94,8 @@ _ALL: tuple[Backend, ...] = (cuda, native, triton.backend, reference.backend)
 _BACKENDS = {backend.name: backend for backend in _ALL}
 _forced: str | None = None
 _choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
+# The choice for float32 on the CPU, once it was made: small steps look here first.
+cpu_float32: Backend | None = None
 
 
 def backends() -> dict[str, str]:
@@ -118,6 +120,13 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
     return found
 
 
+def choose_cpu_float32() -> Backend:
+    """`choose` for a float32 state on the CPU."""
+    global cpu_float32
+    cpu_float32 = choose(torch.device("cpu"), torch.float32)
+    return cpu_float32
+
+
 def _search(device: torch.device, dtype: torch.dtype) -> Backend:
     forced = _forced
     if forced is None:
@@ -131,9 +140,10 @@ def _search(device: torch.device, dtype: torch.dtype) -> Backend:
 
 
 def _force(name: str | None) -> None:
-    global _forced, _choices
+    global _forced, _choices, cpu_float32
     _forced = name
     _choices = {}
+    cpu_float32 = None
 
 
 class use_backend:

@@ -88,7 +88,7 @@ def register(
     tensors = [i for i, a in enumerate(op.default._schema.arguments) if "Tensor" in str(a.type)]
 
     def call(*arguments: Any) -> Any:
-        if direct(*(arguments[i] for i in tensors)):
+        if direct(*[arguments[i] for i in tensors]):
             return implementation(*arguments)
         return op(*arguments[:-1], *arguments[-1])
 

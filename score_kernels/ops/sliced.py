@@ -7,7 +7,7 @@ variance), normals ("gaussian"), or a point of the sphere of radius sqrt(D) ("sp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def probe_dot(s: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tenso
     """
     _check_probe("s", s, noise, probe)
     if direct(s):
-        return _dot(s, noise, probe)
+        return _dot(_probe_sums, s, noise, probe)
     if transformed():
         return sums(probe_like(s, noise, probe) * wide(s))
     return apply(_Dot, s, noise, probe)
@@ -112,7 +112,7 @@ def ssm_reduce(
     _check_probe("s", s, noise, probe)
     _check_like("g", g, "s", s)
     if direct(g, s):
-        return _reduce(g, s, noise, probe, variance_reduced)
+        return _reduce(_probe_sums, g, s, noise, probe, variance_reduced)
     if transformed():
         return _formula(wide(g), wide(s), noise, probe, variance_reduced)
     return apply(_Reduce, g, s, noise, probe, variance_reduced)
@@ -173,7 +173,7 @@ def fd_reduce(
     _check_like("below", below, "above", above)
     checks.per_sample("step", step, above, state_dtype(above))
     if direct(above, below, step):
-        return _difference(above, below, step, noise, probe, variance_reduced)
+        return _difference(_probe_sums, above, below, step, noise, probe, variance_reduced)
     if transformed():
         above, below = wide(above), wide(below)
         g = (above - below) / expand_like(2 * step, above)
@@ -200,14 +200,29 @@ def _check_probe(name: str, values: Tensor, noise: NoiseKey, probe: str) -> None
         checks.choice("probe", probe, _KINDS)
 
 
-def _sums(
-    a: Tensor, b: Tensor | None, noise: NoiseKey, probe: str, differences: bool = False
+# The op of the sums or, where the dispatcher is bypassed, its implementation.
+Sums = Callable[[str, Tensor, Tensor | None, bool, Key], Tensor]
+
+
+def _dot(sums_of: Sums, s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+    sums = sums_of(_KINDS[probe], s, None, False, noise)
+    along = sums.select(0, 1)
+    return along if probe != "sphere" else along * _radius(sums, s)
+
+
+def _radius(sums: Tensor, like: Tensor) -> Tensor:
+    """The factor per sample that takes a normal probe to the sphere of radius sqrt(D)."""
+    return (math.prod(like.shape[1:]) / sums.select(0, 0)).sqrt()
+
+
+def _halves(
+    sums_of: Sums, a: Tensor, b: Tensor, noise: NoiseKey, probe: str, differences: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v.a, v.b and a.a per sample; with differences of (a + b) / 2 and a - b."""
-    vv, va, vb, aa = _sums_op(_KINDS[probe], a, b, differences, noise).unbind(0)
-    elements = math.prod(a.shape[1:])
-    if probe == "sphere" and elements:
-        radius = (elements / vv).sqrt()
+    sums = sums_of(_KINDS[probe], a, b, differences, noise)
+    va, vb, aa = sums.select(0, 1), sums.select(0, 2), sums.select(0, 3)
+    if probe == "sphere":
+        radius = _radius(sums, a)
         va, vb = radius * va, radius * vb
     return va, vb, aa
 
@@ -221,17 +236,15 @@ def _factor(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Ten
     return g * (math.prod(shape[1:]) / vv).sqrt()
 
 
-def _dot(s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
-    return _sums(s, None, noise, probe)[0].clone()
-
-
 def _scale(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
     return _scale_op(_KINDS[probe], _factor(g, shape, noise, probe), shape, noise)
 
 
-def _reduce(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -> Tensor:
-    vs, vg, ss = _sums(s, g, noise, probe)
-    return vg + 0.5 * (ss if reduced else vs.square())
+def _reduce(
+    sums_of: Sums, g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool
+) -> Tensor:
+    vs, vg, ss = _halves(sums_of, s, g, noise, probe, False)
+    return vg.add(ss if reduced else vs.square(), alpha=0.5)
 
 
 def _pair(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
@@ -240,10 +253,16 @@ def _pair(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
 
 
 def _difference(
-    above: Tensor, below: Tensor, step: Tensor, noise: NoiseKey, probe: str, reduced: bool
+    sums_of: Sums,
+    above: Tensor,
+    below: Tensor,
+    step: Tensor,
+    noise: NoiseKey,
+    probe: str,
+    reduced: bool,
 ) -> Tensor:
-    vs, vg, ss = _sums(above, below, noise, probe, differences=True)
-    return vg / (2 * step) + 0.5 * (ss if reduced else vs.square())
+    vs, vg, ss = _halves(sums_of, above, below, noise, probe, True)
+    return (vg / (2 * step)).add(ss if reduced else vs.square(), alpha=0.5)
 
 
 def _grad_of_half_square(grad: Tensor, s: Tensor, ctx: Any) -> Tensor:
@@ -258,7 +277,7 @@ class _Dot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
         ctx.shape, ctx.dtype, ctx.noise, ctx.probe = tuple(s.shape), s.dtype, noise, probe
-        return _dot(s, noise, probe)
+        return _dot(_sums_op, s, noise, probe).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -284,7 +303,7 @@ class _Reduce(torch.autograd.Function):
     ) -> Tensor:
         ctx.noise, ctx.probe, ctx.variance_reduced = noise, probe, variance_reduced
         ctx.save_for_backward(s)
-        return _reduce(g, s, noise, probe, variance_reduced)
+        return _reduce(_sums_op, g, s, noise, probe, variance_reduced)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -318,7 +337,7 @@ class _Difference(torch.autograd.Function):
     ) -> Tensor:
         ctx.noise, ctx.probe, ctx.variance_reduced = noise, probe, variance_reduced
         ctx.save_for_backward(above, below, step)
-        return _difference(above, below, step, noise, probe, variance_reduced)
+        return _difference(_sums_op, above, below, step, noise, probe, variance_reduced)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from score_kernels import checks
 from score_kernels.backends import Backend
 from score_kernels.noise import Key, NoiseKey
-from score_kernels.ops.langevin import readable
 from score_kernels.sampling import graph
 
 __all__ = ["Network", "Phase", "Score", "Steps", "Update"]
@@ -96,7 +95,7 @@ class Network:
             added = self.guidance(seen, self.sigma)
             checks.score_like(x, added, "guidance")
             value = value + added
-        return readable(x, (value))
+        return value.contiguous()
 
 
 # The line of the denoising step in a plan's table: its last.
