@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from typing_extensions import Unpack
 
 from score_kernels import checks
 from score_kernels.diffusion.sde import DDPMSchedule
-from score_kernels.sampling.engine import Options, run
-from score_kernels.sampling.steps import Phase, Score
+from score_kernels.sampling.engine import Options, Phase, Score, run
 
 __all__ = ["ddim", "ddpm"]
 
@@ -62,11 +62,10 @@ def ddpm(
     large = ((1 - kept[1:] / kept[:-1]) / kept[:-1]).sqrt().tolist()
     plan = _plan(schedule.sigmas.flip(0).tolist(), eta=1.0)
     if variance == "large":
-        plan = [
-            Phase(p.sigma, 1.0, p.b, c if p.c else 0.0, after=p.after)
-            for p, c in zip(plan, reversed(large), strict=True)
-        ]
-    return run(score, shape_or_init, plan, scale=_prior(plan), **options)
+        # No noise in the last step.
+        larger = zip(plan, reversed(large), strict=True)
+        plan = [replace(phase, c=c if phase.c else 0.0) for phase, c in larger]
+    return run(score, shape_or_init, plan, sampler="ddpm", scale=_prior(plan), **options)
 
 
 def ddim(
@@ -110,7 +109,7 @@ def ddim(
         raise ValueError(f"eta: got {eta}, expected a number from 0 to 1")
     chosen = torch.linspace(levels - 1, 0, steps, dtype=torch.float64).round().long()
     plan = _plan(schedule.sigmas[chosen].tolist(), eta)
-    return run(score, shape_or_init, plan, scale=_prior(plan), **options)
+    return run(score, shape_or_init, plan, sampler="ddim", scale=_prior(plan), **options)
 
 
 def _plan(levels: list[float], eta: float) -> list[Phase]:
@@ -119,7 +118,7 @@ def _plan(levels: list[float], eta: float) -> list[Phase]:
     for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
         c = eta * following * math.sqrt(1 - (following / sigma) ** 2)
         b = sigma**2 - sigma * math.sqrt(following**2 - c**2)
-        plan.append(Phase(sigma, 1.0, b, c, after=(following, 1.0)))
+        plan.append(Phase(sigma, 1.0, b, c, next_level=(following, 1.0)))
     return plan
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from score_kernels import checks
-from score_kernels.sampling.steps import Score
+from score_kernels.sampling.engine import Score
 
 __all__ = ["classifier_free", "slerp_noise"]
 

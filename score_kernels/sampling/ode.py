@@ -14,8 +14,7 @@ from typing_extensions import Unpack
 from score_kernels import checks, ops
 from score_kernels.backends import Backend
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
-from score_kernels.sampling.engine import Options, run
-from score_kernels.sampling.steps import Network, Phase, Score
+from score_kernels.sampling.engine import Options, Phase, Score, ScoreModel, State, run
 
 __all__ = ["log_likelihood", "probability_flow"]
 
@@ -60,11 +59,11 @@ def probability_flow(
     for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
         gamma = min(churn / len(levels), math.sqrt(2) - 1) if low <= sigma <= high else 0.0
         raised = (1 + gamma) * sigma
-        spread = churn_noise * math.sqrt(raised**2 - sigma**2)
-        move = _Flow(raised, following, spread, heun=method == "heun" and following > 0)
-        b = (raised - following) * (following / 2 if move.heun else raised)
-        plan.append(Phase(sigma, 1.0, b, after=(following, 1.0), move=move))
-    return run(score, shape_or_init, plan, scale=levels[0], **options)
+        noise = churn_noise * math.sqrt(raised**2 - sigma**2)
+        flow = _Flow(raised, following, noise, heun=method == "heun" and following > 0)
+        b = (raised - following) * (following / 2 if flow.heun else raised)
+        plan.append(Phase(sigma, 1.0, b, next_level=(following, 1.0), pre_step=flow))
+    return run(score, shape_or_init, plan, sampler="probability_flow", scale=levels[0], **options)
 
 
 def _ends(churn_range: Any) -> tuple[float, float]:
@@ -79,29 +78,29 @@ def _ends(churn_range: Any) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class _Flow:
-    """From a level, raised by churn, to the next one."""
+    """From sigma, raised by noise, to the following level."""
 
     sigma: float
     following: float
-    spread: float
+    noise: float
     heun: bool
 
     def __call__(
-        self, network: Network, backend: Backend, x: Tensor, key: Key
+        self, model: ScoreModel, backend: Backend, state: State, key: Key
     ) -> tuple[Tensor, None]:
-        step, length = backend.affine_step, self.sigma - self.following
-        if self.spread:
-            step(x, x, x, 1.0, 0.0, self.spread, key)
-            network.at(self.sigma, 1.0)
-        slope = network(x)
+        x, step = state.x, backend.affine_step
+        if self.noise:
+            step(x, x, x, 1.0, 0.0, self.noise, key)
+            model.set_level(self.sigma)
+        score = model(x)
         if not self.heun:
-            return slope, None
-        b = length * self.sigma
+            return score, None
+        b = (self.sigma - self.following) * self.sigma
         ahead = torch.empty_like(x)
-        step(ahead, x, slope, 1.0, b, 0.0, key)
-        step(x, x, slope, 1.0, b / 2, 0.0, key)
-        network.at(self.following, 1.0)
-        return network(ahead), None
+        step(ahead, x, score, 1.0, b, 0.0, key)
+        step(x, x, score, 1.0, b / 2, 0.0, key)
+        model.set_level(self.following)
+        return model(ahead), None
 
 
 def log_likelihood(
