@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol, TypedDict
 
@@ -122,7 +123,7 @@ class State:
             self.aux[name].copy_(value)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Phase:
     """`steps` equal steps ``x <- a x + b score + c z`` at one noise level, one kernel each.
 
@@ -247,21 +248,24 @@ class Chain:
         denoise: bool,
     ) -> None:
         self.model, self.backend, self.known = model, backend, known
-        self.key = noise.fields()
-        self.steps = sum(phase.steps for phase in plan)
-        sigma, mean = plan[-1].end
-        last = Phase(sigma, 1 / mean, sigma**2, mean=mean, next_level=(0.0, 1.0))
-        self.plan = [*plan, last] if denoise else plan
+        self.key, self.dtype = noise.fields(), x.dtype
         # Of each phase: the number of steps up to its end.
-        self.ends = list(accumulate(phase.steps for phase in self.plan))
+        self.ends = list(accumulate(phase.steps for phase in plan))
+        self.steps = self.ends[-1]
+        self.plan = plan
+        if denoise:
+            sigma, mean = plan[-1].end
+            last = Phase(sigma, 1 / mean, sigma**2, mean=mean, next_level=(0.0, 1.0))
+            self.plan = [*plan, last]
+            self.ends.append(self.steps + 1)
         self.plain = known is None and all(phase.pre_step is None for phase in plan)
-        self.table = x if self.plain else self.coefficients(x)
 
-    def coefficients(self, x: Tensor) -> Tensor:
-        """``[phases, 3]``, or 5 with known elements, on x's device."""
+    @cached_property
+    def table(self) -> Tensor:
+        """The coefficients of the phases on the device: ``[phases, 3]``, with known elements 5."""
         columns = 3 if self.known is None else 5
         rows = [phase.coefficients()[:columns] for phase in self.plan]
-        return torch.tensor(rows, dtype=x.dtype).to(x.device)
+        return torch.tensor(rows, dtype=self.dtype).to(self.model.device)
 
     def phase_of(self, t: int) -> int:
         """The index of step t's phase."""
@@ -392,45 +396,46 @@ def run(
         monitor = None
         if on_nan != "ignore":
             monitor = DivergenceMonitor(chain, state, first_step, stop=on_nan == "stop")
-        before = first_step // every
-        frames = 0 if record_every is None else total // every - before + 1
-        trajectory = x.new_empty((frames, *x.shape), device="cpu")
+        skipped = first_step // every
+        frames = 0 if record_every is None else total // every - skipped + 1
+        trajectory = x.new_empty((frames, *x.shape), device="cpu") if frames else x
         seen = Progress(step=0, level=-1, sigma=math.nan, x=x, aux=state.aux)
-        bar = tqdm(
-            total=total, initial=first_step, unit="step", desc="sampling", disable=not progress
-        )
+        bar = None
+        if progress:
+            bar = tqdm(total=total, initial=first_step, unit="step", desc="sampling")
         t = first_step
         check = total + 1 if monitor is None else t + CHECK_EVERY
         while t < total:
-            # The steps up to the next one after which something is to be done.
+            # Up to the next step after which something is to be done.
             stop = min(total, check, t - t % every + every)
-            if callback is not None or progress:
+            if callback is not None or bar is not None:
                 stop = t + 1
             advance(state, t, stop)
             t = stop
             if monitor is not None and t == check:
                 check += CHECK_EVERY
                 if not monitor.finite(state, t):
+                    t = monitor.done
                     break
             if callback is not None:
                 seen.step, seen.level = t - 1, chain.phase_of(t - 1)
                 seen.sigma = plan[seen.level].sigma
                 callback(seen)
             if t % every == 0:
-                trajectory[t // every - before - 1].copy_(x)
-            if progress:
+                trajectory[t // every - skipped - 1].copy_(x)
+            if bar is not None:
                 bar.update()
         else:
             if denoise:
                 chain.advance(state, total, total + 1)
             chain.finish(x)
-            if monitor is not None:
-                monitor.finite(state, total + denoise)
-        bar.close()
+            if monitor is not None and not monitor.finite(state, total + denoise):
+                t = monitor.done
+        if bar is not None:
+            bar.close()
         if record_every is None:
             return x
-        done = total if monitor is None else min(total, monitor.done)
-        last = done // every - before
+        last = t // every - skipped
         trajectory[last].copy_(x)
         return trajectory[: last + 1]
 

@@ -39,7 +39,7 @@ def replayed(chain: Chain, state: State, first_step: int) -> Callable[[State, in
         return chain.advance
     # What changes from step to step is in tables, with a row for each step.
     repeats = torch.tensor([phase.steps for phase in chain.plan]).to(x.device)
-    table = chain.coefficients(x).repeat_interleave(repeats, 0)
+    table = chain.table.repeat_interleave(repeats, 0)
     levels = torch.tensor([(phase.sigma, 1 / phase.mean) for phase in chain.plan])
     sigmas, scales = levels.to(x.device).repeat_interleave(repeats, 0).unbind(1)
     counter = torch.full((), first_step, dtype=torch.int64, device=x.device)

@@ -47,8 +47,10 @@ class DivergenceMonitor:
             FloatingPointError: it is not, and the chain is not one that just stops.
         """
         if _all_finite(state):
-            self.last.copy_(state)
-            self.done = done
+            # Where the chain ends nothing will be repeated.
+            if done < self.chain.ends[-1]:
+                self.last.copy_(state)
+                self.done = done
             return True
         message = self._located(self.last.clone(), done)
         if not self.stop:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,8 +145,7 @@ def predictor_corrector(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Moment:
+class _Moment(NamedTuple):
     """A diffusion at a time."""
 
     time: float
@@ -217,18 +217,17 @@ class _ByNorms:
         self, model: ScoreModel, backend: Backend, state: State, key: Key
     ) -> tuple[Tensor, Tensor]:
         score = model(state.x)
-        z_squared, s_squared = norms(backend, score, key, self.batch_mean)
-        # Where the score is 0 there is nothing to weigh the noise against: no step.
-        return score, (z_squared / s_squared).nan_to_num_(0.0, 0.0).view(-1)
+        return score, norm_ratio(backend, score, key, self.batch_mean)
 
 
-def norms(backend: Backend, score: Tensor, key: Key, batch_mean: bool) -> tuple[Tensor, Tensor]:
-    """The squared norms of a step's noise and of the score, ``[B]``, or of the mean norms.
+def norm_ratio(backend: Backend, score: Tensor, key: Key, batch_mean: bool) -> Tensor:
+    """``(||z|| / ||score||)^2`` for the noise of a step, ``[B]``, or ``[1]`` of the mean norms.
 
-    One pass, which makes the noise; nothing waits for the device.
+    0 where the score is 0: there is nothing to weigh the noise against. One pass, which makes the
+    noise; nothing waits for the device.
     """
     sums = backend.probe_sums("normal", score, None, False, key)
-    z_squared, s_squared = sums[0], sums[3]
     if batch_mean:
-        z_squared, s_squared = (v.sqrt().mean().square() for v in (z_squared, s_squared))
-    return z_squared, s_squared
+        # The ratio of the means is that of the sums.
+        sums = sums.sqrt().sum(1, keepdim=True).square()
+    return (sums[0] / sums[3]).nan_to_num_(0.0, 0.0)
