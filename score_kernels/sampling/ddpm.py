@@ -65,7 +65,7 @@ def ddpm(
         # No noise in the last step.
         larger = zip(plan, reversed(large), strict=True)
         plan = [replace(phase, c=c if phase.c else 0.0) for phase, c in larger]
-    return run(score, shape_or_init, plan, sampler="ddpm", scale=_prior(plan), **options)
+    return run("ddpm", score, shape_or_init, plan, _prior(plan), **options)
 
 
 def ddim(
@@ -109,7 +109,7 @@ def ddim(
         raise ValueError(f"eta: got {eta}, expected a number from 0 to 1")
     chosen = torch.linspace(levels - 1, 0, steps, dtype=torch.float64).round().long()
     plan = _plan(schedule.sigmas[chosen].tolist(), eta)
-    return run(score, shape_or_init, plan, sampler="ddim", scale=_prior(plan), **options)
+    return run("ddim", score, shape_or_init, plan, _prior(plan), **options)
 
 
 def _plan(levels: list[float], eta: float) -> list[Phase]:

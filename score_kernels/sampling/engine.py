@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from score_kernels import checks, ops
 from score_kernels.backends import Backend, choose
@@ -324,72 +325,60 @@ class Chain:
 
 
 def run(
+    sampler: str,
     score: Score,
     shape_or_init: Sequence[int] | Tensor,
     plan: list[Phase],
-    *,
-    sampler: str,
     scale: float,
+    *,
     denoise: bool = False,
     init_aux: Callable[[Tensor, NoiseKey], dict[str, Tensor]] | None = None,
-    seed: int | None = None,
-    first_sample: int = 0,
-    init: str = "normal",
-    first_step: int = 0,
-    aux: Mapping[str, Tensor] | None = None,
-    callback: Callable[[Progress], object] | None = None,
-    record_every: int | None = None,
-    progress: bool = False,
-    device: torch.device | str | None = None,
-    cuda_graph: bool = False,
-    conditions: Mapping[str, Any] | None = None,
-    guidance: Callable[[Tensor, Tensor], Tensor] | None = None,
-    known: Tensor | None = None,
-    mask: Tensor | None = None,
-    on_nan: str = "raise",
-    **unknown: Any,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Run a plan from the prior of standard deviation `scale`, or from a state; see `Options`.
 
     With `denoise` it ends with ``x + sigma^2 score(x, sigma)``, sigma that of the last phase's end
-    and x in the data's scale. `init_aux(x, key)` makes the auxiliary tensors at the chain's start,
-    and `sampler` is the name that an unknown keyword argument is reported with.
+    and x in the data's scale. `init_aux(x, key)` makes the auxiliary tensors at the chain's start;
+    `sampler` is the name of the function for an error.
     """
-    for name in unknown:
+    for name in options.keys() - Options.__annotations__.keys():
         raise TypeError(f"{sampler}: got an unexpected keyword argument {name!r}")
-    flags = {"denoise": denoise, "progress": progress, "cuda_graph": cuda_graph}
-    for name, value in flags.items():
-        checks.flag(name, value)
-    if on_nan not in ("raise", "stop", "ignore"):
-        raise ValueError(f"on_nan: got {on_nan!r}, expected 'raise', 'stop' or 'ignore'")
+    denoise = checks.flag("denoise", denoise)
+    progress = checks.flag("progress", options.get("progress", False))
+    cuda_graph = checks.flag("cuda_graph", options.get("cuda_graph", False))
+    on_nan = checks.choice("on_nan", options.get("on_nan", "raise"), ("raise", "stop", "ignore"))
+    callback, record_every = options.get("callback"), options.get("record_every")
     if callback is not None:
         checks.function("callback", callback)
-    noise = NoiseKey(
-        fresh_seed() if seed is None else seed, purpose=Purpose.LANGEVIN, first_sample=first_sample
-    )
     total = sum(phase.steps for phase in plan)
-    first_step = checks.count("first_step", first_step, least=0)
+    if total > 2**32:
+        raise ValueError(f"steps: got {total} steps in all, expected at most 2**32, one draw each")
+    first_step = checks.count("first_step", options.get("first_step", 0), least=0)
     if first_step > total:
         raise ValueError(
             f"first_step: got {first_step}, expected at most the chain's {total} steps"
         )
-    if total > 2**32:
-        raise ValueError(f"steps: got {total} steps in all, expected at most 2**32, one draw each")
     if first_step and not isinstance(shape_or_init, Tensor):
         raise ValueError(
             f"first_step: got {first_step} with a shape, expected the state after "
             "that many steps as shape_or_init"
         )
-    every = (
-        total + 1 if record_every is None else checks.count("record_every", record_every, least=1)
+    every = total + 1
+    if record_every is not None:
+        every = checks.count("record_every", record_every, least=1)
+    seed = options.get("seed")
+    noise = NoiseKey(
+        fresh_seed() if seed is None else seed,
+        purpose=Purpose.LANGEVIN,
+        first_sample=options.get("first_sample", 0),
     )
     with torch.no_grad():
-        x = _start(shape_or_init, scale, init, noise, device)
+        x = _start(shape_or_init, scale, noise, options)
         state = State(x, {} if init_aux is None else init_aux(x, noise))
-        _resume(state.aux, aux, first_step)
-        model = ScoreModel(score, x, conditions, guidance)
-        backend, kept = choose(x.device, x.dtype), known_elements(x, known, mask)
-        chain = Chain(model, backend, x, plan, noise, kept, denoise)
+        _resume(state.aux, options.get("aux"), first_step)
+        model = ScoreModel(score, x, options.get("conditions"), options.get("guidance"))
+        known = known_elements(x, options.get("known"), options.get("mask"))
+        chain = Chain(model, choose(x.device, x.dtype), x, plan, noise, known, denoise)
         if not first_step:
             chain.start(x)
         advance = graph.replayed(chain, state, first_step) if cuda_graph else chain.advance
@@ -441,35 +430,28 @@ def run(
 
 
 def _start(
-    shape_or_init: Sequence[int] | Tensor,
-    scale: float,
-    init: str,
-    noise: NoiseKey,
-    device: torch.device | str | None,
+    shape_or_init: Sequence[int] | Tensor, scale: float, noise: NoiseKey, options: Options
 ) -> Tensor:
-    wanted = checks.device("device", device)
+    """The state that a chain starts from."""
+    device = checks.device("device", options.get("device"))
     if isinstance(shape_or_init, Tensor):
         checks.state("shape_or_init", shape_or_init)
         checks.noise_shape(shape_or_init.shape)
         checks.sample_range(noise.first_sample, shape_or_init.shape[0])
         here = shape_or_init.device
-        if wanted is not None and (
-            wanted.type != here.type or wanted.index not in (None, here.index)
-        ):
+        if device and (device.type != here.type or device.index not in (None, here.index)):
             raise ValueError(
                 f"device: got {device} with a state on {here}, expected the state's device or none"
             )
         if shape_or_init.is_meta:
             raise ValueError("shape_or_init: got a tensor on meta, expected one with values")
         return shape_or_init.detach().clone(memory_format=torch.contiguous_format)
-    if (wanted or torch.get_default_device()).type == "meta":
+    if (device or torch.get_default_device()).type == "meta":
         raise ValueError("device: got meta, expected one that computes")
     prior = noise.for_purpose(Purpose.PRIOR)
-    if init == "normal":
-        return ops.normal(shape_or_init, prior, device=wanted).mul_(scale)
-    if init == "uniform":
-        return ops.uniform(shape_or_init, prior, device=wanted)
-    raise ValueError(f"init: got {init!r}, expected 'normal' or 'uniform'")
+    if checks.choice("init", options.get("init", "normal"), ("normal", "uniform")) == "uniform":
+        return ops.uniform(shape_or_init, prior, device=device)
+    return ops.normal(shape_or_init, prior, device=device).mul_(scale)
 
 
 def _resume(made: dict[str, Tensor], aux: Mapping[str, Tensor] | None, first_step: int) -> None:

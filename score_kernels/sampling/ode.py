@@ -63,7 +63,7 @@ def probability_flow(
         flow = _Flow(raised, following, noise, heun=method == "heun" and following > 0)
         b = (raised - following) * (following / 2 if flow.heun else raised)
         plan.append(Phase(sigma, 1.0, b, next_level=(following, 1.0), pre_step=flow))
-    return run(score, shape_or_init, plan, sampler="probability_flow", scale=levels[0], **options)
+    return run("probability_flow", score, shape_or_init, plan, levels[0], **options)
 
 
 def _ends(churn_range: Any) -> tuple[float, float]:

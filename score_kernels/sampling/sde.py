@@ -55,9 +55,7 @@ def euler_maruyama(
     moments = _moments(sde, steps, end)
     plan = [_predictor("euler_maruyama", sde, *pair) for pair in pairwise(moments)]
     name = "euler_maruyama"
-    return run(
-        score, shape_or_init, plan, sampler=name, scale=_prior(sde), denoise=denoise, **options
-    )
+    return run(name, score, shape_or_init, plan, _prior(sde), denoise=denoise, **options)
 
 
 def predictor_corrector(
@@ -140,9 +138,7 @@ def predictor_corrector(
             phases.insert(0 if corrector_first else 1, phase)
         plan += phases
     name = "predictor_corrector"
-    return run(
-        score, shape_or_init, plan, sampler=name, scale=_prior(sde), denoise=denoise, **options
-    )
+    return run(name, score, shape_or_init, plan, _prior(sde), denoise=denoise, **options)
 
 
 class _Moment(NamedTuple):
