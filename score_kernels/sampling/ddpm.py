@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from score_kernels.diffusion.sde import DDPMSchedule
 from score_kernels.sampling.engine import Options, Phase, Score, run
 
 __all__ = ["ddim", "ddpm"]
+
+_SCHEDULE = "a score_kernels.diffusion.sde.DDPMSchedule"
 
 
 def ddpm(
@@ -52,19 +53,14 @@ def ddpm(
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
-    checks.instance(
-        "schedule", schedule, DDPMSchedule, "a score_kernels.diffusion.sde.DDPMSchedule"
-    )
-    if variance not in ("small", "large"):
-        raise ValueError(f"variance: got {variance!r}, expected 'small' or 'large'")
-    kept = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar])
-    # Of step i: beta_i / abar_{i-1}.
-    large = ((1 - kept[1:] / kept[:-1]) / kept[:-1]).sqrt().tolist()
+    checks.instance("schedule", schedule, DDPMSchedule, _SCHEDULE)
+    checks.choice("variance", variance, ("small", "large"))
     plan = _plan(schedule.sigmas.flip(0).tolist(), eta=1.0)
     if variance == "large":
-        # No noise in the last step.
-        larger = zip(plan, reversed(large), strict=True)
-        plan = [replace(phase, c=c if phase.c else 0.0) for phase, c in larger]
+        abar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar])
+        noise = ((1 - abar[1:] / abar[:-1]) / abar[:-1]).sqrt().flip(0).tolist()
+        for phase, c in zip(plan[:-1], noise, strict=False):
+            phase.c = c
     return run("ddpm", score, shape_or_init, plan, _prior(plan), **options)
 
 
@@ -88,20 +84,14 @@ def ddim(
 
     Args:
         score, shape_or_init, schedule, options: as in :func:`ddpm`.
-        steps: how many of the N levels, spread evenly over their indices; the last is level 0.
+        steps: how many of the N levels, spaced evenly over their indices; the last is level 0.
         eta: 0 to 1.
 
-    Returns:
-        Samples ``[B, ...]``, or the recorded states y.
-
-    Raises:
-        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    Returns, Raises:
+        As :func:`ddpm`.
     """
-    checks.instance(
-        "schedule", schedule, DDPMSchedule, "a score_kernels.diffusion.sde.DDPMSchedule"
-    )
-    steps = checks.count("steps", steps, least=1)
-    levels = len(schedule.sigmas)
+    checks.instance("schedule", schedule, DDPMSchedule, _SCHEDULE)
+    steps, levels = checks.count("steps", steps, least=1), len(schedule.sigmas)
     if steps > levels:
         raise ValueError(f"steps: got {steps}, expected at most the schedule's {levels}")
     eta = checks.not_negative("eta", eta)

@@ -37,8 +37,8 @@ def langevin(
         sigma: a noise level passed to the score as ``[B]``, for networks that take one.
         options: see :class:`score_kernels.sampling.Options`.
 
-    Returns:
-        ``x``, or the recorded states.
+    Returns, Raises:
+        As :func:`annealed_langevin`.
     """
     level = math.nan if sigma is None else checks.noise_level("sigma", sigma)
     step_size = checks.positive("step_size", step_size)
@@ -125,12 +125,9 @@ def consistent_annealed(
         step_size: twice the paper's epsilon. For every ratio g of neighbours
             ``1 - g <= eta <= 1 + g``.
 
-    Returns:
-        ``x``, or the recorded states, one a step.
-
-    Raises:
-        TypeError, ValueError: as in :func:`annealed_langevin`; or step_size is outside the range
-            that the levels allow, which the message names.
+    Returns, Raises:
+        As :func:`annealed_langevin`; a ValueError, too, for a step_size outside the range that the
+        levels allow, which the message names.
     """
     levels = checks.noise_levels(sigmas)
     if len(levels) < 2:

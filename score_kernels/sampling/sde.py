@@ -1,4 +1,4 @@
-"""Diffusions run backwards: Euler-Maruyama, and predictors with correctors."""
+"""Reverse diffusions: Euler-Maruyama, and predictors with correctors."""
 
 from __future__ import annotations
 
@@ -46,11 +46,8 @@ def euler_maruyama(
         denoise: end with ``y + sigma^2 score(y, sigma)``; without it the result is x at time `end`.
         options: see :class:`score_kernels.sampling.Options`.
 
-    Returns:
-        ``x``, or the recorded states.
-
-    Raises:
-        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    Returns, Raises:
+        As `annealed_langevin`.
     """
     moments = _moments(sde, steps, end)
     plan = [_predictor("euler_maruyama", sde, *pair) for pair in pairwise(moments)]
@@ -98,12 +95,8 @@ def predictor_corrector(
         batch_mean: take the norms' means over the batch, as the authors' code does; a sample then
             depends on those beside it. By default each sample has its own.
 
-    Returns:
-        ``x``, or the recorded states; every predictor and corrector step is a step of the chain.
-
-    Raises:
-        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape, or
-            the diffusion has no such predictor.
+    Returns, Raises:
+        As `annealed_langevin`; every predictor and corrector step is a step of the chain.
     """
     moments = _moments(sde, steps, end)
     if predictor is not None:
@@ -118,8 +111,8 @@ def predictor_corrector(
             f"steps: got {len(moments) - 1}, in which beta h reaches {steepest:.3g}; expected it "
             f"below 1, at least {least} steps"
         )
-    if corrector not in (None, "langevin", "ald"):
-        raise ValueError(f"corrector: got {corrector!r}, expected 'langevin', 'ald' or None")
+    if corrector is not None:
+        checks.choice("corrector", corrector, ("langevin", "ald"), ", or None")
     if predictor is None and corrector is None:
         raise ValueError("predictor: got None beside corrector None, expected one of the two")
     corrector_first = checks.flag("corrector_first", corrector_first)
