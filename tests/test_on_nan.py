@@ -115,17 +115,17 @@ def test_every_kind_of_step_is_repeated(make: Any) -> None:
 
 def test_checks_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waits for the device: three in 120 steps, and one at each end."""
-    looks = []
+    waits = []
     for name in ("__bool__", "__float__", "item", "cpu"):
         wait = getattr(Tensor, name)
 
-        def look(t: Tensor, wait: Any = wait) -> Any:
-            looks.append(1)
+        def counted(t: Tensor, wait: Any = wait) -> Any:
+            waits.append(1)
             return wait(t)
 
-        monkeypatch.setattr(Tensor, name, look)
+        monkeypatch.setattr(Tensor, name, counted)
     sampler(lambda x, sigma: -x)
-    assert len(looks) == 4
+    assert len(waits) == 4
 
 
 def test_large_finite_numbers_are_finite() -> None:

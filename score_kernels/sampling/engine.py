@@ -268,6 +268,10 @@ class Chain:
         rows = [phase.coefficients()[:columns] for phase in self.plan]
         return torch.tensor(rows, dtype=self.dtype).to(self.model.device)
 
+    @cached_property
+    def rows(self) -> tuple[Tensor, ...]:
+        return self.table.split(1)
+
     def phase_of(self, t: int) -> int:
         """The index of step t's phase."""
         return bisect_right(self.ends, t)
@@ -302,8 +306,9 @@ class Chain:
         if factors is None and self.known is None:
             self.backend.affine_step(x, x, score, phase.a, phase.b, phase.c, key)
             return
-        row = self.table[index : index + 1]
+        row = self.rows[index]
         if factors is not None:
+            # Of a, b and c, and of known elements and their noise.
             ones = torch.ones_like(factors)
             columns = [ones, factors, factors.sqrt(), ones, ones]
             row = torch.stack(columns[: row.shape[1]], 1) * row
@@ -341,8 +346,9 @@ def run(
     and x in the data's scale. `init_aux(x, key)` makes the auxiliary tensors at the chain's start;
     `sampler` is the name of the function for an error.
     """
-    for name in options.keys() - Options.__annotations__.keys():
-        raise TypeError(f"{sampler}: got an unexpected keyword argument {name!r}")
+    for name in options:
+        if name not in Options.__annotations__:
+            raise TypeError(f"{sampler}: got an unexpected keyword argument {name!r}")
     denoise = checks.flag("denoise", denoise)
     progress = checks.flag("progress", options.get("progress", False))
     cuda_graph = checks.flag("cuda_graph", options.get("cuda_graph", False))
