@@ -196,7 +196,7 @@ class FusedScoreSdeVeScheduler(_Named, ScoreSdeVeScheduler):
         x = sample.clone(memory_format=torch.contiguous_format)
         backend, score = choose(x.device, x.dtype), model_output.contiguous()
         # The step size stays on the device: reading it back would wait for the network.
-        step = 2 * self.config.snr**2 * norm_ratio(backend, score, key.fields(), batch_mean=True)
+        step = 2 * self.config.snr**2 * norm_ratio(backend, score, key, batch_mean=True)
         table = torch.stack([torch.ones_like(step), step, (2 * step).sqrt()], 1)
         ops.table_step_(x, score, table, None, key)
         return SchedulerOutput(x) if return_dict else (x,)

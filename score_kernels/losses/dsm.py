@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from score_kernels import checks, ops
-from score_kernels._torch import modes_active, transforms_active
 from score_kernels.noise import NoiseKey, Purpose, resolve
+from score_kernels.ops._dispatch import PLAIN, modes_active, transforms_active
 
 __all__ = ["dsm_loss"]
 
@@ -115,9 +115,8 @@ def _table(sigmas: Any, x: Tensor) -> Tensor:
         return torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32).to(x.device)
     if torch.compiler.is_compiling():
         return sigmas.to(x.device, torch.float32)
-    checks.dense("sigmas", sigmas)
     # Tensors made under a transform or a mode are not for later calls.
-    lasting = type(sigmas) in checks.PLAIN and not (transforms_active() or modes_active())
+    lasting = type(sigmas) in PLAIN and not (transforms_active() or modes_active())
     # Read once: another thread may replace it.
     known = _checked
     if lasting and known is not None:
@@ -157,7 +156,6 @@ def per_level(each: Tensor, labels: Tensor, levels: int) -> Tensor:
 
 def _check_labels(labels: Any, x: Tensor, levels: int) -> None:
     checks.instance("labels", labels, Tensor, "a tensor of level indices")
-    checks.dense("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
     if labels.shape != x.shape[:1]:

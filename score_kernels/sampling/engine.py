@@ -249,7 +249,7 @@ class Chain:
         denoise: bool,
     ) -> None:
         self.model, self.backend, self.known = model, backend, known
-        self.key, self.dtype = noise.fields(), x.dtype
+        self.key, self.dtype = noise, x.dtype
         # Of each phase: the number of steps up to its end.
         self.ends = list(accumulate(phase.steps for phase in plan))
         self.steps = self.ends[-1]
@@ -320,7 +320,7 @@ class Chain:
         if self.known is not None:
             first = Phase(self.plan[0].sigma, mean=self.plan[0].mean)
             row = x.new_tensor([first.coefficients()])
-            key = (self.key[0], Purpose.KNOWN, *self.key[2:])
+            key = self.key.for_purpose(Purpose.KNOWN)
             self.backend.table_step(x, x, x, row, None, key, *self.known)
 
     def finish(self, x: Tensor) -> None:
