@@ -96,12 +96,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def freed(t: Tensor) -> Tensor:
-    made = t.clone()
-    made.untyped_storage().resize_(0)
-    return made
-
-
 # What is made of a tensor that fits; much of it is refused, some of it is right.
 BROKEN: dict[str, Callable[[Tensor], Any]] = {
     **{str(d): lambda t, d=d: t.to(d) for d in (torch.float64, torch.bfloat16, torch.float16)},
@@ -116,7 +110,6 @@ BROKEN: dict[str, Callable[[Tensor], Any]] = {
     "jagged": lambda t: torch.nested.nested_tensor(
         [torch.zeros(2), torch.zeros(3)], layout=torch.jagged
     ),
-    "freed": freed,
     "zeros without memory": lambda t: torch._efficientzerotensor(tuple(t.shape)),
     "no dimensions": lambda t: torch.tensor(1.0),
     "one more": lambda t: torch.cat((t, t)),

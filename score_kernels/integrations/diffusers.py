@@ -20,7 +20,7 @@ from score_kernels.backends import choose
 from score_kernels.diffusion.prediction import as_score
 from score_kernels.diffusion.sde import DDPMSchedule
 from score_kernels.noise import NoiseKey, Purpose, resolve
-from score_kernels.sampling.sde import norms
+from score_kernels.sampling.sde import norm_ratio
 
 try:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
@@ -195,10 +195,9 @@ class FusedScoreSdeVeScheduler(_Named, ScoreSdeVeScheduler):
         key = self._next(generator)
         x = sample.clone(memory_format=torch.contiguous_format)
         backend, score = choose(x.device, x.dtype), model_output.contiguous()
-        noise_size, size = norms(backend, score, key, batch_mean=True)
-        step = 2 * self.config.snr**2 * noise_size / size
         # The step size stays on the device: reading it back would wait for the network.
-        table = torch.stack([torch.ones_like(step), step, (2 * step).sqrt()])[None]
+        step = 2 * self.config.snr**2 * norm_ratio(backend, score, key, batch_mean=True)
+        table = torch.stack([torch.ones_like(step), step, (2 * step).sqrt()], 1)
         ops.table_step_(x, score, table, None, key)
         return SchedulerOutput(x) if return_dict else (x,)
 
