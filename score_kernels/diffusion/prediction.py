@@ -117,6 +117,8 @@ def convert(
     _check_schedule(schedule)
     for name, tensor in (("y", y), ("value", value), ("sigma", sigma)):
         checks.score(name, tensor)
+        if tensor.device != y.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected that of y, {y.device}")
     checks.sigma(sigma, y)
     if value.shape != y.shape:
         raise ValueError(

@@ -86,8 +86,11 @@ def geometric_sigmas(sigma_max: float, sigma_min: float, levels: int) -> Tensor:
     Returns:
         ``[L]`` float32, decreasing.
     """
-    if levels == 1 and sigma_min == sigma_max:
-        return torch.tensor([checks.positive("sigma_max", sigma_max)])
+    levels = checks.count("levels", levels, least=1)
+    if levels == 1:
+        sigma_min = checks.positive("sigma_min", sigma_min)
+        if sigma_min == checks.positive("sigma_max", sigma_max):
+            return torch.tensor([sigma_min])
     sigma_max, sigma_min = checks.ends(sigma_max, sigma_min)
     levels = checks.count("levels", levels, least=2)
     logs = torch.linspace(math.log(sigma_max), math.log(sigma_min), levels, dtype=torch.float64)
