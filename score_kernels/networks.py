@@ -20,8 +20,8 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Soft
 class MLPScore(nn.Module):
     """Fully connected score network, for points and small images.
 
-    With `conditional` a network f of ``x / sqrt(sigma^2 + d^2)`` and an embedding of ``log sigma``,
-    d being `data_std`, is added to the score of ``N(0, (sigma^2 + d^2) I)``:
+    With `conditional` a network f of ``x / sqrt(sigma^2 + d^2)`` and an embedding of ``log sigma``
+    is added to the score of ``N(0, (sigma^2 + d^2) I)``, d being `data_std`:
 
         score(x, sigma) = -x / (sigma^2 + d^2) + f d / (sigma sqrt(sigma^2 + d^2))
 
@@ -53,9 +53,7 @@ class MLPScore(nn.Module):
         data_std: float = 1.0,
     ) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("hidden", hidden), ("depth", depth)):
-            checks.count(name, size, least=1)
-        checks.positive("data_std", data_std)
+        _check(data_std, dim=dim, hidden=hidden, depth=depth)
         checks.choice("activation", activation, _ACTIVATIONS)
         self.dim = dim
         self.conditional = conditional
@@ -115,9 +113,7 @@ class ConvScore(nn.Module):
         self, channels: int = 1, width: int = 32, *, levels: int = 2, data_std: float = 1.0
     ) -> None:
         super().__init__()
-        for name, size in (("channels", channels), ("width", width), ("levels", levels)):
-            checks.count(name, size, least=1)
-        checks.positive("data_std", data_std)
+        _check(data_std, channels=channels, width=width, levels=levels)
         if width % 8:
             raise ValueError(f"width: got {width}, expected a multiple of 8, the size of a group")
         self.channels = channels
@@ -205,6 +201,12 @@ def _scalings(x: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor
     variance = sigma.square() + data_std**2
     scale = variance.rsqrt()
     return scale, -1 / variance, data_std * scale / sigma
+
+
+def _check(data_std: float, **sizes: int) -> None:
+    checks.positive("data_std", data_std)
+    for name, size in sizes.items():
+        checks.count(name, size, least=1)
 
 
 def _zero(layer: nn.Module) -> None:

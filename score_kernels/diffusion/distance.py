@@ -105,7 +105,7 @@ def pairwise_distance_bounds(
             break
         lower = further.item()
     upper = min(upper, (2 * x.half).sqrt().topk(2).values.sum().item()) * (1 + 1e-9)
-    return lower * x.unit, max(lower, upper) * x.unit
+    return lower * x.unit, upper * x.unit
 
 
 def samples(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:

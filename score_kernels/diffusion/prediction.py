@@ -60,27 +60,25 @@ def as_score(net: nn.Module, *, kind: str, schedule: SDE | DDPMSchedule | None =
         kind: what it predicts: "epsilon", "x0", "v" or "score" of this module's table, or
             "denoiser", the x_0 of EDM's ``D(y, sigma)`` (Karras et al. 2022, arXiv 2206.00364),
             without a schedule.
-        schedule: the network's input and noise level.
+        schedule: what x and level are.
 
             - none: ``(y, sigma)`` with sigma ``[B]`` float32.
-            - a :class:`SDE`: ``(x_t, t)`` with t ``[B]`` float32, the time of this sigma, outside
-              0 to 1 where sigma is outside the schedule. A network that wants a multiple of t
-              (999 t, say) has to multiply.
+            - a :class:`SDE`: ``(x_t, t)`` with t ``[B]`` float32, the time of sigma, outside 0 to 1
+              where sigma is outside the schedule; not multiplied by 999 or the like.
             - a :class:`DDPMSchedule`: ``(x_t, i)`` with i ``[B]`` int64, the timestep whose level
-              is nearest to sigma. Between levels ``x_t = y / sqrt(1 + sigma^2)`` still has the
-              sigma asked for.
+              is nearest to sigma; between levels, ``x_t = y / sqrt(1 + sigma^2)`` with sigma
+              itself.
 
     Returns:
         A module called as ``score(y, sigma, **conditions)`` with sigma ``[B]``. Times and m are
-        computed in float64, the score in float32 at least, whatever the network computes in.
-        Nothing waits for the device.
+        computed in float64, the score in float32 at least. Nothing waits for the device.
 
     Raises:
         TypeError: net is not a module, or schedule not a schedule; when called, net returns
             something else than above.
         ValueError: kind is not one of the above, or is "denoiser" with a schedule; when called,
-            sigma is not ``[B]`` or net returns another shape, such as the twice as many channels of
-            a network that predicts variances too.
+            sigma is not ``[B]`` or net returns another shape, such as twice the channels because it
+            predicts variances too.
     """
     return _AsScore(net, kind, schedule)
 
@@ -135,14 +133,11 @@ def unconditional(net: nn.Module) -> nn.Module:
     as ``1 / sigma``, so that the network's output has one scale at all levels.
 
     Args:
-        net: ``net(x, **conditions)`` with x ``[B, ...]``; returns x's shape.
+        net: a module ``net(x, **conditions)`` with x ``[B, ...]``; returns x's shape.
 
     Returns:
-        A module called as ``score(x, sigma, **conditions)``, sigma ``[B]``.
-
-    Raises:
-        TypeError: net is not a module.
-        ValueError: when called, sigma is not ``[B]``.
+        A module called as ``score(x, sigma, **conditions)``; there a sigma that is not ``[B]``
+        raises a ValueError.
     """
     return _Unconditional(net)
 
@@ -151,10 +146,10 @@ def by_sigma(net: nn.Module, *, divide: bool = True) -> nn.Module:
     """``score(x, sigma) = net(x, sigma) / sigma``, or ``net(x, sigma)`` itself.
 
     Args:
-        net: ``net(x, sigma, **conditions)`` with sigma ``[B]`` float32; returns x's shape.
+        net: a module ``net(x, sigma, **conditions)`` with sigma ``[B]``; returns x's shape.
         divide: whether its output is divided by sigma.
 
-    Returns, Raises:
+    Returns:
         As :func:`unconditional`.
     """
     return _BySigma(net, divide)
@@ -167,27 +162,23 @@ def by_label(net: nn.Module, sigmas: Any, *, divide: bool = True) -> nn.Module:
     of NCSN (Song and Ermon 2019, arXiv 1907.05600).
 
     Args:
-        net: ``net(x, labels, **conditions)`` with labels ``[B]`` int64; returns x's shape.
+        net: a module ``net(x, labels, **conditions)`` with labels ``[B]`` int64; returns x's shape.
         sigmas: the levels it was trained on, strictly decreasing.
         divide: whether its output is divided by sigma.
 
     Returns:
-        A module called as ``score(x, sigma, **conditions)``, every sigma one of the levels.
-
-    Raises:
-        TypeError: net is not a module.
-        ValueError: sigmas do not decrease; when called, sigma is not ``[B]`` or, on a CPU, not one
-            of the levels. On other devices, which the check would wait for, such a sample's score
-            is nan.
+        As :func:`unconditional`. A sigma that is none of the levels raises a ValueError on a CPU;
+        on other devices, which the check would wait for, that sample's score is nan.
     """
     return _ByLabel(net, sigmas, divide)
 
 
 class _Wrapper(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, divide: bool = True) -> None:
         super().__init__()
         checks.instance("net", net, nn.Module, "a torch.nn.Module")
         self.net = net
+        self.divide = divide
 
 
 class _Unconditional(_Wrapper):
@@ -197,10 +188,6 @@ class _Unconditional(_Wrapper):
 
 
 class _BySigma(_Wrapper):
-    def __init__(self, net: nn.Module, divide: bool) -> None:
-        super().__init__(net)
-        self.divide = divide
-
     def forward(self, x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
         checks.sigma(sigma, x)
         out = self.net(x, sigma, **conditions)
@@ -211,8 +198,7 @@ class _ByLabel(_Wrapper):
     sigmas: Tensor
 
     def __init__(self, net: nn.Module, sigmas: Any, divide: bool) -> None:
-        super().__init__(net)
-        self.divide = divide
+        super().__init__(net, divide)
         table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32)
         # Rising, as searchsorted wants it.
         self.register_buffer("sigmas", table.flip(0), persistent=False)

@@ -314,14 +314,13 @@ def suggest_schedule(
     data_range = (largest - least).max().item()
     if data_range == 0:
         raise ValueError(f"data: got {count} equal samples, expected data that differ")
-    low, why_low = sigma_min, "given"
-    if low is None:
-        low, why_low = 0.01 * data_range, f"1/100 of the range of the data, {data_range:.6g}"
-    high, why_high = sigma_max, "given"
-    if high is None:
-        high, why_high = _largest_distance(data, count**2 * dim, progress)
-    low = checks.noise_level("sigma_min", low)
-    high = checks.noise_level("sigma_max", high)
+    why_low = why_high = "given"
+    if sigma_min is None:
+        sigma_min, why_low = 0.01 * data_range, f"1/100 of the range of the data, {data_range:.6g}"
+    if sigma_max is None:
+        sigma_max, why_high = _largest_distance(data, count**2 * dim, progress)
+    low = checks.noise_level("sigma_min", sigma_min)
+    high = checks.noise_level("sigma_max", sigma_max)
     if not low < high:
         raise ValueError(
             f"sigma_max: got {high:g}, expected more than sigma_min = {low:g} ({why_low})"
@@ -385,19 +384,15 @@ def _largest_distance(data: Tensor, operations: int, progress: bool) -> tuple[fl
 
 def _spacing(high: float, low: float, dim: int, overlap: float) -> tuple[int, str]:
     """Number of levels by technique 2, and a sentence about it."""
-    published = f"{_NCSN_RATIO:.4g} as in NCSN (Song and Ermon 2019, arXiv 1907.05600)"
-    ratio = _NCSN_RATIO
-    if dim <= 4:
+    ratio = math.inf if dim <= 4 else sigma_ratio(dim, overlap)
+    why = f"Technique 2: overlap {overlap:g} in {dim} dimensions asks for {ratio:.6g}"
+    if ratio > _NCSN_RATIO:
+        allowed = "any ratio" if dim <= 4 else f"{ratio:.4g}"
         why = (
-            f"At most {published}: technique 2 sets no limit in {dim} dimensions, where any two "
-            f"levels overlap by {_FULL_OVERLAP:.4f} or more"
+            f"At most {_NCSN_RATIO:.4g} as in NCSN (Song and Ermon 2019, arXiv 1907.05600): "
+            f"technique 2 would allow {allowed} in {dim} dimensions"
         )
-    else:
-        ratio = sigma_ratio(dim, overlap)
-        why = f"Technique 2: overlap {overlap:g} in {dim} dimensions asks for {ratio:.6g}"
-        if ratio > _NCSN_RATIO:
-            why = f"At most {published}: technique 2 would allow {ratio:.4g} in {dim} dimensions"
-            ratio = _NCSN_RATIO
+        ratio = _NCSN_RATIO
     levels = level_count(high, low, ratio)
     # The nearest number of levels may be one short of the limit.
     if _realised(high, low, levels) > _NCSN_RATIO * (1 + 1e-9):

@@ -73,8 +73,7 @@ def score_of(net: nn.Module, scheduler: Any) -> nn.Module:
         As :func:`score_kernels.as_score` and :func:`from_scheduler`; a ValueError for other
         prediction types.
     """
-    schedule = from_scheduler(scheduler)
-    return as_score(net, kind=_kind(scheduler), schedule=schedule)
+    return as_score(net, schedule=from_scheduler(scheduler), kind=_kind(scheduler))
 
 
 def _kind(scheduler: Any) -> str:
@@ -87,12 +86,12 @@ def _kind(scheduler: Any) -> str:
 
 
 class _Keyed:
-    """Noise by key.
+    """A scheduler with noise by key.
 
     Attributes:
-        noise: the key of the next step; every step adds 1 to its draw. Set it before a run, or,
-            with the number of steps done as its draw, before a run is resumed. None starts with a
-            fresh seed of torch's default generator. Its purpose is replaced.
+        noise: the key of the next step, whose purpose is replaced; every step adds 1 to its draw.
+            Set it before a run; to resume one, with the number of steps done as its draw. None
+            starts with a fresh seed of torch's default generator.
     """
 
     noise: NoiseKey | None = None
@@ -171,7 +170,6 @@ class FusedScoreSdeVeScheduler(_Keyed, ScoreSdeVeScheduler):
         return_dict: bool = True,
     ) -> SdeVeOutput | tuple[Tensor, Tensor]:
         """The parent's step with the noise of this step's key."""
-        self._check_timesteps()
         key = self._next(generator)
         # The parent's arithmetic, which truncates a float32 product.
         time = torch.as_tensor(timestep, dtype=torch.float32).cpu()
@@ -190,7 +188,6 @@ class FusedScoreSdeVeScheduler(_Keyed, ScoreSdeVeScheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The parent's step with the noise of this step's key."""
-        self._check_timesteps()
         key = self._next(generator)
         x = sample.clone(memory_format=torch.contiguous_format)
         backend, score = choose(x.device, x.dtype), model_output.contiguous()
@@ -200,7 +197,3 @@ class FusedScoreSdeVeScheduler(_Keyed, ScoreSdeVeScheduler):
         table = torch.stack([torch.ones_like(step), step, (2 * step).sqrt()])[None]
         ops.table_step_(x, score, table, None, key)
         return SchedulerOutput(x) if return_dict else (x,)
-
-    def _check_timesteps(self) -> None:
-        if self.timesteps is None:
-            raise ValueError("timesteps: got none, expected a call of set_timesteps before a step")
