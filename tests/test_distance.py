@@ -43,11 +43,11 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     "shape", [(2,), (2, 1), (3, 7), (65, 2), (90, 3, 5, 7), (77, 1), (31, 33), (60, 129)]
 )
 def test_is_the_float64_distance(blocks: None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    spread = torch.rand(shape[:1] + (1,) * (len(shape) - 1))
+    scale = torch.rand(shape[:1] + (1,) * (len(shape) - 1))
     for data in (
         torch.randn(shape),
         torch.rand(shape),
-        torch.randn(shape) * spread,
+        torch.randn(shape) * scale,
         1e4 + torch.randn(shape),
         -300 + 1e-3 * torch.randn(shape),
     ):
