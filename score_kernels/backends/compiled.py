@@ -81,7 +81,7 @@ class CompiledBackend:
         return torch.float32
 
     def fill(self, out: Tensor, kind: str, key: Key) -> None:
-        where = self.device_and_stream(out.device)
+        where = () if self.on_cpu else self.device_and_stream(out.device)
         self.kernels.fill(out.data_ptr(), *_sizes(out), KINDS[kind], *key, *where)
 
     def affine_step(
@@ -196,9 +196,10 @@ class CompiledBackend:
         self, kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key
     ) -> Tensor:
         # The kernel does not visit samples without elements: their sums are 0.
-        new = torch.empty if a.numel() else torch.zeros
-        out = new((4, a.shape[0]), dtype=torch.float32, device=a.device)
-        self._probe(out, kind, a, key, a=a, b=b, differences=differences)
+        new = a.new_empty if a.numel() else a.new_zeros
+        shape, half = (4, a.shape[0]), a.dtype is not torch.float32
+        out = new(shape, dtype=torch.float32) if half else new(shape)
+        self._probe(out, kind, a, key, a, b, differences)
         return out
 
     def probe_scale(self, kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
@@ -217,14 +218,13 @@ class CompiledBackend:
         kind: str,
         batch: Tensor,
         key: Key,
-        *,
         a: Tensor | None = None,
         b: Tensor | None = None,
         differences: bool = False,
         factor: Tensor | None = None,
         x: Tensor | None = None,
     ) -> None:
-        partial = None if a is None else self._workspace(a, 4)
+        partial = None if a is None or self.on_cpu else self._workspace(a, 4)
         self.kernels.probe(
             out.data_ptr(),
             _address(partial),
@@ -237,7 +237,7 @@ class CompiledBackend:
             _address(x),
             *_sizes(batch),
             *key,
-            *self.device_and_stream(out.device),
+            *(() if self.on_cpu else self.device_and_stream(out.device)),
         )
 
     def _workspace(self, batch: Tensor, sums: int) -> Tensor | None:

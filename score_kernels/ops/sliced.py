@@ -188,9 +188,10 @@ def _formula(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -
 
 def _check_like(name: str, value: Tensor, other: str, like: Tensor) -> None:
     checks.score(name, value)
-    got, expected = (f"{tuple(t.shape)}, {t.dtype} on {t.device}" for t in (value, like))
-    if got != expected:
-        raise ValueError(f"{name}: got shape {got}, expected that of {other}, {expected}")
+    same_device = value.is_cpu and like.is_cpu or value.device == like.device
+    if value.shape != like.shape or value.dtype is not like.dtype or not same_device:
+        got, wanted = (f"shape {tuple(t.shape)} of {t.dtype} on {t.device}" for t in (value, like))
+        raise ValueError(f"{name}: got {got}, expected that of {other}, {wanted}")
 
 
 def _check_probe(name: str, values: Tensor, noise: NoiseKey, probe: str) -> None:
@@ -215,16 +216,17 @@ def _radius(sums: Tensor, like: Tensor) -> Tensor:
     return (math.prod(like.shape[1:]) / sums.select(0, 0)).sqrt()
 
 
-def _halves(
-    sums_of: Sums, a: Tensor, b: Tensor, noise: NoiseKey, probe: str, differences: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """v.a, v.b and a.a per sample; with differences of (a + b) / 2 and a - b."""
-    sums = sums_of(_KINDS[probe], a, b, differences, noise)
-    va, vb, aa = sums.select(0, 1), sums.select(0, 2), sums.select(0, 3)
-    if probe == "sphere":
-        radius = _radius(sums, a)
-        va, vb = radius * va, radius * vb
-    return va, vb, aa
+def _half_square(sums: Tensor, like: Tensor, probe: str, reduced: bool) -> Tensor:
+    """``||s||^2``, or ``(v . s)^2``, of which the objective has a half."""
+    if reduced:
+        return sums.select(0, 3)
+    along = sums.select(0, 1)
+    return (along if probe != "sphere" else along * _radius(sums, like)).square()
+
+
+def _along_b(sums: Tensor, like: Tensor, probe: str) -> Tensor:
+    along = sums.select(0, 2)
+    return along if probe != "sphere" else along * _radius(sums, like)
 
 
 def _factor(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
@@ -243,8 +245,8 @@ def _scale(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tens
 def _reduce(
     sums_of: Sums, g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool
 ) -> Tensor:
-    vs, vg, ss = _halves(sums_of, s, g, noise, probe, False)
-    return vg.add(ss if reduced else vs.square(), alpha=0.5)
+    sums = sums_of(_KINDS[probe], s, g, False, noise)
+    return _along_b(sums, s, probe).add(_half_square(sums, s, probe, reduced), alpha=0.5)
 
 
 def _pair(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
@@ -261,8 +263,9 @@ def _difference(
     probe: str,
     reduced: bool,
 ) -> Tensor:
-    vs, vg, ss = _halves(sums_of, above, below, noise, probe, True)
-    return (vg / (2 * step)).add(ss if reduced else vs.square(), alpha=0.5)
+    sums = sums_of(_KINDS[probe], above, below, True, noise)
+    along = _along_b(sums, above, probe) / (2 * step)
+    return along.add(_half_square(sums, above, probe, reduced), alpha=0.5)
 
 
 def _grad_of_half_square(grad: Tensor, s: Tensor, ctx: Any) -> Tensor:
