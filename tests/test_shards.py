@@ -479,7 +479,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_manifest_is_returned(tmp_path: Path, path: Path) -> None:
     out = tmp_path / "out"
-    got = cli.sample(path, out, count=3, progress=False)
+    got = sample.sample(path, out, count=3, progress=False)
     assert got == json.loads((out / "manifest.json").read_text())
     assert got["complete"] and [shard["count"] for shard in got["shards"]] == [3]
 
@@ -508,7 +508,7 @@ from pathlib import Path
 from score_kernels.cli import main as cli
 
 def peak(count):
-    cli.sample(Path(sys.argv[1]), Path(sys.argv[2]), count=count, progress=False)
+    sample.sample(Path(sys.argv[1]), Path(sys.argv[2]), count=count, progress=False)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 first = peak(1024)
