@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ FORMAT = 1
 # Images on a sheet.
 _ON_SHEET = 100
 _ELSE = "name another --out, or start afresh with --overwrite"
-_T = TypeVar("_T")
 
 
 def sample(
@@ -96,15 +95,10 @@ def sample(
     checks.choice("format", format, ("npz", "png"))
     with joined(device) as ranks:
         checks.device("device", device)
-        settings = {
-            "weights": weights,
-            "seed": seed,
-            "first": first_sample,
-            "shard_size": shard_size,
-            "batch_size": batch_size,
-            "format": format,
-            "device": torch.device(device).type,
-        }
+        kind = torch.device(device).type
+        settings = {"weights": weights, "seed": seed, "first": first_sample}
+        settings |= {"shard_size": shard_size, "batch_size": batch_size}
+        settings |= {"format": format, "device": kind}
         run = _Run(path, out, settings, count, ranks.device(device))
         return run.complete(ranks, overwrite, progress and ranks.first)
 
@@ -122,8 +116,8 @@ class _Run:
     def __init__(
         self, path: Path, out: Path, settings: dict[str, Any], count: int, device: torch.device
     ) -> None:
-        self.about = read_about(path)
         before = shards.checksum(path)
+        self.about = read_about(path)
         self.net = network(self.about).eval().to(device)
         checkpoint.load_weights(path, self.net, which=settings["weights"])
         if shards.checksum(path) != before:
@@ -172,33 +166,29 @@ class _Run:
             raise ValueError("the processes have different checkpoints, arguments or versions")
         known = _on_first(ranks, self.prepare, overwrite)
         mine = self.shards[ranks.rank :: ranks.size]
-        sums = _merged(_on_all(ranks, self.checked, mine, known))
-        todo = [shard for shard in self.shards if shard.name not in sums]
-        if ranks.first and sums:
-            again = [shard.name for shard in todo if shard.name in known]
-            which = f"; missing or damaged, made again: {', '.join(again)}" if again else ""
-            print(f"{len(sums)} of {len(self.shards)} shards are there{which}")
-        mine = todo[ranks.rank :: ranks.size]
-        made = sum(shard.count for shard in todo)
+        made: dict[str, str] = {}
         started = time.perf_counter()
-        with tqdm(
-            total=sum(shard.count for shard in mine),
-            desc="sampling",
-            unit="sample",
-            disable=not (progress and mine),
-        ) as bar:
+        total = sum(shard.count for shard in mine)
+        with tqdm(total=total, desc="sampling", unit="sample", disable=not progress) as bar:
             # A shard on each rank, then the manifest, from which a stopped run goes on.
-            for turn in range(math.ceil(len(todo) / ranks.size)):
-                sums |= _merged(_on_all(ranks, self.make, mine[turn : turn + 1], bar))
-                _on_first(ranks, self.write_manifest, sums, False)
-        seconds = time.perf_counter() - started
-        manifest = _on_first(ranks, self.finish, sums)
+            for turn in range(math.ceil(len(self.shards) / ranks.size)):
+                news = _on_all(ranks, self.make, mine[turn : turn + 1], known, bar)
+                for new in news:
+                    made |= new
+                if any(news):
+                    _on_first(ranks, self.write_manifest, known | made, False)
+        manifest = _on_first(ranks, self.finish, known | made)
         if ranks.first:
+            again = [name for name in made if name in known]
+            if again:
+                print(f"missing or damaged, made again: {', '.join(again)}")
+            count = sum(shard.count for shard in self.shards if shard.name in made)
             by = f" by {ranks.size} processes" if ranks.size > 1 else ""
-            rate = f"{made} made in {seconds:.1f} s{by}, {made / seconds:.4g} samples/s"
+            rate = count / (time.perf_counter() - started)
             print(
                 f"{self.count} samples of the {self.settings['weights']} weights in "
-                f"{len(self.shards)} shards: {self.folder}; {rate if todo else 'all were there'}"
+                f"{len(self.shards)} shards: {self.folder}; {len(self.shards) - len(made)} were "
+                f"there, {len(made)} made{by}, {rate:.4g} samples/s"
             )
         return manifest
 
@@ -222,51 +212,42 @@ class _Run:
         """The known sha256 by name, of an earlier run with these settings."""
         try:
             before = json.loads(self.manifest.read_text(encoding="utf-8"))
-            made = {(s["name"], s["first"], s["count"]): s["sha256"] for s in before["shards"]}
-            count = int(before["num"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise FileExistsError(
-                f"{self.manifest}: damaged, or no manifest of score-kernels sample; {_ELSE}"
-            ) from error
+        except ValueError as error:
+            raise FileExistsError(f"{self.manifest}: no manifest ({error}); {_ELSE}") from error
         differ = [
             f"{name} was {before.get(name)} and is {value}"
             for name, value in self.settings.items()
             if before.get(name) != value
         ]
-        if count > self.count:
-            differ.append(f"num was {count} and is {self.count}, expected at least as many")
+        if before.get("num", 0) > self.count:
+            differ.append(f"num was {before['num']} and is {self.count}, expected no less")
         if differ:
             raise FileExistsError(
-                f"{self.folder.parent}: holds a run with other settings: {'; '.join(differ)}; "
-                f"{_ELSE}"
+                f"{self.manifest}: of a run with other settings: {'; '.join(differ)}; {_ELSE}"
             )
-        found = {s.name: made.get((s.name, s.first, s.count)) for s in self.shards}
-        return {name: sha256 for name, sha256 in found.items() if sha256 is not None}
-
-    def checked(self, some: list[_Shard], known: dict[str, str]) -> dict[str, str]:
-        """The sha256 by name of the shards that are as the manifest says."""
+        # The last shard may have been a smaller one.
+        same = {shard.name: shard.count for shard in self.shards}
         return {
-            shard.name: known[shard.name]
-            for shard in some
-            if (self.folder / shard.name).exists()
-            and shard.name in known
-            and shards.checksum(self.folder / shard.name) == known[shard.name]
+            shard["name"]: shard["sha256"]
+            for shard in before["shards"]
+            if shard["sha256"] is not None and same.get(shard["name"]) == shard["count"]
         }
 
-    def make(self, some: list[_Shard], bar: tqdm) -> dict[str, str]:
-        """Draw and write shards, and return their sha256 by name."""
-        size, made = self.settings["batch_size"], {}
-        for shard in some:
+    def make(self, mine: list[_Shard], known: dict[str, str], bar: tqdm) -> dict[str, str]:
+        """Draw and write the shards that are not as the manifest says. Returns their sha256."""
+        size, seed, made = self.settings["batch_size"], self.settings["seed"], {}
+        for shard in mine:
+            path = self.folder / shard.name
+            if shard.name in known and path.exists():
+                if shards.checksum(path) == known[shard.name]:
+                    bar.update(shard.count)
+                    continue
             samples = np.empty((shard.count, *self.data.shape), self.dtype)
             for at in range(0, shard.count, size):
-                rows = min(size, shard.count - at)
-                first = shard.first + at
-                x = draw_samples(
-                    self.net, self.about, rows, seed=self.settings["seed"], first=first
-                )
+                rows, first = min(size, shard.count - at), shard.first + at
+                x = draw_samples(self.net, self.about, rows, seed=seed, first=first)
                 samples[at : at + rows] = self.data.unscale(x).numpy()
                 bar.update(rows)
-            path = self.folder / shard.name
             made[shard.name] = shards.write(path, samples, shard.first, self.checksum)
         return made
 
@@ -302,31 +283,22 @@ class _Run:
             plots.save_sheet(temporary, images)
 
 
-def _on_all(ranks: Ranks, work: Callable[..., _T], *arguments: Any) -> list[_T]:
+def _on_all(ranks: Ranks, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """The results of all ranks; where one fails all fail, so that none waits for it."""
-    result, failure = [], None
     try:
-        result.append(work(*arguments))
+        result: Any = work(*arguments)
     except Exception as error:
-        failure = error
-    gathered = ranks.gathered((result, failure))
-    for _, failed in gathered:
-        if failed is not None:
-            raise failed
-    return [done[0] for done, _ in gathered]
+        result = error
+    results = ranks.gathered(result)
+    for one in results:
+        if isinstance(one, Exception):
+            raise one
+    return results
 
 
-def _on_first(ranks: Ranks, work: Callable[..., _T], *arguments: Any) -> _T:
+def _on_first(ranks: Ranks, work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of the first rank, on all."""
-    return _on_all(ranks, work if ranks.first else _nothing, *arguments)[0]
-
-
-def _nothing(*_: Any) -> Any:
-    return None
-
-
-def _merged(parts: list[dict[str, str]]) -> dict[str, str]:
-    return {name: sha256 for part in parts for name, sha256 in part.items()}
+    return _on_all(ranks, lambda: work(*arguments) if ranks.first else None)[0]
 
 
 def _written_data(about: dict[str, Any], format: str) -> data.Data:
