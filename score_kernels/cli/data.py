@@ -72,35 +72,28 @@ class Data:
     def unscale(self, x: Tensor) -> Tensor:
         """From [-1, 1] back to the stored range and type; what is outside is clamped.
 
-        Integers are rounded to the nearest; ``unscale(scaled(rows))`` is ``values[rows]`` to the
-        bit for integers with ``high - low <= 2**23``, so for 8- and 16-bit pixels.
-
-        Args:
-            x: any shape and device, floating point.
-
-        Returns:
-            x's shape and device in the dtype of `values`.
+        x is floating point of any shape and device, and the result has both. Integers are rounded
+        to the nearest; ``unscale(scaled(rows))`` is ``values[rows]`` to the bit for integers with
+        ``high - low <= 2**23``, so for 8- and 16-bit pixels.
 
         Raises:
             ValueError: x holds NaN.
         """
         if bool(x.isnan().any()):
             raise ValueError("x: got NaN, expected numbers")
-        middle, half = self._range()
-        x = (x.detach().to(self._wide()) * half + middle).clamp_(self.low, self.high)
+        wide, middle, half = self._scaling()
+        x = (x.detach().to(wide) * half + middle).clamp_(self.low, self.high)
         dtype = self.values.dtype
         return x.to(dtype) if dtype.is_floating_point else x.round_().to(dtype)
 
     def _scale(self, values: Tensor) -> Tensor:
-        middle, half = self._range()
-        return values.to(self._wide()).sub_(middle).div_(half).clamp_(-1, 1).float()
+        wide, middle, half = self._scaling()
+        return values.to(wide).sub_(middle).div_(half).clamp_(-1, 1).float()
 
-    def _range(self) -> tuple[float, float]:
-        return (self.low + self.high) / 2, (self.high - self.low) / 2
-
-    def _wide(self) -> torch.dtype:
+    def _scaling(self) -> tuple[torch.dtype, float, float]:
         # For 8 bits float32 is as good as exact, and on every device.
-        return torch.float32 if self.values.dtype == torch.uint8 else torch.float64
+        wide = torch.float32 if self.values.dtype == torch.uint8 else torch.float64
+        return wide, (self.low + self.high) / 2, (self.high - self.low) / 2
 
 
 def load(
@@ -197,13 +190,13 @@ def _load_array(path: Path, key: str | None, channels: str | None) -> Data:
             raise ValueError(f"got shape {array.shape}, expected [N, D], [N, H, W] or more, N > 1")
         if array.dtype.kind in "iu" and not -(2**53) <= array.min() <= array.max() <= 2**53:
             raise ValueError("got integers beyond 2**53, which float64 does not hold")
-        pixels = array.dtype == np.uint8 and array.ndim > 2
+        image = array.dtype == np.uint8 and array.ndim > 2
         array = _channels_first(array, channels)
         # A float64 beyond float32 becomes an infinity, which is looked for.
         with np.errstate(over="ignore"):
             values = torch.from_numpy(array.astype(_kept(array.dtype), order="C"))
         low, high = _bounds(values)
-        return Data(values, *((0.0, 255.0) if pixels else (low, high)), source)
+        return Data(values, 0.0, 255.0, source) if image else Data(values, low, high, source)
 
 
 def _read_npz(path: Path, key: str | None) -> tuple[np.ndarray, str]:
@@ -302,8 +295,8 @@ def _pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         if image.has_transparency_data:
             raise ValueError(
-                f"got transparency (mode {image.mode}), expected opaque images; drop it with "
-                "im.convert('RGBA').convert('RGB'), or lay the image over a background first"
+                f"got transparency (mode {image.mode}), expected opaque images; lay them over a "
+                "background, or drop it with im.convert('RGBA').convert('RGB')"
             )
         image = ImageOps.exif_transpose(image)
         if image.mode in ("1", "P"):

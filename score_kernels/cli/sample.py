@@ -62,9 +62,9 @@ def sample(
 
     Sample n of a seed has the same noise whatever the count, the batch size and the processes. Its
     last bits can still depend on torch's own sums, which on a CPU round differently (by less than
-    1e-6 of the largest value) for batches below about 16 and for other numbers of threads
-    (``OMP_NUM_THREADS``, which torchrun sets to 1). For equal files keep batch_size, shard_size,
-    threads, processor and versions.
+    1e-6 of the largest value) for batches below about 16 and other numbers of threads (torchrun
+    sets ``OMP_NUM_THREADS`` to 1). For equal files keep batch_size, shard_size, threads, kind of
+    processor and versions (for PNGs Pillow's too).
 
     Args:
         path: the checkpoint.
