@@ -41,7 +41,7 @@ def direct(*tensors: Tensor | None) -> bool:
         return False
     grad = _is_grad_enabled()
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN or (grad and t.requires_grad)):
+        if t is not None and (type(t) not in PLAIN or (grad and t.requires_grad) or t.is_neg()):
             return False
     return True
 
