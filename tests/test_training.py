@@ -48,7 +48,7 @@ def everything(trainer: Trainer) -> list[Tensor]:
     tensors = [t for state in states for t in state.values()]
     for state in trainer.optimizer.state_dict()["state"].values():
         tensors += [torch.as_tensor(v) for v in state.values()]
-    return [*tensors, trainer.losses, *trainer.level_losses, trainer._levels]
+    return [*tensors, trainer.losses, *trainer.level_losses, trainer._level_sums]
 
 
 def same(a: Trainer, b: Trainer) -> bool:
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_is_named_and_not_saved(tmp_path: Path) -> Non
                     out = torch.where(sigma[:, None] > 1, math.inf, out)
                 return out
 
-        trainer.net = trainer._parallel = Poisoned(trainer.net)
+        trainer.net = trainer._model = Poisoned(trainer.net)
         trainer._average = torch.optim.swa_utils.AveragedModel(trainer.net)
         return trainer
 
@@ -332,7 +332,7 @@ def test_callback_bar_and_tensorboard(
     assert Writer.scalars["loss"] == [5, 10] and Writer.scalars["loss_by_level"] == [1, 2]
     assert Writer.scalars["learning_rate"] == [5, 10] and "closed" in Writer.scalars
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard"):
+    with pytest.raises(ImportError, match="tensorboard"):
         fit(make(), data(), 10, tensorboard=tmp_path)
 
 
@@ -366,7 +366,7 @@ def test_what_is_refused() -> None:
     net = MLPScore(3, 8)
     optimizer = torch.optim.Adam(net.parameters())
     for options, error, words in (
-        ({"loss": "mse"}, ValueError, "loss: got 'mse', expected 'dsm', 'ssm' or a function"),
+        ({"loss": "mse"}, ValueError, "loss: got 'mse', expected one of 'dsm', 'ssm' or a fun"),
         ({"loss": 3}, TypeError, "loss: got int"),
         ({"batch_size": 0}, ValueError, "batch_size: got 0"),
         ({"accumulate": 3}, ValueError, "accumulate: got 3, expected it to divide batch_size"),

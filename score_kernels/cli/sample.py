@@ -346,7 +346,7 @@ def _on_all(ranks: Ranks, work: Callable[[], _T]) -> _T:
 def _gathered(ranks: Ranks, value: _T) -> list[_T]:
     """Of all ranks. A rank that failed alone has said why and is gone."""
     try:
-        return ranks.gathered(value)
+        return ranks.all_gather(value)
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise ValueError(
