@@ -7,6 +7,7 @@ elements from ``t * batch_size`` on: every batch is full, and an epoch may end i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -27,41 +28,45 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.argsort(ops.words((1, count), key, device="cpu")[0], stable=True)
 
 
+@dataclass
 class Batches:
     """Batches of a tensor, a :class:`score_kernels.cli.data.Data` or a map-style dataset, in order.
 
     A Data is any object with ``__len__`` and ``scaled(rows)``; a dataset's items are samples, or
     tuples of a sample and its conditions, which get the names of `conditions`. Of each batch only
-    the samples at the ascending `indices` are fetched, by default all.
+    the samples at the ascending `indices` are fetched.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        batch_size: int,
-        seed: int,
-        workers: int,
-        conditions: Sequence[str],
-        indices: Tensor | None = None,
-    ) -> None:
+    data: Any
+    batch_size: int
+    seed: int
+    workers: int
+    conditions: Sequence[str]
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        data = self.data
         if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise TypeError(
                 f"data: got {type(data).__name__}, expected a tensor [N, ...] or a dataset with "
                 "__len__ and __getitem__"
             )
-        if isinstance(data, Tensor):
-            _check_values(data)
-        if not len(data):
-            raise ValueError("data: got 0 samples, expected at least one")
-        self.data = data
         self.count = len(data)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.workers = workers
-        self.conditions = tuple(conditions)
-        self.indices = torch.arange(batch_size) if indices is None else indices
+        if not self.count:
+            raise ValueError("data: got 0 samples, expected at least one")
         # A batch may span two epochs.
-        self._order = lru_cache(maxsize=2)(partial(permutation, self.count, seed))
+        self._order = lru_cache(maxsize=2)(partial(permutation, self.count, self.seed))
+        if not isinstance(data, Tensor):
+            return
+        if not data.dtype.is_floating_point:
+            raise TypeError(
+                f"data: got dtype {data.dtype}, expected torch.float32; for 8-bit images, "
+                "data.float() / 127.5 - 1 is in [-1, 1]"
+            )
+        checks.state("data", data)
+        bad = data.isfinite().logical_not_().nonzero()
+        if len(bad):
+            raise ValueError(f"data: sample {int(bad[0, 0])} has a value that is not finite")
 
     def epoch(self, step: int) -> int:
         """The number of epochs that are complete before a step."""
@@ -103,15 +108,3 @@ class Batches:
             )
         checks.state("data", x)
         return x, dict(zip(self.conditions, rest, strict=False))
-
-
-def _check_values(data: Tensor) -> None:
-    if not data.dtype.is_floating_point:
-        raise TypeError(
-            f"data: got dtype {data.dtype}, expected torch.float32; for 8-bit images, "
-            "data.float() / 127.5 - 1 is in [-1, 1]"
-        )
-    checks.state("data", data)
-    bad = data.isfinite().logical_not_().nonzero()
-    if len(bad):
-        raise ValueError(f"data: sample {int(bad[0, 0])} has a value that is not finite")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["load_weights", "read", "write"]
 
@@ -86,14 +86,12 @@ def load_weights(path: str | os.PathLike[str], net: nn.Module, *, which: str = "
 
 def restore(path: str | os.PathLike[str], net: nn.Module, weights: Mapping[str, Any]) -> None:
     """Load a state dictionary from a file, or name what does not fit and change nothing."""
-    own = net.state_dict()
-    differ = [f"{name} is not in the file" for name in own if name not in weights]
-    differ += [f"{name} is in the file only" for name in weights if name not in own]
-    differ += [
-        f"{name} has shape {tuple(weights[name].shape)} in the file and {tuple(value.shape)} in "
-        "the network"
-        for name, value in own.items()
-        if name in weights and isinstance(value, Tensor) and value.shape != weights[name].shape
+    own, found = ({n: tuple(v.shape) for n, v in d.items()} for d in (net.state_dict(), weights))
+    differ = [
+        f"{name} is {found.get(name, 'missing')} in the file and {own.get(name, 'missing')} in the "
+        "network"
+        for name in {**own, **found}
+        if own.get(name) != found.get(name)
     ]
     if differ:
         more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""

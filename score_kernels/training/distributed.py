@@ -18,13 +18,7 @@ __all__ = ["Ranks", "current", "joined"]
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run.
-
-    Attributes:
-        rank, size: number of this process, from 0, and how many there are.
-        local: its number on this machine, which is that of its GPU.
-        first: whether this is rank 0, which writes files and shows progress.
-    """
+    """This process, number `rank` of `size`, and number `local` on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -32,6 +26,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0, which writes files and shows progress."""
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:

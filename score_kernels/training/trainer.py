@@ -40,13 +40,12 @@ class Trainer:
 
     Every step is a pure function of the weights and (seed, step): its samples, noise levels and
     noise, and the seeds of torch's generators for dropout and augmentation. A training that was
-    killed and resumed has the bits of one that was not, on the same machine with the same number
-    of threads.
+    killed and resumed has the bits of one that was not, on the same machine and number of threads.
 
     In an initialized process group, as under torchrun, every rank takes its share of each batch and
     torch's DistributedDataParallel averages the gradients. Samples, levels and noise are those of
-    one process, so that losses and gradients are the same to summation order, and a checkpoint,
-    which rank 0 writes, can be resumed with another number of ranks. All ranks make the same calls.
+    one process: losses and gradients are the same to summation order, and a checkpoint, which rank
+    0 writes, can be resumed with another number of ranks. All ranks make the same calls.
 
     The averaged weights are ``ema <- m ema + (1 - m) weights`` after each step, from the initial
     weights on, buffers copied (technique 5 of NCSNv2, Song and Ermon 2020, arXiv 2006.09011).
@@ -57,27 +56,24 @@ class Trainer:
         sigmas: the noise levels, strictly decreasing, in units of the data; see
             :func:`score_kernels.suggest_schedule`.
         optimizer: over the parameters of net.
-        loss: ``"dsm"``, denoising score matching (:func:`score_kernels.dsm_loss`); ``"ssm"``,
-            sliced score matching of the noisy data at each level (Song et al. 2019, arXiv
-            1905.07088), at two to three times its cost; or a function
-            ``loss(net, x, sigmas, noise)`` of a batch and the :class:`NoiseKey` of its samples at
-            this step, which returns the mean over the batch or the ``[B]`` losses.
+        loss: ``"dsm"``, :func:`score_kernels.dsm_loss`; ``"ssm"``, sliced score matching of the
+            noisy data (Song et al. 2019, arXiv 1905.07088), at two to three times its cost; or a
+            function ``loss(net, x, sigmas, noise)`` of a batch and the :class:`NoiseKey` of its
+            samples at this step, which returns the mean over the batch or the ``[B]`` losses.
         weighting: p of the levels' weight ``sigma^p``, 2 as in NCSN; not for a loss function.
         batch_size: samples an optimiser step, over all parts and ranks.
-        accumulate: parts that a rank's share of a batch is split into to save memory: the same
-            noise and samples, the gradient to summation order. Times the ranks it must divide
-            batch_size.
+        accumulate: parts that a rank's share of a batch is split into to save memory, with the same
+            gradient to summation order. Times the ranks it must divide batch_size.
         ema_decay: m above, in [0, 1).
         ema_warmup: take ``min(m, (1 + n) / (10 + n))`` at step n, for trainings shorter than a few
             ``1 / (1 - m)`` steps.
         clip_norm: largest norm of the gradient of all parameters; longer ones are scaled to it.
         warmup_steps: over so many steps the learning rate rises linearly.
         scheduler: a torch scheduler of this optimizer, stepped once a step.
-        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``: of the network under autocast.
-            The noise, the losses and the weights stay in float32; float16 scales the loss.
+        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of the network under autocast. The
+            noise, losses and weights stay in float32; float16 scales the loss.
         conditions: names by which the parts of a dataset's items after the sample are passed to the
-            network (``("label",)`` for items ``(x, label)``) or to a loss function. Without names
-            they are left out.
+            network or loss function, ``("label",)`` for items ``(x, label)``. Default: left out.
         seed: 64 bits; default: drawn from torch's default generator.
         about: plain values that a checkpoint shall also hold.
 
@@ -120,9 +116,8 @@ class Trainer:
         self.scheduler = scheduler
         self.sigmas = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32)
         self._loss_function = loss if callable(loss) else None
-        if callable(loss):
-            self.loss = "custom"
-        else:
+        self.loss = "custom"
+        if not callable(loss):
             self.loss = checks.choice("loss", loss, ("dsm", "ssm"), " or a function")
         self.weighting = checks.number("weighting", weighting)
         self.batch_size = checks.count("batch_size", batch_size, least=1)
@@ -140,10 +135,9 @@ class Trainer:
         self.ranks = current()
         size = self.ranks.size
         if batch_size % (accumulate * size):
-            among = "" if size == 1 else f", times the {size} ranks,"
             raise ValueError(
-                f"accumulate: got {accumulate}, expected it to divide{among} batch_size = "
-                f"{batch_size}"
+                f"accumulate: got {accumulate}, expected accumulate x {size} ranks to divide "
+                f"batch_size = {batch_size}"
             )
         # [accumulate, samples of a part]: this rank's parts of every batch.
         self._parts = torch.arange(batch_size).view(accumulate, size, -1)[:, self.ranks.rank]
@@ -158,11 +152,14 @@ class Trainer:
         self._average = AveragedModel(net, multi_avg_fn=self._update_average)
         # The first update copies: the average starts at the initial weights.
         self._average.update_parameters(net)
-        self._average.eval().requires_grad_(False)
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        # Before schedulers change it.
-        self._optimizer_settings = f"{type(optimizer).__name__} {groups}"
+        self.ema = self._average.module.eval().requires_grad_(False)
 
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._settings = {
+            **{name: getattr(self, name) for name in _SETTINGS},
+            # Before schedulers change it.
+            "optimizer": f"{type(optimizer).__name__} {groups}",
+        }
         self.step = 0
         self.level_losses: list[Tensor] = []
         self._losses = torch.empty(0)
@@ -172,11 +169,6 @@ class Trainer:
         # Sums of the losses of this epoch at each level, and their number.
         self._level_sums = torch.zeros(2, len(self.sigmas), dtype=torch.float64, device=self.device)
         self._data_count: int | None = None
-
-    @property
-    def ema(self) -> nn.Module:
-        """The network with the averaged weights."""
-        return self._average.module
 
     @property
     def losses(self) -> Tensor:
@@ -207,15 +199,14 @@ class Trainer:
                 index and, with ``workers=0``, of torch's default generator.
             steps: the step to stop at.
             checkpoint: the file to save to every `save_every` steps and at the end, atomically.
-            resume: go on from that file where it exists. Without it an existing file is an error.
+            resume: go on from that file where it exists; without it an existing file is an error.
             save_every, report_every: in steps. The loss is read every `report_every` steps and
                 before every save; in between nothing waits for the device.
             workers: processes that fetch a dataset's items.
             tensorboard: folder for the scalars loss, learning rate and samples per second.
             callback: called with the trainer every `report_every` steps and at the end; it may use
                 torch's generators.
-            progress: show a bar with the loss and the throughput, and the losses by level at the
-                end of about ten of the epochs. Only rank 0 does.
+            progress: show a bar and, for about ten of the epochs, the losses by level. Rank 0 does.
 
         Returns:
             The losses, as the attribute.
@@ -255,7 +246,11 @@ class Trainer:
                 torch.manual_seed(self._torch_seed())
                 self._train_step(*next(stream))
                 if batches.epoch(self.step) > batches.epoch(self.step - 1):
-                    self._end_epoch()
+                    # Names the levels of a loss that is not finite by their sums.
+                    self._collect_losses()
+                    sums, counts = self.ranks.all_reduce(self._level_sums).cpu()
+                    self.level_losses.append((sums / counts).float())
+                    self._level_sums.zero_()
                     meter.epoch(batches.epoch(self.step), self.level_losses[-1])
                 last = self.step == steps
                 if last or self.step % report_every == 0:
@@ -289,7 +284,7 @@ class Trainer:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
             "step": self.step,
-            "settings": self._settings(),
+            "settings": self._settings,
             "sigmas": self.sigmas,
             "data_count": self._data_count,
             "losses": losses,
@@ -312,7 +307,7 @@ class Trainer:
         found = state["settings"]
         differ = [
             f"{name} = {found.get(name)} there and {value} here"
-            for name, value in self._settings().items()
+            for name, value in self._settings.items()
             if found.get(name) != value
         ]
         if not torch.equal(state["sigmas"], self.sigmas):
@@ -389,14 +384,13 @@ class Trainer:
 
     def _optimizer_step(self) -> None:
         """A step at the learning rate, or in the warm-up at a share of it."""
-        groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         if self.step < self.warmup_steps:
-            for group in groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = group["lr"] * ((self.step + 1) / self.warmup_steps)
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        for group, rate in zip(groups, rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
     def _update_average(self, averaged: Any, weights: Any, _: Tensor | int) -> None:
@@ -421,17 +415,6 @@ class Trainer:
             )
         self._losses = torch.cat([self._losses, losses])
         self._pending = []
-
-    def _end_epoch(self) -> None:
-        # The levels of a loss that is not finite are named from the sums.
-        self._collect_losses()
-        sums, counts = self.ranks.all_reduce(self._level_sums).cpu()
-        self.level_losses.append((sums / counts).float())
-        self._level_sums.zero_()
-
-    def _settings(self) -> dict[str, Any]:
-        settings = {name: getattr(self, name) for name in _SETTINGS}
-        return {**settings, "optimizer": self._optimizer_settings}
 
     def _torch_seed(self) -> int:
         """What torch's generators are seeded with at this step on this rank."""
