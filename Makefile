@@ -1,6 +1,6 @@
 # make demo    train on real digits, sample new ones, write a report to demo-output/
 # make test    lint, types, tests
-# make bench   kernels against eager and compiled PyTorch
+# make bench   every op and chain against eager and compiled PyTorch, to bench/
 # make stats   a billion normals through statistical tests (five minutes)
 # make docs    the documentation as a site, in site/
 # make format  Python and C++ in the project's style
@@ -15,7 +15,7 @@ CXX_FILES = $(shell git ls-files "*.h" "*.cpp" "*.cu")
 .PHONY: demo test lint bench stats docs format clean
 
 demo: .venv/ready
-	$(BIN)/score-kernels demo --out demo-output
+	$(BIN)/python -m examples.digits --out demo-output
 
 test: lint
 	$(BIN)/python -m pytest
@@ -39,7 +39,8 @@ docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/ready
-	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks small
 
 # Made anew when what is installed may have changed; the kernels are compiled here.
 .venv/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)

@@ -27,7 +27,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
-KERNELS = ("noise", "update", "dsm", "ssm")
 FLAGS = [
     "-O3",
     "-std=c++17",
@@ -102,6 +101,12 @@ def includes() -> str:
     return shlex.join(f"-I{path}" for path in paths)
 
 
+def kernels(folder: Path, pattern: str) -> list[Path]:
+    """The sources of kernels: every file but the module's own."""
+    found = sorted((ROOT / folder).glob(pattern))
+    return [path.relative_to(ROOT) for path in found if path.stem != "module"]
+
+
 def ninja_file(compile: str, link: str, objects: dict[Path, tuple[Path, str]], target: Path) -> str:
     """One compile rule and one link rule; `objects`: what to make of which source with what."""
 
@@ -131,9 +136,9 @@ def cpu_build(compiler: list[str], target: Path, scratch: Path) -> str:
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     objects = {scratch / "module.o": (CPU / "module.cpp", includes())}
     for isa, isa_flags in isas.items():
-        for kernel in KERNELS:
+        for kernel in kernels(CPU, "*.cpp"):
             extra = f"-DSK_ISA={isa} {isa_flags}"
-            objects[scratch / f"{kernel}.{isa}.o"] = (CPU / f"{kernel}.cpp", extra)
+            objects[scratch / f"{kernel.stem}.{isa}.o"] = (kernel, extra)
     link = shlex.join([*compiler, "-shared", *openmp, *undefined])
     return ninja_file(shlex.join(compiler + flags), link, objects, target)
 
@@ -146,8 +151,8 @@ def cuda_build(nvcc: str, target: Path, scratch: Path) -> str:
     host = [f"-ccbin={shlex.split(named)[0]}"] if named else []
     defines = shlex.quote(f'-DSK_CUDA_ARCHS="{";".join(archs)}"')
     objects = {scratch / "module.o": (CUDA / "module.cpp", f"{defines} {includes()}")}
-    for kernel in KERNELS:
-        objects[scratch / f"{kernel}.o"] = (CUDA / f"{kernel}.cu", shlex.join(codes))
+    for kernel in kernels(CUDA, "*.cu"):
+        objects[scratch / f"{kernel.stem}.o"] = (kernel, shlex.join(codes))
     # torch brings a CUDA runtime of its own: the one linked in must stay out of its sight.
     link = [nvcc, *host, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
     return ninja_file(shlex.join([nvcc, *host, *NVCC_FLAGS]), shlex.join(link), objects, target)

@@ -5,7 +5,9 @@
 A sampling step is one call of the network and one update; a training step draws levels and
 noise, and goes forward and backward. "Before" is the formula as one writes it in PyTorch,
 "after" this library; the share is what is left of a step when the network alone is taken away,
-median of interleaved rounds. Prints a table.
+median of interleaved rounds. A second table has training steps by sliced score matching, by its
+three methods and as one writes it by double backward and torch.func.jvp, and their peak memory,
+beside a denoising step of the same network.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from benchmarks.timing import calls_per_round, timed
-from score_kernels import NoiseKey, dsm_loss, geometric_sigmas, ops
+from benchmarks.harness import Step, interleaved, peak_bytes
+from score_kernels import NoiseKey, dsm_loss, geometric_sigmas, ops, sliced_score_loss
 from score_kernels.networks import ConvScore, MLPScore
 
 SIGMAS = geometric_sigmas(10.0, 0.1, 10)
@@ -51,17 +54,13 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def medians(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def medians(variants: dict[str, Step], rounds: int) -> dict[str, float]:
     """Milliseconds a call."""
-    calls = {name: calls_per_round(step) for name, step in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, step in variants.items():
-            seconds[name].append(timed(step, calls[name]))
+    seconds = interleaved(variants, rounds)
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
-def sampling(net: nn.Module, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+def sampling(net: nn.Module, shape: tuple[int, ...]) -> dict[str, Step]:
     sigma, noise = torch.full(shape[:1], 0.5), NoiseKey(0)
     x, half, root = torch.randn(shape), ALPHA / 2, math.sqrt(ALPHA)
     state = x.clone()
@@ -72,7 +71,7 @@ def sampling(net: nn.Module, shape: tuple[int, ...]) -> dict[str, Callable[[], A
     }
 
 
-def training(net: nn.Module, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+def training(net: nn.Module, shape: tuple[int, ...]) -> dict[str, Step]:
     x, noise = torch.randn(shape), NoiseKey(0)
     parameters = list(net.parameters())
 
@@ -91,6 +90,53 @@ def training(net: nn.Module, shape: tuple[int, ...]) -> dict[str, Callable[[], A
         return torch.autograd.grad(dsm_loss(net, x, SIGMAS, noise=noise), parameters)
 
     return {"network": network, "before": before, "after": after}
+
+
+def softplus_mlp() -> nn.Module:
+    hidden = [nn.Linear(2, 128), nn.Softplus(), nn.Linear(128, 128), nn.Softplus()]
+    return nn.Sequential(*hidden, nn.Linear(128, 2))
+
+
+def softplus_conv() -> nn.Module:
+    first, second, last = (nn.Conv2d(a, b, 3, padding=1) for a, b in ((1, 32), (32, 32), (32, 1)))
+    return nn.Sequential(first, nn.Softplus(), second, nn.Softplus(), last)
+
+
+# Twice differentiable, without levels.
+SMOOTH_NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "MLP 2-128-128-2": (softplus_mlp, (4096, 2)),
+    "three convolutions": (softplus_conv, (64, 1, 28, 28)),
+}
+
+
+def sliced(net: nn.Module, shape: tuple[int, ...]) -> dict[str, Step]:
+    x, noise, parameters = torch.randn(shape), NoiseKey(1), list(net.parameters())
+
+    def objective(v: Tensor, s: Tensor, gradient: Tensor) -> Tensor:
+        return ((v * gradient).flatten(1).sum(1) + 0.5 * s.square().flatten(1).sum(1)).mean()
+
+    def double_by_hand() -> Tensor:
+        leaf, v = x.detach().requires_grad_(), torch.randint_like(x, 2) * 2 - 1
+        s = net(leaf)
+        (gradient,) = torch.autograd.grad((v * s).sum(), leaf, create_graph=True)
+        return objective(v, s, gradient)
+
+    def jvp_by_hand() -> Tensor:
+        v = torch.randint_like(x, 2) * 2 - 1
+        return objective(v, *torch.func.jvp(net, (x,), (v,)))
+
+    losses: dict[str, Callable[[], Tensor]] = {
+        "denoising": lambda: dsm_loss(lambda y, sigma: net(y), x, [0.5], noise=noise),
+        "double backward by hand": double_by_hand,
+        "jvp by hand": jvp_by_hand,
+    }
+    for method in ("double_backward", "jvp", "finite_difference"):
+        losses[method] = partial(sliced_score_loss, net, x, noise=noise, method=method)
+
+    def step(loss: Callable[[], Tensor]) -> Any:
+        return torch.autograd.grad(loss(), parameters)
+
+    return {name: partial(step, loss) for name, loss in losses.items()}
 
 
 def main() -> None:
@@ -112,6 +158,17 @@ def main() -> None:
             times = " | ".join(f"{t[k]:.3g}" for k in ("network", "before", "after"))
             batch = " x ".join(map(str, shape))
             print(f"| {name} | {batch} | {kind} | {times} | {shares[0]:.0%} | {shares[1]:.0%} |")
+    print("\n| network | batch | training step | milliseconds | / denoising | peak MiB |")
+    print("|---|---|---|---|---|---|")
+    for name, (make, shape) in SMOOTH_NETS.items():
+        torch.manual_seed(0)
+        variants = sliced(make(), shape)
+        t = medians(variants, arguments.rounds)
+        batch = " x ".join(map(str, shape))
+        for variant, step in variants.items():
+            figures = f"{t[variant]:.3g} | {t[variant] / t['denoising']:.1f}"
+            peak = peak_bytes(step) / 2**20
+            print(f"| {name} | {batch} | {variant} | {figures} | {peak:.1f} |")
 
 
 if __name__ == "__main__":

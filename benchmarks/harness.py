@@ -1,18 +1,47 @@
-"""Interleaved timing: every round times all variants in turn, so that a noisy neighbour disturbs
-all alike. pytest-benchmark times ours; the others are timed while it sets a round up."""
+"""Interleaved timing: all variants take turns, so that a noisy neighbour disturbs all alike."""
 
 from __future__ import annotations
 
 import math
-import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import Step
-from benchmarks.timing import calls_per_round, timed
+__all__ = ["Step", "captured", "interleaved", "peak_bytes"]
 
-ROUNDS = 31
+Step = Callable[[], Any]
+_CPU = torch.device("cpu")
+# Seconds that a round of a variant lasts at least: the clock's own cost does not count.
+_ROUND = 1e-3
+
+
+def interleaved(
+    variants: dict[str, Step], rounds: int, device: torch.device = _CPU
+) -> dict[str, list[float]]:
+    """Seconds a call of every variant in every round."""
+    calls = {name: _calls_per_round(step, device) for name, step in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, step in variants.items():
+            seconds[name].append(_timed(step, calls[name], device))
+    return seconds
+
+
+def captured(step: Step) -> Step:
+    """The replay of a CUDA graph of a step, which has no share of the host's."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return lambda: graph.replay()
 
 
 def peak_bytes(step: Step) -> int:
@@ -30,36 +59,23 @@ def peak_bytes(step: Step) -> int:
     return most
 
 
-def compare(
-    benchmark: Any,
-    variants: dict[str, Step],
-    ours: str,
-    ratios: dict[str, tuple[str, str]],
-    *,
-    shape: tuple[int, ...],
-    threads: int,
-) -> None:
-    """Time `variants` on tensors of `shape` and leave the row of the table in extra_info: ns per
-    element of each, and the quotients of pairs of them."""
-    calls = {name: calls_per_round(step) for name, step in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants if name != ours}
+def _calls_per_round(step: Step, device: torch.device) -> int:
+    for _ in range(3):
+        step()
+    return max(1, math.ceil(_ROUND / max(_timed(step, 1, device), 1e-9)))
 
-    def time_the_others() -> None:
-        for name in seconds:
-            seconds[name].append(timed(variants[name], calls[name]))
 
-    def round_of_ours() -> None:
-        for _ in range(calls[ours]):
-            variants[ours]()
-
-    benchmark.pedantic(round_of_ours, setup=time_the_others, rounds=ROUNDS, warmup_rounds=1)
-    median = {name: statistics.median(s) for name, s in seconds.items()}
-    median[ours] = benchmark.stats.stats.median / calls[ours]
-    elements = math.prod(shape)
-    benchmark.extra_info.update(
-        shape="x".join(map(str, shape)),
-        threads=threads,
-        ns={name: median[name] / elements * 1e9 for name in variants},
-        ratios={name: median[a] / median[b] for name, (a, b) in ratios.items()},
-        us=median[ours] * 1e6,
-    )
+def _timed(step: Step, calls: int, device: torch.device) -> float:
+    """Seconds a call, over so many calls in a row; on a GPU between two events."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - begin) / calls

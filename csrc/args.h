@@ -1,6 +1,11 @@
-// The arguments of every kernel, the same for all backends. Pointers are to contiguous storage; a
-// batch is `rows` samples of `elements` each. Python owns shapes, checks and errors.
+// The arguments of every op, the same for all backends, and the list of ops. Pointers are to
+// contiguous storage; a batch is `rows` samples of `elements` each. Python owns shapes and checks.
+//
+// A new op: its struct with the list of its fields here, its name in SK_OPS, and a function of that
+// name in a file of cpu/, of cuda/, or of both.
 #pragma once
+
+#include <tuple>
 
 #include "noise.h"
 
@@ -9,12 +14,53 @@ namespace sk {
 enum class Kind : int { kWords = 0, kNormal = 1, kUniform = 2, kRademacher = 3 };
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// A pointer that may not be null or any number; a pointer that may be null; 64 bits that Python
+// gives as a signed or as an unsigned integer.
+enum class Rule { kRequired, kOptional, kBits };
+
+// The name that a field has in Python, and the members that lead to it.
+template <Rule kItsRule, auto... kPath>
+struct Field {
+  const char* name;
+
+  static constexpr Rule kRule = kItsRule;
+  template <class Args>
+  static constexpr auto& of(Args& args) {
+    return (args.*....*kPath);
+  }
+};
+
+// Lists of one field, to be joined by std::tuple_cat.
+template <auto... kPath>
+constexpr auto field(const char* name) {
+  return std::make_tuple(Field<Rule::kRequired, kPath...>{name});
+}
+template <auto... kPath>
+constexpr auto optional(const char* name) {
+  return std::make_tuple(Field<Rule::kOptional, kPath...>{name});
+}
+
+template <auto kKey>
+constexpr auto fields_of_key() {
+  return std::tuple_cat(std::make_tuple(Field<Rule::kBits, kKey, &NoiseKey::seed>{"seed"}),
+                        field<kKey, &NoiseKey::purpose>("purpose"),
+                        field<kKey, &NoiseKey::draw>("draw"),
+                        field<kKey, &NoiseKey::first_sample>("first_sample"));
+}
+
 // Materialised noise. `out` is int64 for words, fp32 otherwise.
 struct FillArgs {
   void* out;
   uint64_t rows, elements;
   Kind kind;
   NoiseKey key;
+
+  static constexpr auto fields() {
+    using A = FillArgs;
+    return std::tuple_cat(field<&A::out>("out"), field<&A::rows>("rows"),
+                          field<&A::elements>("elements"), field<&A::kind>("kind"),
+                          fields_of_key<&A::key>());
+  }
 };
 
 // out = a x + b score + c z; out may be x. c = 0 draws no noise.
@@ -26,20 +72,45 @@ struct AffineArgs {
   uint64_t rows, elements;
   float a, b, c;
   NoiseKey key;
+
+  static constexpr auto fields() {
+    using A = AffineArgs;
+    return std::tuple_cat(field<&A::out>("out"), field<&A::x>("x"), field<&A::score>("score"),
+                          field<&A::score_dtype>("score_dtype"), field<&A::rows>("rows"),
+                          field<&A::elements>("elements"), field<&A::a>("a"), field<&A::b>("b"),
+                          field<&A::c>("c"), fields_of_key<&A::key>());
+  }
 };
 
-// The coefficients of an affine step where they lie, lines of `columns` floats: a, b, c and, for
-// what is known, its scale and spread. The line is number *step of `lines`, and the draw is moved
+// An affine step with its coefficients read from a table, `lines` lines of `columns` floats: a, b,
+// c and, with `known`, a scale and a noise_scale. The line is number *step, and the draw is moved
 // on by it; without a step it is line 0 or, with per_row, the row's own. Where `mask` is not 0 the
-// result is scale known + spread z instead, whatever x and the score are. known and mask go
-// together.
-struct StepTable {
+// result is scale known + noise_scale z instead, whatever x and the score are. known and mask go
+// together. A step past the table is an error on a CPU, and coefficients of NaN on a GPU, where it
+// is read by the kernel, so that a captured graph goes on from replay to replay.
+struct TableArgs {
+  float* out;
+  const float* x;
+  const void* score;
+  Dtype score_dtype;
+  uint64_t rows, elements;
   const float* table;
   const int64_t* step;
   uint64_t lines, columns;
   bool per_row;
   const float* known;
   const uint8_t* mask;
+  NoiseKey key;
+
+  static constexpr auto fields() {
+    using A = TableArgs;
+    return std::tuple_cat(
+        field<&A::out>("out"), field<&A::x>("x"), field<&A::score>("score"),
+        field<&A::score_dtype>("score_dtype"), field<&A::rows>("rows"),
+        field<&A::elements>("elements"), field<&A::table>("table"), optional<&A::step>("step"),
+        field<&A::lines>("lines"), field<&A::columns>("columns"), field<&A::per_row>("per_row"),
+        optional<&A::known>("known"), optional<&A::mask>("mask"), fields_of_key<&A::key>());
+  }
 };
 
 // out = x + sigma z, sigma per row.
@@ -49,14 +120,23 @@ struct PerturbArgs {
   const float* sigma;
   uint64_t rows, elements;
   NoiseKey key;
+
+  static constexpr auto fields() {
+    using A = PerturbArgs;
+    return std::tuple_cat(field<&A::out>("out"), field<&A::x>("x"), field<&A::sigma>("sigma"),
+                          field<&A::rows>("rows"), field<&A::elements>("elements"),
+                          fields_of_key<&A::key>());
+  }
 };
 
-// loss = 1/2 weight sum (sigma score + z)^2 per row, and its gradient by the score: dsm_loss
-// writes that of the loss itself, if `gradient` is not null; dsm_gradient writes only the gradient,
-// times `upstream`. A null weight is 1.
+// loss = 1/2 weight sum (sigma score + z)^2 per row, and its gradient by the score. Without
+// `upstream`: the loss and, if `gradient` is not null, its gradient in fp32 (on a CPU only). With
+// it: only the gradient, times upstream, in fp32 on a CPU and in the score's dtype on a GPU. A null
+// weight is 1. `partial`: cuda::partials(elements) floats a row, where that is more than 1.
 struct DsmArgs {
   float* loss;
   float* gradient;
+  float* partial;
   const void* score;
   Dtype score_dtype;
   const float* sigma;
@@ -64,14 +144,25 @@ struct DsmArgs {
   const float* upstream;
   uint64_t rows, elements;
   NoiseKey key;
+
+  static constexpr auto fields() {
+    using A = DsmArgs;
+    return std::tuple_cat(optional<&A::loss>("loss"), optional<&A::gradient>("gradient"),
+                          optional<&A::partial>("partial"), field<&A::score>("score"),
+                          field<&A::score_dtype>("score_dtype"), field<&A::sigma>("sigma"),
+                          optional<&A::weight>("weight"), optional<&A::upstream>("upstream"),
+                          field<&A::rows>("rows"), field<&A::elements>("elements"),
+                          fields_of_key<&A::key>());
+  }
 };
 
 // A probe v per row, normals or random signs. Without factor: out is [4, rows], the sums v.v, v.a,
 // v.b and a.a (b may be null); with `differences` a and b are replaced by (a + b) / 2 and a - b.
 // With factor: out is factor v or, with x, the pair x + factor v, x - factor v, [2, rows,
-// elements].
+// elements]. `partial`: as in DsmArgs, for each of the four sums.
 struct ProbeArgs {
   float* out;
+  float* partial;
   Kind kind;
   const void* a;
   const void* b;
@@ -81,6 +172,23 @@ struct ProbeArgs {
   const float* x;
   uint64_t rows, elements;
   NoiseKey key;
+
+  static constexpr auto fields() {
+    using A = ProbeArgs;
+    return std::tuple_cat(
+        field<&A::out>("out"), optional<&A::partial>("partial"), field<&A::kind>("kind"),
+        optional<&A::a>("a"), optional<&A::b>("b"), field<&A::dtype>("dtype"),
+        field<&A::differences>("differences"), optional<&A::factor>("factor"), optional<&A::x>("x"),
+        field<&A::rows>("rows"), field<&A::elements>("elements"), fields_of_key<&A::key>());
+  }
 };
+
+#define SK_OPS(OP)            \
+  OP(fill, FillArgs)          \
+  OP(affine_step, AffineArgs) \
+  OP(table_step, TableArgs)   \
+  OP(perturb, PerturbArgs)    \
+  OP(dsm, DsmArgs)            \
+  OP(probe, ProbeArgs)
 
 }  // namespace sk

@@ -1,7 +1,7 @@
-// Sliced score matching, per element: which sums over a probe there are, central differences.
+// Sliced score matching: which sums over a probe there are, and central differences.
 #pragma once
 
-#include "noise.h"
+#include "args.h"
 
 namespace sk {
 

@@ -3,7 +3,7 @@
 // (c = 0) none is added: a product with 0 could change the sign of a zero.
 #pragma once
 
-#include "noise.h"
+#include "args.h"
 
 namespace sk {
 
@@ -16,5 +16,16 @@ template <class F>
 SK_INLINE F affine(F a, F x, F b, F score, F c, F z) {
   return fma(c, z, affine(a, x, b, score));
 }
+
+// A line of a table.
+struct Coefficients {
+  float a, b, c, scale, noise_scale;
+};
+
+SK_INLINE Coefficients read_line(const float* line, bool known) {
+  return {line[0], line[1], line[2], known ? line[3] : 0.0f, known ? line[4] : 0.0f};
+}
+
+SK_INLINE bool has_noise(const Coefficients& k) { return k.c != 0.0f || k.noise_scale != 0.0f; }
 
 }  // namespace sk

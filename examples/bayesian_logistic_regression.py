@@ -73,12 +73,12 @@ def main() -> None:
     covariance = torch.linalg.inv(posterior.precision(mode))
 
     # In coordinates in which the Laplace approximation is standard, one step size suits all.
-    root = torch.linalg.cholesky(covariance)
+    root = torch.linalg.cholesky(covariance).float()
     single = Posterior(posterior.features.float(), posterior.classes.float())
-    shift, spread = mode.float(), root.float()
+    shift = mode.float()
 
     def score(u: Tensor) -> Tensor:
-        return single.score(shift + u @ spread.T) @ spread
+        return single.score(shift + u @ root.T) @ root
 
     u = sk.langevin(
         score,
@@ -88,7 +88,7 @@ def main() -> None:
         seed=0,
         progress=True,
     )
-    w = (shift + u @ spread.T).double()
+    w = (shift + u @ root.T).double()
 
     print(f"{'weight':24} {'posterior':>17} {'Laplace':>17}")
     for i, name in enumerate(names):

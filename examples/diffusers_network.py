@@ -19,7 +19,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 import score_kernels as sk
-from examples.digits import demo
+from digits import demo
 from score_kernels.cli import plots
 from score_kernels.diffusion.sde import VP
 from score_kernels.integrations.diffusers import from_scheduler, score_of

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import score_kernels as sk
-from examples.digits import demo
+from digits import demo
 from score_kernels.cli import plots
 
 COMPLETIONS, ROWS = 4, 8
@@ -31,7 +31,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     digits = demo.load_digits()
     recipe = demo.Recipe(steps=arguments.steps)
-    net, _ = demo.train(recipe, digits, seed=0, progress=True)
+    net, _ = demo.train(recipe, digits, seed=0)
 
     whole = digits.held_out[:ROWS]
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
@@ -40,7 +40,7 @@ def main() -> None:
     x = sk.annealed_langevin(
         net,
         tuple(known.shape),
-        sk.geometric_sigmas(recipe.sigma_max, recipe.sigma_min, recipe.levels),
+        recipe.sigmas,
         steps_per_level=4 * recipe.steps_per_level,
         step_size=recipe.step_size,
         known=known,

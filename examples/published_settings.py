@@ -22,20 +22,9 @@ from score_kernels.diffusion.sigmas import (
 
 SIGMA_MIN = 0.01
 COLUMNS = (
-    "preset",
-    "D",
-    "sigma_1",
-    "L",
-    "gamma",
-    "overlap",
-    "L at overlap 0.5",
-    "T",
-    "epsilon",
-    "step_size",
-    "r",
-    "epsilon by technique 4",
-    "r there",
-)
+    "preset", "D", "sigma_1", "L", "gamma", "overlap", "L at overlap 0.5", "T", "epsilon",
+    "step_size", "r", "epsilon by technique 4", "r there",
+)  # fmt: skip
 
 
 def row(name: str) -> tuple[str, ...]:

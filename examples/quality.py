@@ -18,13 +18,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import score_kernels as sk
-from examples.digits import demo, evaluation
+from digits import demo, evaluation
 from score_kernels.cli import plots
 from score_kernels.diffusion.sde import VE, DDPMSchedule
 
 HIGH, LOW, LEVELS = demo.Recipe.sigma_max, demo.Recipe.sigma_min, demo.Recipe.levels
 BUDGETS = (13, 26, 52, 104, 208)
 SHAPE = (599, 1, 8, 8)
+
+
+SDE = VE(LOW, HIGH)
 
 
 def chain(calls: int) -> DDPMSchedule:
@@ -46,49 +49,26 @@ def consistent(net: sk.sampling.Score, calls: int) -> Tensor:
     return sk.consistent_annealed(net, SHAPE, sigmas, step_size=2 * eta * LOW**2, seed=1)
 
 
-def reverse(net: sk.sampling.Score, calls: int) -> Tensor:
-    return sk.euler_maruyama(net, SHAPE, VE(LOW, HIGH), steps=calls, end=0.0, seed=1)
-
-
-def ancestral(net: sk.sampling.Score, calls: int) -> Tensor:
-    return sk.predictor_corrector(
-        net, SHAPE, VE(LOW, HIGH), steps=calls, end=0.0, predictor="ancestral", corrector=None,
-        seed=1,
-    )  # fmt: skip
-
-
-def corrected(net: sk.sampling.Score, calls: int) -> Tensor:
-    steps = calls // 2
-    return sk.predictor_corrector(net, SHAPE, VE(LOW, HIGH), steps=steps, end=0.0, snr=0.1, seed=1)
-
-
-def ddpm(net: sk.sampling.Score, calls: int) -> Tensor:
-    return sk.ddpm(net, SHAPE, chain(calls), seed=1)
-
-
-def ddim(net: sk.sampling.Score, calls: int) -> Tensor:
-    return sk.ddim(net, SHAPE, chain(calls), steps=calls, seed=1)
-
-
-def euler(net: sk.sampling.Score, calls: int) -> Tensor:
-    sigmas = sk.edm_sigmas(HIGH, LOW, calls)
-    return sk.probability_flow(net, SHAPE, sigmas, method="euler", seed=1)
-
-
-def heun(net: sk.sampling.Score, calls: int) -> Tensor:
-    return sk.probability_flow(net, SHAPE, sk.edm_sigmas(HIGH, LOW, (calls + 1) // 2), seed=1)
-
-
 SAMPLERS: dict[str, Callable[[sk.sampling.Score, int], Tensor]] = {
     "annealed Langevin": annealed,
     "consistent annealed": consistent,
-    "Euler-Maruyama VE": reverse,
-    "ancestral VE": ancestral,
-    "predictor-corrector VE": corrected,
-    "DDPM": ddpm,
-    "DDIM": ddim,
-    "flow, Euler": euler,
-    "flow, Heun": heun,
+    "Euler-Maruyama VE": lambda net, calls: sk.euler_maruyama(
+        net, SHAPE, SDE, steps=calls, end=0.0, seed=1
+    ),
+    "ancestral VE": lambda net, calls: sk.predictor_corrector(
+        net, SHAPE, SDE, steps=calls, end=0.0, predictor="ancestral", corrector=None, seed=1
+    ),
+    "predictor-corrector VE": lambda net, calls: sk.predictor_corrector(
+        net, SHAPE, SDE, steps=calls // 2, end=0.0, snr=0.1, seed=1
+    ),
+    "DDPM": lambda net, calls: sk.ddpm(net, SHAPE, chain(calls), seed=1),
+    "DDIM": lambda net, calls: sk.ddim(net, SHAPE, chain(calls), steps=calls, seed=1),
+    "flow, Euler": lambda net, calls: sk.probability_flow(
+        net, SHAPE, sk.edm_sigmas(HIGH, LOW, calls), method="euler", seed=1
+    ),
+    "flow, Heun": lambda net, calls: sk.probability_flow(
+        net, SHAPE, sk.edm_sigmas(HIGH, LOW, (calls + 1) // 2), seed=1
+    ),
 }
 
 
@@ -116,7 +96,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     digits = demo.load_digits()
     recipe = demo.Recipe(steps=arguments.steps)
-    net, _ = demo.train(recipe, digits, seed=0, progress=True)
+    net, _ = demo.train(recipe, digits, seed=0)
     pca = evaluation.fit_pca(digits.train, variance=0.95)
     target = pca(digits.held_out)
     distances: dict[str, list[float]] = {name: [] for name in SAMPLERS}

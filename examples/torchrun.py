@@ -3,9 +3,9 @@
     torchrun --standalone --nproc-per-node 2 examples/torchrun.py --out torchrun-output
 
 Every process takes its share of each batch, and of the samples; noise is keyed by the sample's
-place in the batch and by its global number, so that losses are those of one process (to the
-order of sums) and so is every digit's noise. `python examples/torchrun.py` does the same on
-one. Writes checkpoint.pt and, from the first process, samples.png.
+index in the batch and by its global index, so that losses are those of one process (to the order of
+sums) and so is every digit's noise. `python examples/torchrun.py` does the same on one. Writes
+checkpoint.pt and, from the first process, samples.png.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import score_kernels as sk
-from examples.digits import demo
+from digits import demo
 from score_kernels.cli import plots
 from score_kernels.networks import ConvScore
 
@@ -34,7 +34,7 @@ def main() -> None:
     if several:
         dist.init_process_group("gloo")
     digits, recipe = demo.load_digits(), demo.Recipe()
-    sigmas = sk.geometric_sigmas(recipe.sigma_max, recipe.sigma_min, recipe.levels)
+    sigmas = recipe.sigmas
     torch.manual_seed(0)
     net = ConvScore(1, 16, levels=2, data_std=recipe.data_std)
     optimizer = torch.optim.Adam(net.parameters(), lr=recipe.learning_rate)
@@ -61,7 +61,7 @@ def main() -> None:
         print(f"{ranks.size} processes, {trainer.step} steps, loss {last:.2f}")
         print(f"Written to {arguments.out}: checkpoint.pt, samples.png")
     if several:
-        # None leaves while another one still talks to it.
+        # No process leaves while another one still talks to it.
         dist.barrier()
         dist.destroy_process_group()
 

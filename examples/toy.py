@@ -101,12 +101,11 @@ def scores_picture(path: Path, net: MLPScore) -> dict[str, float]:
 
     plot = plots.figure(14, 4.6)
     axes = plot.subplots(1, 3)
-    for place, (title, field) in enumerate(
-        zip(("score of the data", "learned by sliced score matching"), arrows, strict=True)
-    ):
-        axes[place].quiver(*points.T, *field.T, color=plots.BLUE, angles="xy")
-        axes[place].contour(fine, fine, density.view(161, 161).T, levels=5, cmap="Oranges")
-        axes[place].set_title(title)
+    titles = ("score of the data", "learned by sliced score matching")
+    for left, title, field in zip(axes, titles, arrows, strict=False):
+        left.quiver(*points.T, *field.T, color=plots.BLUE, angles="xy")
+        left.contour(fine, fine, density.view(161, 161).T, levels=5, cmap="Oranges")
+        left.set_title(title)
     shown = axes[2].pcolormesh(fine, fine, error.view(161, 161).T, cmap="viridis", vmin=0, vmax=10)
     axes[2].contour(fine, fine, density.view(161, 161).T, levels=5, colors="white", linewidths=0.7)
     axes[2].set_title("length of the difference (lines: density of the data)")

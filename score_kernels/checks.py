@@ -1,11 +1,10 @@
-"""Argument checks. Every message names the argument, what came and what is expected."""
+"""Argument checks. Every message names the argument, what it got and what it expected."""
 
 from __future__ import annotations
 
 import enum
 import itertools
 import math
-import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from score_kernels._torch import is_compiling, transforms_active
-
-# What has its values in memory, if it is on a device that has any.
-PLAIN = (Tensor, torch.nn.Parameter)
 _LARGEST = torch.finfo(torch.float32).max
+_STATES = (torch.float32, torch.float64)
+_SCORES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def unsigned(name: str, value: Any, bits: int) -> int:
@@ -26,19 +23,14 @@ def unsigned(name: str, value: Any, bits: int) -> int:
     # Under torch.compile an int may be a symbol that knows little more than that.
     if type(value) is int and 0 <= value < 1 << bits:
         return value
-    # bool is an int to Python, but a seed of True is a mistake.
     if isinstance(value, enum.Enum):
         value = value.value
-    if isinstance(value, bool) or not isinstance(value, int):
-        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name}: got {_kind(value)}, expected an integer")
-        try:
-            value = operator.index(value)
-        # What an array of several numbers says.
-        except TypeError:
-            raise TypeError(f"{name}: got {_kind(value)}, expected an integer") from None
+    # A seed of True is a mistake; NumPy's integers are not.
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: got {_kind(value)}, expected an integer")
+    value = operator.index(value)
     if not 0 <= value < 1 << bits:
-        raise ValueError(f"{name}: got {_digits(value)}, expected 0 <= {name} < 2**{bits}")
+        raise ValueError(f"{name}: got {value}, expected 0 <= {name} < 2**{bits}")
     return value
 
 
@@ -52,18 +44,12 @@ def count(name: str, value: Any, *, least: int) -> int:
 
 def number(name: str, value: Any) -> float:
     """A finite Python (or NumPy) number."""
-    if isinstance(value, (bool, np.bool_, np.complexfloating, Tensor)) or not hasattr(
-        value, "__float__"
-    ):
-        hint = "; call .item() where you can afford to wait" if isinstance(value, Tensor) else ""
-        raise TypeError(f"{name}: got {_kind(value)}, expected a number{hint}")
-    try:
+    if type(value) is not float:
+        if isinstance(value, (bool, np.bool_, Tensor, str)) or not hasattr(value, "__float__"):
+            waits = "; call .item() where you can afford to wait"
+            hint = waits if isinstance(value, Tensor) else ""
+            raise TypeError(f"{name}: got {_kind(value)}, expected a number{hint}")
         value = float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: got {_kind(value)}, expected a finite number") from None
-    # What an array of several numbers says.
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: got {_kind(value)}, expected a number") from None
     if not math.isfinite(value):
         raise ValueError(f"{name}: got {value}, expected a finite number")
     return value
@@ -77,14 +63,6 @@ def positive(name: str, value: Any) -> float:
     return value
 
 
-def ends(sigma_max: Any, sigma_min: Any) -> tuple[float, float]:
-    """The largest and the smallest of several noise levels."""
-    high, low = positive("sigma_max", sigma_max), positive("sigma_min", sigma_min)
-    if not low < high:
-        raise ValueError(f"sigma_min: got {low}, expected less than sigma_max = {high}")
-    return high, low
-
-
 def not_negative(name: str, value: Any) -> float:
     """A finite number of at least zero."""
     value = number(name, value)
@@ -93,11 +71,18 @@ def not_negative(name: str, value: Any) -> float:
     return value
 
 
+def ends(sigma_max: Any, sigma_min: Any) -> tuple[float, float]:
+    """The largest and the smallest of several noise levels."""
+    high, low = positive("sigma_max", sigma_max), positive("sigma_min", sigma_min)
+    if not low < high:
+        raise ValueError(f"sigma_min: got {low}, expected less than sigma_max = {high}")
+    return high, low
+
+
 def numbers_of(name: str, values: Any) -> list[float]:
-    """Finite numbers in a row, of a tensor or a sequence, as Python floats."""
+    """Finite numbers of a one-dimensional tensor or a sequence, as Python floats."""
     if isinstance(values, Tensor):
-        dense(name, values)
-        if values.dim() != 1 or not values.dtype.is_floating_point or values.is_meta:
+        if values.dim() != 1 or not values.dtype.is_floating_point:
             raise ValueError(f"{name}: got {_kind(values)}, expected one dimension of floats")
         values = values.detach().double().tolist()
     elif isinstance(values, str) or not hasattr(values, "__iter__"):
@@ -106,7 +91,7 @@ def numbers_of(name: str, values: Any) -> list[float]:
 
 
 def noise_level(name: str, value: Any) -> float:
-    """A positive number that scores can be told, in float32; its square is within float64's."""
+    """A positive number within float32's range."""
     level = positive(name, value)
     if not 2.0**-126 <= level <= _LARGEST:
         raise ValueError(f"{name}: got {level}, expected a number within float32's range")
@@ -127,52 +112,18 @@ def noise_levels(sigmas: Any, name: str = "sigmas") -> list[float]:
     return levels
 
 
-def noise_shape(shape: Any, name: str = "shape") -> tuple[int, ...]:
-    """A shape [B, ...] whose samples fit the noise contract's 32-bit block; name is that of the
-    argument which has it."""
-    if isinstance(shape, torch.Size):
-        sizes: tuple[int, ...] = tuple(shape)
-    elif not isinstance(shape, Sequence) or isinstance(shape, (str, bytes, bytearray)):
-        raise TypeError(f"{name}: got {_kind(shape)}, expected a sequence of integers [B, ...]")
-    else:
-        sizes = tuple(count(name, n, least=0) for n in shape)
-    if not sizes:
-        raise ValueError(f"{name}: got (), expected at least the batch dimension [B, ...]")
-    if math.prod(sizes[1:]) > 2**34:
-        raise ValueError(
-            f"{name}: got samples of {math.prod(sizes[1:])} elements, expected at most 2**34"
-        )
-    if math.prod(sizes) > 2**59:
-        raise ValueError(
-            f"{name}: got {sizes[0]} samples of {math.prod(sizes[1:])} elements, expected at most "
-            "2**59 elements in all"
-        )
-    return sizes
-
-
-def sample_range(first_sample: int, batch: int) -> None:
-    """The global indices of a batch fit into 56 bits."""
-    if first_sample + batch > 1 << 56:
-        raise ValueError(
-            f"first_sample: got {first_sample} for a batch of {batch}, "
-            "expected first_sample + batch <= 2**56"
-        )
-
-
 def reduction(value: Any) -> None:
     """The name of a reduction over the batch."""
-    if value not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: got {value!r}, expected 'mean', 'sum' or 'none'")
+    choice("reduction", value, ("mean", "sum", "none"))
 
 
 def choice(name: str, value: Any, options: Iterable[str], more: str = "") -> str:
     """One of some names; `more` is added to what is expected."""
-    instance(name, value, str, "a string")
     options = list(options)
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         expected = ", ".join(map(repr, options))
         raise ValueError(f"{name}: got {value!r}, expected one of {expected}{more}")
-    return str(value)
+    return value
 
 
 def flag(name: str, value: Any) -> bool:
@@ -190,7 +141,7 @@ def function(name: str, value: Any) -> None:
 
 def keywords(name: str, value: Any) -> dict[str, Any]:
     """Keyword arguments, copied."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    if not isinstance(value, Mapping):
         raise TypeError(f"{name}: got {_kind(value)}, expected keyword arguments by name")
     return dict(value)
 
@@ -200,15 +151,16 @@ def device(name: str, value: Any) -> torch.device | None:
     if value is None:
         return None
     try:
-        place = torch.device(value)
-        if place.type not in ("cpu", "meta"):
-            torch.empty(0, device=place)
-    # torch has another error for each way in which a device is not there.
+        found = torch.device(value)
+        if found.type not in ("cpu", "meta"):
+            torch.empty(0, device=found)
+    # torch has another error for each way in which a device is missing.
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         why = str(error).partition("\n")[0]
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}: got {_kind(value)}, expected a device to use here ({why})") from None
-    return place
+        raise ValueError(
+            f"{name}: got {_kind(value)}, expected a device that torch can use here ({why})"
+        ) from None
+    return found
 
 
 def instance(name: str, value: Any, kind: type, expected: str) -> None:
@@ -217,10 +169,36 @@ def instance(name: str, value: Any, kind: type, expected: str) -> None:
         raise TypeError(f"{name}: got {_kind(value)}, expected {expected}")
 
 
+def noise_shape(shape: Any, name: str = "shape") -> tuple[int, ...]:
+    """A shape [B, ...] whose samples fit the noise contract's 32-bit block."""
+    if isinstance(shape, torch.Size):
+        sizes: tuple[int, ...] = tuple(shape)
+    elif not isinstance(shape, Sequence) or isinstance(shape, (str, bytes, bytearray)):
+        raise TypeError(f"{name}: got {_kind(shape)}, expected a sequence of integers [B, ...]")
+    else:
+        sizes = tuple(count(name, n, least=0) for n in shape)
+    if not sizes:
+        raise ValueError(f"{name}: got (), expected at least the batch dimension [B, ...]")
+    if math.prod(sizes[1:]) > 2**34:
+        raise ValueError(
+            f"{name}: got samples of {math.prod(sizes[1:])} elements, expected at most 2**34"
+        )
+    return sizes
+
+
+def sample_range(first_sample: int, batch: int) -> None:
+    """Global sample indices that fit into 56 bits."""
+    if first_sample + batch > 1 << 56:
+        raise ValueError(
+            f"first_sample: got {first_sample} for a batch of {batch}, "
+            "expected first_sample + batch <= 2**56"
+        )
+
+
 def state(name: str, value: Any) -> None:
     """A state [B, ...]: fp32 or, on the reference, fp64."""
     instance(name, value, Tensor, "a tensor")
-    if value.dtype not in (torch.float32, torch.float64):
+    if value.dtype not in _STATES:
         hint = (
             "; a half-precision state loses small steps, keep it in float32 and give the "
             "network a copy"
@@ -231,57 +209,31 @@ def state(name: str, value: Any) -> None:
             f"{name}: got dtype {value.dtype}, expected torch.float32 "
             f"(or torch.float64 on the reference backend){hint}"
         )
-    dense(name, value)
     if value.dim() == 0:
         raise ValueError(f"{name}: got a tensor without dimensions, expected [B, ...]")
 
 
-def dense(name: str, value: Tensor) -> None:
-    """A tensor whose elements lie in memory with strides."""
-    if value.layout is not torch.strided or value.is_nested:
-        layout = "nested" if value.is_nested else str(value.layout)
-        raise TypeError(f"{name}: got layout {layout}, expected a dense tensor")
-    if type(value) in PLAIN and not is_compiling() and not transforms_active():
-        memory(name, value)
-
-
-def memory(name: str, value: Tensor) -> None:
-    """Not a tensor whose storage was made smaller under it, as by `untyped_storage().resize_(0)`:
-    kernels, torch's too, would read and write what is not there."""
-    count = value.numel()
-    if not count or not (value.is_cpu or value.is_cuda) or value._is_zerotensor():
-        return
-    if not value.is_contiguous():
-        count = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-    there = value.untyped_storage().nbytes()
-    needed = (value.storage_offset() + count) * value.itemsize
-    if there < needed:
-        raise ValueError(
-            f"{name}: got a tensor whose storage was resized to {there} bytes, expected the "
-            f"{needed} that its shape and strides reach over"
+def score(name: str, value: Any) -> None:
+    """A score [B, ...] on its own: fp32, half precision or, on the reference, fp64."""
+    instance(name, value, Tensor, "a tensor")
+    if value.dtype not in _SCORES:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, expected a floating one of 16 to 64 bits"
         )
-
-
-def in_memory(value: Tensor) -> Tensor:
-    """A tensor that a kernel can read: contiguous, its values where its pointer says."""
-    if value._is_zerotensor():
-        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-    return value.resolve_neg().contiguous()
+    if value.dim() == 0:
+        raise ValueError(f"{name}: got a tensor without dimensions, expected [B, ...]")
 
 
 def score_like(x: Tensor, score: Any, name: str = "score") -> None:
     """A score that fits the state x: shape, device, dtype."""
     instance(name, score, Tensor, "a tensor")
-    dense(name, score)
     if score.shape != x.shape:
         raise ValueError(
             f"{name}: got shape {tuple(score.shape)}, expected that of x, {tuple(x.shape)}"
         )
     if score.device != x.device:
         raise ValueError(f"{name}: got device {score.device}, expected that of x, {x.device}")
-    allowed = [torch.float32, torch.bfloat16, torch.float16]
-    if x.dtype == torch.float64:
-        allowed.append(torch.float64)
+    allowed = _SCORES if x.dtype == torch.float64 else _SCORES[:3]
     if score.dtype not in allowed:
         names = ", ".join(map(str, allowed))
         raise TypeError(
@@ -289,31 +241,15 @@ def score_like(x: Tensor, score: Any, name: str = "score") -> None:
         )
 
 
-def score(name: str, value: Any) -> None:
-    """A score [B, ...] on its own: fp32, half precision or, on the reference, fp64."""
-    instance(name, value, Tensor, "a tensor")
-    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(
-            f"{name}: got dtype {value.dtype}, expected a floating one of 16 to 64 bits"
-        )
-    dense(name, value)
-    if value.dim() == 0:
-        raise ValueError(f"{name}: got a tensor without dimensions, expected [B, ...]")
-
-
-def per_sample(name: str, value: Any, batch: Tensor) -> None:
-    """A float32 [B] on the batch's device."""
+def per_sample(name: str, value: Any, batch: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """A tensor [B] of a dtype on the batch's device."""
     instance(name, value, Tensor, "a tensor [B]")
-    if value.dtype != torch.float32:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected torch.float32")
-    dense(name, value)
-    if value.shape != batch.shape[:1]:
+    if value.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {dtype}")
+    if value.shape != batch.shape[:1] or value.device != batch.device:
         raise ValueError(
-            f"{name}: got shape {tuple(value.shape)}, expected [B] = {tuple(batch.shape[:1])}"
-        )
-    if value.device != batch.device:
-        raise ValueError(
-            f"{name}: got device {value.device}, expected that of the batch, {batch.device}"
+            f"{name}: got shape {tuple(value.shape)} on {value.device}, expected [B] = "
+            f"{tuple(batch.shape[:1])} on {batch.device}"
         )
 
 
@@ -328,19 +264,6 @@ def sigma(value: Tensor, x: Tensor) -> None:
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        if value.is_nested:
-            return f"a nested tensor of dtype {value.dtype}"
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    if isinstance(value, numbers.Integral):
-        return f"{type(value).__name__} {_digits(int(value))}"
-    try:
-        words = " ".join(repr(value).split())
-    # An integer inside may be longer than Python writes out.
-    except ValueError:
-        return type(value).__name__
+    words = " ".join(repr(value).split())
     return f"{type(value).__name__} {words if len(words) <= 60 else words[:57] + '...'}"
-
-
-def _digits(value: int) -> str:
-    # Python refuses to write out what is longer still.
-    return str(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"

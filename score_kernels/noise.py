@@ -6,8 +6,8 @@ Every random number of the library is a pure function of (seed, purpose, sample,
                                counter = (block, draw, sample_lo, purpose << 24 | sample_hi24))
 
 with ``block = element // 4`` inside the flattened sample and word ``element % 4`` of the block.
-``csrc/noise.h`` says how words become normals. The device, the backend, the batch split, the
-thread count and the ranks do not enter, so they cannot change a bit.
+``csrc/noise.h`` says how words become normals. Device, backend, batch split, thread count and rank
+are not arguments, so they cannot change a bit.
 
 Philox is Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
@@ -15,7 +15,7 @@ Philox is Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1,
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,7 +23,7 @@ from score_kernels import checks
 
 __all__ = ["Key", "NoiseKey", "Purpose", "fresh_seed", "resolve"]
 
-# (seed, purpose, draw, first_sample): a NoiseKey as kernels take it.
+# (seed as a signed 64-bit integer, purpose, draw, first_sample): a NoiseKey as kernels take it.
 Key = tuple[int, ...]
 
 
@@ -39,7 +39,7 @@ class Purpose(enum.IntEnum):
     DATA_ORDER = 5
     # What torch's own generators are seeded with at a step of training (dropout, augmentation).
     TORCH_SEED = 6
-    # The noise of known parts of the state in inpainting: draw is the step after which it is put.
+    # The noise of known parts of the state in inpainting: draw is the step that it follows.
     KNOWN = 7
     # The probes of a trace along a path (log likelihood): draw is the probe.
     TRACE = 8
@@ -47,9 +47,11 @@ class Purpose(enum.IntEnum):
     SSM_PROBE = 64
 
 
-@dataclass(frozen=True)
-class NoiseKey:
+class NoiseKey(tuple[int, int, int, int]):
     """Names a batch of noise: row ``n`` of the batch is global sample ``first_sample + n``.
+
+    Immutable and hashable. Batches that share ``seed``, ``purpose`` and ``draw`` and whose samples
+    overlap get the same noise for the samples they share; otherwise the noise is independent.
 
     Args:
         seed: 64 bits, ``0 <= seed < 2**64``.
@@ -60,35 +62,73 @@ class NoiseKey:
     Raises:
         TypeError: a field is not an integer.
         ValueError: a field is out of its range.
-
-    Batches that share ``seed``, ``purpose`` and ``draw`` and whose samples overlap get the same
-    noise for the samples they share; otherwise the noise is independent.
     """
 
-    seed: int
-    purpose: int = field(default=0, kw_only=True)
-    draw: int = field(default=0, kw_only=True)
-    first_sample: int = field(default=0, kw_only=True)
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        for name, bits in (("seed", 64), ("purpose", 8), ("draw", 32), ("first_sample", 56)):
-            object.__setattr__(self, name, checks.unsigned(name, getattr(self, name), bits))
+    def __new__(
+        cls, seed: int, *, purpose: int = 0, draw: int = 0, first_sample: int = 0
+    ) -> NoiseKey:
+        seed = checks.unsigned("seed", seed, 64)
+        return _new(
+            cls,
+            (
+                # Kernels and schemas have signed 64-bit integers.
+                seed if seed < 2**63 else seed - 2**64,
+                checks.unsigned("purpose", purpose, 8),
+                checks.unsigned("draw", draw, 32),
+                checks.unsigned("first_sample", first_sample, 56),
+            ),
+        )
 
-    def fields(self) -> Key:
-        """``(seed, purpose, draw, first_sample)``."""
-        return self.seed, self.purpose, self.draw, self.first_sample
+    @property
+    def seed(self) -> int:
+        """The seed, unsigned."""
+        return self[0] & (2**64 - 1)
+
+    @property
+    def purpose(self) -> int:
+        """The use that the noise is for."""
+        return self[1]
+
+    @property
+    def draw(self) -> int:
+        """The step."""
+        return self[2]
+
+    @property
+    def first_sample(self) -> int:
+        """The global index of row 0."""
+        return self[3]
 
     def at(self, draw: int) -> NoiseKey:
         """The same stream at another draw (step)."""
-        return NoiseKey(self.seed, purpose=self.purpose, draw=draw, first_sample=self.first_sample)
+        if type(draw) is not int or not 0 <= draw < 4294967296:
+            draw = checks.unsigned("draw", draw, 32)
+        seed, purpose, _, first = self
+        return _new(NoiseKey, (seed, purpose, draw, first))
 
     def for_samples(self, first: int) -> NoiseKey:
         """The same stream for a batch whose first row is global sample ``first``."""
-        return NoiseKey(self.seed, purpose=self.purpose, draw=self.draw, first_sample=first)
+        first = checks.unsigned("first_sample", first, 56)
+        return _new(NoiseKey, (self[0], self[1], self[2], first))
 
     def for_purpose(self, purpose: int) -> NoiseKey:
         """The stream of another use of the same seed."""
-        return NoiseKey(self.seed, purpose=purpose, draw=self.draw, first_sample=self.first_sample)
+        return _new(NoiseKey, (self[0], checks.unsigned("purpose", purpose, 8), self[2], self[3]))
+
+    def __repr__(self) -> str:
+        return (
+            f"NoiseKey({self.seed}, purpose={self.purpose}, draw={self.draw}, "
+            f"first_sample={self.first_sample})"
+        )
+
+    def __getnewargs_ex__(self) -> tuple[tuple[int], dict[str, int]]:
+        fields = {"purpose": self.purpose, "draw": self.draw, "first_sample": self.first_sample}
+        return (self.seed,), fields
+
+
+_new: Any = tuple.__new__
 
 
 def fresh_seed() -> int:

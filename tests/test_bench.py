@@ -1,4 +1,4 @@
-"""`score-kernels bench`: what it writes, and that a red check leaves an op out."""
+"""The benchmark suite: what it writes, and that nothing is measured where a check is red."""
 
 from __future__ import annotations
 
@@ -6,32 +6,38 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.cases import OPS
+import benchmarks.__main__ as suite
+from benchmarks import small
+from benchmarks.cases import OPS, SMALL, case
 from benchmarks.table import COLUMNS
-from score_kernels.cli import main as cli
 from score_kernels.cli import selfcheck
 
 QUICK = ["--quick", "--no-compile", "--rounds", "1"]
 
 
-def test_every_op_has_checks_that_exist() -> None:
-    assert all(set(checks) <= set(selfcheck.CHECKS) for _, checks, _ in OPS.values())
+@pytest.fixture
+def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "selfcheck", lambda device, quick: [])
 
 
-def test_rows_are_added_to_one_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = [
-        "bench",
-        "--out",
-        str(tmp_path),
-        *QUICK,
-        "--op",
-        "perturb",
-        "--op",
-        "scheduler chain",
-    ]
+@pytest.mark.parametrize("op", OPS)
+def test_every_variant_runs(op: str) -> None:
+    made = case(op, SMALL, "float32", torch.device("cpu"))
+    assert {"ours", "eager"} <= set(made.variants)
+    with torch.set_grad_enabled(made.grad):
+        for name, step in made.variants.items():
+            if not name.startswith("compiled"):
+                step()
+
+
+def test_rows_are_added_to_one_file(
+    no_checks: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--out", str(tmp_path), *QUICK, "--op", "perturb", "--op", "scheduler chain"]
     for count in (1, 2):
-        assert cli.main(arguments) == 0
+        assert suite.main(arguments) == 0
         with open(tmp_path / "bench.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         found = [(row["op"], row["variant"], row["shape"]) for row in rows]
@@ -46,32 +52,38 @@ def test_rows_are_added_to_one_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "x floor" in capsys.readouterr().out
 
 
-def test_a_red_check_leaves_an_op_out(
+def test_nothing_is_measured_where_a_check_is_red(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     red = selfcheck.Check("golden normals", False, "3 of 16 values differ", "none differ")
-    right = selfcheck.only
-    monkeypatch.setattr(
-        selfcheck,
-        "only",
-        lambda kit, names: [red, *right(kit, set(names) - {red.name})],
-    )
-    arguments = ["bench", "--out", str(tmp_path), *QUICK, "--op", "normal", "--op", "perturb"]
-    assert cli.main(arguments) == 1
-    assert "normal: not measured, failed: golden normals" in capsys.readouterr().out
-    with open(tmp_path / "bench.csv", newline="") as file:
-        assert {row["op"] for row in csv.DictReader(file)} == {"perturb"}
+    monkeypatch.setattr(suite, "selfcheck", lambda device, quick: [red])
+    assert suite.main(["--out", str(tmp_path), *QUICK, "--op", "normal"]) == 1
+    assert "golden normals: 3 of 16 values differ" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
-def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for arguments, message in (
-        (["--op", "sorting"], "names: got 'sorting', expected some of: langevin_step"),
-        (["--rounds", "0"], "rounds: got 0, expected at least 1"),
-        (["--device", "tpu"], "device: got 'tpu', expected cpu, cuda"),
-    ):
-        assert cli.main(["bench", "--out", str(tmp_path), *arguments]) != 0
-        assert message in capsys.readouterr().err
+def test_small_calls(no_checks: None, capsys: pytest.CaptureFixture) -> None:
+    assert suite.main(["small", "--threads", "1", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert all(row in out for row in small.ROWS) and "score in bfloat16" in out
+
+
+def test_wrong_input_is_named(
+    no_checks: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "bench.csv").write_text("a,b\n1,2\n")
-    assert cli.main(["bench", "--out", str(tmp_path), *QUICK, "--op", "perturb"]) != 0
-    assert "bench.csv: has other columns" in capsys.readouterr().err
+    for arguments, message in (
+        (["--op", "sorting"], "langevin_step"),
+        (["--rounds", "0"], "expected at least 1"),
+        ([*QUICK, "--op", "perturb"], "bench.csv: has other columns"),
+    ):
+        with pytest.raises(SystemExit):
+            suite.main(["--out", str(tmp_path), *arguments])
+        assert message in capsys.readouterr().err
     assert (tmp_path / "bench.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_wrong_device_is_named(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        suite.main(["--device", "tpu"])
+    assert "device: got 'tpu', expected cpu, cuda" in capsys.readouterr().err

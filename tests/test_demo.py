@@ -3,15 +3,13 @@
 import base64
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-
 from matplotlib import image
 
 from examples.digits import demo
@@ -22,10 +20,7 @@ PICTURES = ("samples.png", "loss.png", "chain.png")
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    random_state = torch.get_rng_state()
-    report = demo.run(out, quick=True, seed=3, progress=False)
-    assert torch.equal(torch.get_rng_state(), random_state), "the caller's generator was moved"
-    return out, report
+    return out, demo.run(out, quick=True, seed=3)
 
 
 def test_every_picture_can_be_read(ran):
@@ -72,43 +67,22 @@ def test_report_says_what_was_done_and_found(ran):
 
 def test_same_seed_same_figures_and_another_seed_others(ran, tmp_path, capsys):
     _, report = ran
-    again = demo.run(tmp_path / "again", quick=True, seed=3, progress=False)
+    again = demo.run(tmp_path / "again", quick=True, seed=3)
     printed = capsys.readouterr().out
     # Equal but for the last bits, which the linear algebra underneath does not promise.
     assert again["frechet"] == pytest.approx(report["frechet"], rel=1e-4)
     assert again["loss"] == pytest.approx(report["loss"], rel=1e-4)
     assert f"{again['frechet']['samples']:.2f}" in printed and "held-out digits" in printed
-    other = demo.run(tmp_path / "other", quick=True, seed=4, progress=False)
+    other = demo.run(tmp_path / "other", quick=True, seed=4)
     assert other["frechet"]["samples"] != report["frechet"]["samples"]
 
 
-def test_steps_samples_and_threads_are_obeyed(tmp_path):
-    before = torch.get_num_threads()
-    report = demo.run(tmp_path, quick=True, steps=5, samples=12, threads=1, progress=False)
-    assert torch.get_num_threads() == before
-    assert report["recipe"]["steps"] == 5 and report["samples"] == 12 and report["threads"] == 1
-    assert report["frechet"]["images"] == 12
-
-
-def test_progress_bars_go_to_stderr(tmp_path, capsys):
-    demo.run(tmp_path, quick=True, steps=2, samples=2, progress=True)
-    captured = capsys.readouterr()
-    assert "training" in captured.err and "it/s" not in captured.out
-
-
-@pytest.mark.parametrize("name, value", [("steps", 0), ("samples", 1), ("threads", 0)])
-def test_too_little_is_refused_by_name(tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"{name}: got {value}"):
-        demo.run(tmp_path / "none", quick=True, **{name: value})
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
-def test_missing_extra_is_named(tmp_path, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install score-kernels\[demo\]"):
-        demo.run(tmp_path / "none", quick=True)
-    assert not (tmp_path / "none").exists()
+def test_the_command(tmp_path):
+    command = [sys.executable, "-m", "examples.digits", "--quick", "--seed", "5", "--threads", "1"]
+    root = Path(__file__).parent.parent
+    subprocess.run([*command, "--out", tmp_path], check=True, cwd=root, capture_output=True)
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["seed"] == 5 and report["threads"] == 1
 
 
 def test_digits_are_split_the_same_way_every_time():

@@ -71,10 +71,15 @@ def test_frechet_distance_is_symmetric_and_never_negative():
 def test_pca_finds_the_axes_that_carry_the_variance():
     generator = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
-    spread = torch.tensor([10.0, 3.0, 0.1, 0.01], dtype=torch.float64)
+    std = torch.tensor([10.0, 3.0, 0.1, 0.01], dtype=torch.float64)
     noise = torch.randn(2000, 4, generator=generator, dtype=torch.float64)
-    data = (noise * spread) @ rotation.T + 5
-    assert [evaluation.fit_pca(data, v).dims for v in (0.5, 0.95, 0.99999, 1.0)] == [1, 2, 3, 4]
+    data = (noise * std) @ rotation.T + 5
+    assert [evaluation.fit_pca(data, v).axes.shape[1] for v in (0.5, 0.95, 0.99999, 1.0)] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     pca = evaluation.fit_pca(data, 0.95)
     torch.testing.assert_close(pca.axes.T @ pca.axes, torch.eye(2, dtype=torch.float64))
     assert (pca.axes[:, 0] @ rotation[:, 0]).abs() > 0.999
@@ -85,7 +90,7 @@ def test_all_axes_keep_the_frechet_distance():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(60, 5, generator=generator), 1 + torch.rand(60, 5, generator=generator)
     pca = evaluation.fit_pca(a, 1.0)
-    assert pca.dims == 5
+    assert pca.axes.shape[1] == 5
     expected = evaluation.frechet_distance(a, b)
     assert evaluation.frechet_distance(pca(a), pca(b)) == pytest.approx(expected, rel=1e-9)
 
@@ -97,39 +102,11 @@ def test_nearest_distance():
     torch.testing.assert_close(got, torch.tensor([5.0, 0.0, 1.0]).double())
 
 
-def test_class_histogram_counts_every_class():
-    class BySign:
-        def predict(self, x):
-            return (x[:, 0] > 0).astype(int)
-
-    x = torch.tensor([[-1.0], [2.0], [3.0]])
-    assert evaluation.class_histogram(BySign(), x, 3) == [1, 2, 0]
-
-
 def test_classifier_separates_what_can_be_separated():
-    pytest.importorskip("sklearn")
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3
     angle = labels * 2 * math.pi / 3
     centres = 5 * torch.stack([angle.cos(), angle.sin()], dim=1)
     x = centres + torch.randn(90, 2, generator=generator)
     classifier = evaluation.fit_classifier(x[:60], labels[:60])
-    assert evaluation.class_histogram(classifier, x[60:], 3) == [10, 10, 10]
-
-
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda: evaluation.fit_pca(torch.zeros(5, 2), 0), "variance: got 0"),
-        (lambda: evaluation.fit_pca(torch.zeros(1, 2)), "at least 2"),
-        (lambda: evaluation.frechet_distance(torch.zeros(1, 2), torch.zeros(5, 2)), "at least 2"),
-        (
-            lambda: evaluation.frechet_distance(torch.zeros(5, 3), torch.zeros(5, 2)),
-            "expected that of",
-        ),
-        (lambda: evaluation.nearest_distance(torch.zeros(5, 2), torch.zeros(0, 2)), "at least 1"),
-    ],
-)
-def test_errors_say_what_is_expected(call, words):
-    with pytest.raises(ValueError, match=words):
-        call()
+    assert torch.equal(evaluation.classify(classifier, x[60:]), labels[60:])

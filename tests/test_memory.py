@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Careful
 from benchmarks.harness import peak_bytes
-from benchmarks.test_dsm import Careful, InPlace
 from score_kernels import NoiseKey, ops
 
 SHAPE = (16, 3, 64, 64)
+
+
+class InPlace(Careful):
+    """The least memory by hand: the noise becomes the residual and then the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, score: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
+        residual = z.addcmul_(score, sigma)
+        ctx.save_for_backward(residual, sigma)
+        flat = residual.flatten(1)
+        return 0.5 * torch.linalg.vecdot(flat, flat)
 
 
 def test_noisy_input_and_gradient_are_all_that_is_held() -> None:

@@ -14,7 +14,8 @@ import ranks
 import torch
 from test_commands import SETTINGS
 
-from score_kernels import Trainer, cli
+from score_kernels import Trainer
+from score_kernels.cli import main as cli
 from score_kernels.networks import MLPScore
 from score_kernels.training import checkpoint, trainer
 from score_kernels.training.distributed import Ranks

@@ -1,27 +1,59 @@
-// What module.cpp calls. Every kernel is compiled once per instruction set (SK_ISA names the
-// namespace) and chosen at run time. Pointers need no more alignment than their elements.
+// The kernels of csrc/cpu, compiled once per instruction set: SK_ISA names it and the namespace
+// that it is compiled in. Pointers need no more alignment than their elements, and rows and
+// elements are not 0.
 #pragma once
 
 #include "../args.h"
 
 namespace sk {
 
-// table_step: args' own a, b and c are not read, and the table's step is null: it has been looked
-// up.
-#define SK_DECLARE_KERNELS(isa)                                    \
-  namespace isa {                                                  \
-  void fill(const FillArgs& args);                                 \
-  void affine_step(const AffineArgs& args);                        \
-  void table_step(const AffineArgs& args, const StepTable& table); \
-  void perturb(const PerturbArgs& args);                           \
-  void dsm_loss(const DsmArgs& args);                              \
-  void dsm_gradient(const DsmArgs& args);                          \
-  void probe(const ProbeArgs& args);                               \
+// Set in a child of fork() that cannot start threads.
+inline bool one_thread = false;
+
+// The kernels of an instruction set, and whether this processor has it. An op without a kernel is
+// null.
+#define SK_MEMBER(op, Args) void (*op)(const Args& args);
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  SK_OPS(SK_MEMBER)
+};
+
+#define SK_DECLARE(op, Args) __attribute__((weak)) void op(const Args& args);
+#define SK_ADDRESS(op, Args) &op,
+#define SK_ISA_KERNELS(isa, supported)                            \
+  namespace isa {                                                 \
+  SK_OPS(SK_DECLARE)                                              \
+  constexpr Isa kKernels = {#isa, supported, SK_OPS(SK_ADDRESS)}; \
   }
 
-SK_DECLARE_KERNELS(avx512)
-SK_DECLARE_KERNELS(avx2)
-SK_DECLARE_KERNELS(neon)
-SK_DECLARE_KERNELS(portable)
+#ifdef SK_X86
+SK_ISA_KERNELS(avx512, [] {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+})
+SK_ISA_KERNELS(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); })
+#endif
+#ifdef SK_ARM64
+SK_ISA_KERNELS(neon, [] { return true; })
+#endif
+SK_ISA_KERNELS(portable, [] { return true; })
+
+// Best first.
+constexpr Isa kIsas[] = {
+#ifdef SK_X86
+    avx512::kKernels,
+    avx2::kKernels,
+#endif
+#ifdef SK_ARM64
+    neon::kKernels,
+#endif
+    portable::kKernels,
+};
+
+#undef SK_MEMBER
+#undef SK_DECLARE
+#undef SK_ADDRESS
+#undef SK_ISA_KERNELS
 
 }  // namespace sk

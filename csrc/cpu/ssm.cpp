@@ -1,8 +1,6 @@
 // Sliced score matching: sums over a probe v that is made in the kernel, and the probe scaled.
 #include "../ssm.h"
 
-#include <vector>
-
 #include "score.h"
 #include "sums.h"
 
@@ -11,29 +9,6 @@ namespace SK_ISA {
 
 namespace {
 
-struct Pieces {
-  double sum[kProbeSums];
-};
-
-// The sums of a piece of a row. A null b counts as zeros.
-SK_INLINE Pieces sum_row(const float* v, const float* a, const float* b, uint64_t count) {
-  if (count <= kSumLanes)
-    return {{short_sum(v, v, count), short_sum(v, a, count), b ? short_sum(v, b, count) : 0.0,
-             short_sum(a, a, count)}};
-  LaneSums vv, va, vb, aa;
-  const auto add = [&](uint64_t first, uint64_t n) SK_LAMBDA_INLINE {
-    vv.add(v + first, v + first, n);
-    va.add(v + first, a + first, n);
-    aa.add(a + first, a + first, n);
-    if (b) vb.add(v + first, b + first, n);
-  };
-  uint64_t i = 0;
-  for (; i + kSumLanes <= count; i += kSumLanes) add(i, kSumLanes);
-  add(i, count - i);
-  return {{vv.total(), va.total(), vb.total(), aa.total()}};
-}
-
-// a and b become their mean and their difference, in the buffers.
 SK_INLINE void mean_and_difference(const float* a, const float* b, float* mean, float* difference,
                                    uint64_t count) {
 #pragma omp simd
@@ -53,19 +28,11 @@ SK_INLINE void shift_row(float* above, float* below, const float* x, const float
   }
 }
 
-SK_INLINE void store_sums(const ProbeArgs& args, uint64_t row, const Pieces& pieces) {
-  for (int k = 0; k < kProbeSums; ++k) args.out[k * args.rows + row] = float(pieces.sum[k]);
-}
-
 template <class Map>
 void sums(const ProbeArgs& args) {
-  const uint64_t pieces = Tiling(args.rows, args.elements).tiles_per_row;
-  // Rows of one piece need no second stage, and no memory for it.
-  std::vector<Pieces> partial(pieces > 1 ? args.rows * pieces : 0);
-  Pieces* const to = partial.data();
-  for_each_tile(args.rows, args.elements, [args, pieces, to](const Tile& tile) {
-    alignas(64) float v[kTileBuffer], a_tile[kTile], b_tile[kTile];
-    fill_tile<Map>(v, args.key, args.elements, tile);
+  const auto body = [args](const Tile& tile, const auto& add) {
+    alignas(64) float v_tile[kTileBuffer], a_tile[kTile], b_tile[kTile];
+    fill_tile<Map>(v_tile, args.key, args.elements, tile);
     const float* a = score_tile(args.a, args.dtype, tile, a_tile);
     const float* b = args.b ? score_tile(args.b, args.dtype, tile, b_tile) : nullptr;
     if (args.differences) {
@@ -73,20 +40,17 @@ void sums(const ProbeArgs& args) {
       a = a_tile, b = b_tile;
     }
     for_each_row(tile, [&](uint64_t row, uint64_t first, uint64_t count) {
-      const Pieces piece = sum_row(v + first, a + first, b ? b + first : nullptr, count);
-      if (pieces == 1)
-        store_sums(args, row, piece);
-      else
-        to[row * pieces + tile.first / kTile] = piece;
+      const float *v = v_tile + first, *p = a + first, *q = b ? b + first : nullptr;
+      if (q) return add(row, sum_up<kProbeSums>({{v, v, v, p}, {v, p, q, p}}, count));
+      const Sums<3> sums = sum_up<3>({{v, v, p}, {v, p, p}}, count);
+      add(row, {{sums.of[0], sums.of[1], 0.0, sums.of[2]}});
     });
-  });
-  if (pieces == 1) return;
-  for (uint64_t row = 0; row < args.rows; ++row) {
-    Pieces total = {};
-    for (uint64_t i = 0; i < pieces; ++i)
-      for (int k = 0; k < kProbeSums; ++k) total.sum[k] += to[row * pieces + i].sum[k];
-    store_sums(args, row, total);
-  }
+  };
+  sum_rows<kProbeSums>(args.rows, args.elements, body,
+                       [args](uint64_t row, const Sums<kProbeSums>& sums) {
+                         for (int k = 0; k < kProbeSums; ++k)
+                           args.out[k * args.rows + row] = float(sums.of[k]);
+                       });
 }
 
 template <class Map>

@@ -1,6 +1,8 @@
-// Sums over a row that do not depend on threads, tiles' owners or the instruction set: 16 fixed
+// Sums over rows that do not depend on threads, tiles' owners or the instruction set: 16 fixed
 // lanes of fp32, joined in fp64 in a fixed order, a piece of at most kTile elements at a time.
 #pragma once
+
+#include <vector>
 
 #include "tile.h"
 
@@ -9,59 +11,77 @@ namespace {
 
 constexpr uint64_t kSumLanes = 16;
 
-#if defined(SK_VECTOR)
-constexpr uint64_t kSumParts = kSumLanes / kLanes;
-#endif
-
-class LaneSums {
- public:
-  // Adds a[i] b[i] of at most kSumLanes elements.
-  SK_INLINE void add(const float* a, const float* b, uint64_t count) {
-#if defined(SK_VECTOR)
-    if (count == kSumLanes) {
-      for (uint64_t part = 0; part < kSumParts; ++part) {
-        const uint64_t i = part * kLanes;
-        wide_[part] = fma(Vector::load(a + i), Vector::load(b + i), wide_[part]);
-      }
-      return;
-    }
-    spill();
-#endif
-    for (uint64_t lane = 0; lane < count; ++lane)
-      lanes_[lane] = fma(a[lane], b[lane], lanes_[lane]);
-  }
-
-  // After this nothing may be added.
-  SK_INLINE double total() {
-#if defined(SK_VECTOR)
-    spill();
-#endif
-    double sum = 0.0;
-    for (const float lane : lanes_) sum += lane;
-    return sum;
-  }
-
- private:
-  alignas(64) float lanes_[kSumLanes] = {};
-#if defined(SK_VECTOR)
-  F wide_[4] = {F(0.0f), F(0.0f), F(0.0f), F(0.0f)};
-  bool spilled_ = false;
-
-  SK_INLINE void spill() {
-    if (spilled_) return;
-    for (uint64_t part = 0; part < kSumParts; ++part)
-      Vector::store(lanes_ + part * kLanes, wide_[part]);
-    spilled_ = true;
-  }
-#endif
+// The sums of a[k][i] b[k][i] over i.
+template <int kSums>
+struct Products {
+  const float* a[kSums];
+  const float* b[kSums];
+};
+template <int kSums>
+struct Sums {
+  double of[kSums];
 };
 
-// What LaneSums gives for at most kSumLanes elements, one a lane, without the lanes: short rows
-// spend their time on setting those up.
-SK_INLINE double short_sum(const float* a, const float* b, uint64_t count) {
-  double sum = 0.0;
-  for (uint64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-  return sum;
+template <int kSums>
+SK_INLINE Sums<kSums> sum_up(const Products<kSums>& products, uint64_t count) {
+  const auto& [a, b] = products;
+  Sums<kSums> sums = {};
+  // One element a lane, without the lanes: short rows spend their time on setting those up.
+  if (count <= kSumLanes) {
+    for (uint64_t i = 0; i < count; ++i)
+      for (int k = 0; k < kSums; ++k) sums.of[k] += a[k][i] * b[k][i];
+    return sums;
+  }
+  alignas(64) float lanes[kSums][kSumLanes] = {};
+  uint64_t i = 0;
+#if defined(SK_VECTOR)
+  constexpr int kParts = kSumLanes / kLanes;
+  F wide[kSums][kParts];
+  for (auto& parts : wide)
+    for (F& part : parts) part = F(0.0f);
+  for (; i + kSumLanes <= count; i += kSumLanes)
+    for (int k = 0; k < kSums; ++k)
+      for (int part = 0; part < kParts; ++part) {
+        const uint64_t at = i + part * kLanes;
+        wide[k][part] = fma(Vector::load(a[k] + at), Vector::load(b[k] + at), wide[k][part]);
+      }
+  for (int k = 0; k < kSums; ++k)
+    for (int part = 0; part < kParts; ++part)
+      Vector::store(lanes[k] + part * kLanes, wide[k][part]);
+#endif
+  for (; i < count; ++i)
+    for (int k = 0; k < kSums; ++k) {
+      float& lane = lanes[k][i % kSumLanes];
+      lane = fma(a[k][i], b[k][i], lane);
+    }
+  for (int k = 0; k < kSums; ++k)
+    for (const float lane : lanes[k]) sums.of[k] += lane;
+  return sums;
+}
+
+// body(tile, add): the tiles of a batch, with add(row, sums) for the part of a row in the tile.
+// Then write(row, sums) has the whole row's.
+template <int kSums, class Body, class Write>
+void sum_rows(uint64_t rows, uint64_t elements, const Body& body, const Write& write) {
+  const uint64_t pieces = Tiling(rows, elements).tiles_per_row;
+  // Rows of one piece need no second stage, and no memory for it.
+  std::vector<Sums<kSums>> partial(pieces > 1 ? rows * pieces : 0);
+  Sums<kSums>* const to = partial.data();
+  for_each_tile(rows, elements, [=](const Tile& tile) {
+    body(tile, [&](uint64_t row, const Sums<kSums>& sums) SK_LAMBDA_INLINE {
+      if (pieces == 1)
+        write(row, sums);
+      else
+        to[row * pieces + tile.first / kTile] = sums;
+    });
+  });
+  if (pieces == 1) return;
+  for (uint64_t row = 0; row < rows; ++row) {
+    Sums<kSums> total = {};
+    for (uint64_t i = 0; i < pieces; ++i)
+      for (int k = 0; k < kSums; ++k) total.of[k] += to[row * pieces + i].of[k];
+    write(row, total);
+  }
 }
 
 SK_INLINE void scale_row(float* out, const float* values, uint64_t count, float factor) {

@@ -6,7 +6,7 @@
 // too short to fill the vectors, several whole rows.
 #pragma once
 
-#include "fork.h"
+#include "../maps.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -69,41 +69,6 @@ SK_INLINE void for_each_row(const Tile& tile, const Body& body) {
   const uint64_t count = tile.count / tile.rows;
   for (uint64_t r = 0; r < tile.rows; ++r) body(tile.row + r, r * count, count);
 }
-
-template <bool kWrite>
-SK_INLINE void prefetch(const void* p, uint64_t bytes) {
-  constexpr uint64_t kLine = 64;
-  for (uint64_t i = 0; i < bytes; i += kLine)
-    __builtin_prefetch(static_cast<const char*>(p) + i, kWrite);
-}
-
-// The four words of a block -> its four values: F is float or a vector, U its bits.
-struct WordMap {
-  template <class F, class U>
-  static SK_INLINE void apply(U w0, U w1, U w2, U w3, F* v) {
-    v[0] = from_bits(w0), v[1] = from_bits(w1), v[2] = from_bits(w2), v[3] = from_bits(w3);
-  }
-};
-struct NormalMap {
-  template <class F, class U>
-  static SK_INLINE void apply(U w0, U w1, U w2, U w3, F* v) {
-    box_muller(w0, w1, v[0], v[1]);
-    box_muller(w2, w3, v[2], v[3]);
-  }
-};
-struct UniformMap {
-  template <class F, class U>
-  static SK_INLINE void apply(U w0, U w1, U w2, U w3, F* v) {
-    v[0] = uniform<F>(w0), v[1] = uniform<F>(w1), v[2] = uniform<F>(w2), v[3] = uniform<F>(w3);
-  }
-};
-struct RademacherMap {
-  template <class F, class U>
-  static SK_INLINE void apply(U w0, U w1, U w2, U w3, F* v) {
-    v[0] = rademacher<F>(w0), v[1] = rademacher<F>(w1);
-    v[2] = rademacher<F>(w2), v[3] = rademacher<F>(w3);
-  }
-};
 
 }  // namespace
 }  // namespace sk

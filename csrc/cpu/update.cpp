@@ -1,6 +1,8 @@
 // The affine step x <- a x + b score + c z.
 #include "../update.h"
 
+#include <stdexcept>
+
 #include "score.h"
 
 namespace sk {
@@ -11,43 +13,33 @@ namespace {
 // Coefficients by value: a reference to a float could alias `out` and would stop vectorisation.
 SK_INLINE void combine(float* out, const float* x, const float* score, const float* z,
                        uint64_t count, float a, float b, float c) {
+  if (c == 0.0f) {
+#pragma omp simd
+    for (uint64_t i = 0; i < count; ++i) out[i] = affine(a, x[i], b, score[i]);
+    return;
+  }
 #pragma omp simd
   for (uint64_t i = 0; i < count; ++i) out[i] = affine(a, x[i], b, score[i], c, z[i]);
 }
 
-SK_INLINE void combine(float* out, const float* x, const float* score, uint64_t count, float a,
-                       float b) {
-#pragma omp simd
-  for (uint64_t i = 0; i < count; ++i) out[i] = affine(a, x[i], b, score[i]);
-}
-
-// What is known takes the place of what was computed.
+// Known elements take the place of those that were computed.
 SK_INLINE void keep(float* out, const float* known, const uint8_t* mask, const float* z,
-                    uint64_t count, float scale, float spread) {
+                    uint64_t count, float scale, float noise_scale) {
 #pragma omp simd
   for (uint64_t i = 0; i < count; ++i) {
     const float value = scale * known[i];
-    const float noisy = spread == 0.0f ? value : fma(spread, z[i], value);
+    const float noisy = noise_scale == 0.0f ? value : fma(noise_scale, z[i], value);
     out[i] = mask[i] ? noisy : out[i];
   }
 }
 
-// The coefficients of a row, by value.
-struct Line {
-  float a, b, c, scale, spread;
-  bool noise() const { return c != 0.0f || spread != 0.0f; }
-};
-
-SK_INLINE Line line_of(const StepTable& table, uint64_t row) {
-  const float* line = table.table + (table.per_row ? row * table.columns : 0);
-  Line k = {line[0], line[1], line[2], 0.0f, 0.0f};
-  if (table.known) k.scale = line[3], k.spread = line[4];
-  return k;
+SK_INLINE Coefficients line_of(const TableArgs& args, uint64_t row) {
+  return read_line(args.table + (args.per_row ? row * args.columns : 0), args.known);
 }
 
-bool has_noise(const StepTable& table, const Tile& tile) {
+bool has_noise(const TableArgs& args, const Tile& tile) {
   for (uint64_t row = tile.row; row < tile.row + tile.rows; ++row)
-    if (line_of(table, row).noise()) return true;
+    if (has_noise(line_of(args, row))) return true;
   return false;
 }
 
@@ -56,37 +48,35 @@ bool has_noise(const StepTable& table, const Tile& tile) {
 void affine_step(const AffineArgs& args) {
   for_each_tile(args.rows, args.elements, [args](const Tile& tile) {
     alignas(64) float z[kTileBuffer], converted[kTile];
-    const float* x = args.x + tile.offset;
-    float* out = args.out + tile.offset;
     if (args.c != 0.0f)
-      fill_tile<NormalMap>(
-          z, args.key, args.elements, tile, [=](uint64_t first, uint64_t count) SK_LAMBDA_INLINE {
-            prefetch<true>(out + first, count * sizeof(float));
-            if (out != x) prefetch<false>(x + first, count * sizeof(float));
-            const uint64_t size = size_of(args.score_dtype);
-            prefetch<false>(score_at(args.score, args.score_dtype, tile) + first * size,
-                            count * size);
-          });
+      fill_normals(z, args.key, args.elements, tile, written(args.out, tile),
+                   read(args.out == args.x ? nullptr : args.x, tile),
+                   read(args.score, tile, args.score_dtype));
     const float* score = score_tile(args.score, args.score_dtype, tile, converted);
-    if (args.c == 0.0f) return combine(out, x, score, tile.count, args.a, args.b);
-    combine(out, x, score, z, tile.count, args.a, args.b, args.c);
+    combine(args.out + tile.offset, args.x + tile.offset, score, z, tile.count, args.a, args.b,
+            args.c);
   });
 }
 
-void table_step(const AffineArgs& args, const StepTable& table) {
-  for_each_tile(args.rows, args.elements, [args, table](const Tile& tile) {
+void table_step(const TableArgs& from) {
+  TableArgs args = from;
+  if (args.step) {
+    const uint64_t step = uint64_t(*args.step);
+    if (step >= args.lines) throw std::invalid_argument("step: points past the table");
+    args.table += step * args.columns;
+    args.key.draw += uint32_t(step);
+  }
+  for_each_tile(args.rows, args.elements, [args](const Tile& tile) {
     alignas(64) float z[kTileBuffer], converted[kTile];
-    if (has_noise(table, tile)) fill_tile<NormalMap>(z, args.key, args.elements, tile);
+    if (has_noise(args, tile)) fill_tile<NormalMap>(z, args.key, args.elements, tile);
     const float* score = score_tile(args.score, args.score_dtype, tile, converted);
     for_each_row(tile, [&](uint64_t row, uint64_t first, uint64_t count) {
-      const Line k = line_of(table, row);
+      const Coefficients k = line_of(args, row);
       const uint64_t at = tile.offset + first;
-      if (k.c == 0.0f)
-        combine(args.out + at, args.x + at, score + first, count, k.a, k.b);
-      else
-        combine(args.out + at, args.x + at, score + first, z + first, count, k.a, k.b, k.c);
-      if (table.known)
-        keep(args.out + at, table.known + at, table.mask + at, z + first, count, k.scale, k.spread);
+      combine(args.out + at, args.x + at, score + first, z + first, count, k.a, k.b, k.c);
+      if (args.known)
+        keep(args.out + at, args.known + at, args.mask + at, z + first, count, k.scale,
+             k.noise_scale);
     });
   });
 }

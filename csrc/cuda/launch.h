@@ -7,15 +7,11 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "kernels.h"
 #include "quads.h"
 
 namespace sk {
-
-using cuda::Place;
-
 namespace {
 
 inline void check(cudaError_t error, const char* what) {
@@ -41,11 +37,11 @@ class DeviceGuard {
   int before_ = 0, device_;
 };
 
-// Threads along a row: enough for one turn where a block has them.
+// Threads along a row: enough for one iteration where a block has them.
 inline uint32_t width_of(uint64_t elements) {
   const uint64_t quads = (elements + kQuad - 1) / kQuad;
   uint32_t width = 1;
-  while (width < kThreads && quads_a_turn(width) < quads) width *= 2;
+  while (width < kThreads && quads_per_iteration(width) < quads) width *= 2;
   return width;
 }
 
@@ -55,57 +51,66 @@ constexpr uint64_t kMostRowBlocks = 65535;
 
 inline uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 
-// A grid over `pieces` of each row by all rows.
-inline cudaLaunchConfig_t grid_of(uint64_t rows, uint64_t elements, uint64_t pieces,
-                                  const Place& place) {
+struct Grid {
+  dim3 blocks, threads;
+};
+
+// A grid over `chunks` of each row by all rows.
+inline Grid grid_of(uint64_t rows, uint64_t elements, uint64_t chunks, int device) {
   int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, place.device),
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
   const uint64_t most = kBlocksPerProcessor * std::max(processors, 1);
   const uint32_t width = width_of(elements), height = kThreads / width;
   const uint64_t down = std::min({ceil_div(rows, height), kMostRowBlocks, most});
-  const uint64_t along = std::min(pieces, std::max<uint64_t>(1, most / down));
-  cudaLaunchConfig_t config = {};
-  config.blockDim = dim3(width, height, 1);
-  config.gridDim = dim3(uint32_t(along), uint32_t(down), 1);
-  config.stream = static_cast<cudaStream_t>(place.stream);
-  return config;
+  const uint64_t along = std::min(chunks, std::max<uint64_t>(1, most / down));
+  return {dim3(uint32_t(along), uint32_t(down), 1), dim3(width, height, 1)};
 }
 
-// One piece a turn, for kernels without sums.
-inline cudaLaunchConfig_t grid_of_turns(uint64_t rows, uint64_t elements, const Place& place) {
-  const uint64_t quads = ceil_div(elements, kQuad);
-  return grid_of(rows, elements, ceil_div(quads, quads_a_turn(width_of(elements))), place);
+// One chunk an iteration, for kernels without sums.
+template <class Args>
+Grid grid_of_quads(const Args& args, const DeviceAndStream& target) {
+  const uint64_t quads = ceil_div(args.elements, kQuad);
+  const uint64_t chunks = ceil_div(quads, quads_per_iteration(width_of(args.elements)));
+  return grid_of(args.rows, args.elements, chunks, target.device);
 }
 
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), const cudaLaunchConfig_t& config,
-            Arguments... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid,
+            const DeviceAndStream& target, Arguments... arguments) {
+  const DeviceGuard guard(target.device);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid.blocks;
+  config.blockDim = grid.threads;
+  config.stream = static_cast<cudaStream_t>(target.stream);
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 
-// Whether whole quads can be read and written at once: rows of whole quads at aligned addresses.
 inline bool aligned(const void* pointer, uint64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-template <class T>
-bool whole_quads(const T* pointer) {
-  return aligned(pointer, kQuad * sizeof(T));
+// Whether quads can be read and written at once: rows of whole quads at aligned addresses.
+template <class... Ts>
+bool whole_quads(uint64_t elements, const Ts*... pointers) {
+  return elements % kQuad == 0 && (aligned(pointers, kQuad * sizeof(Ts)) && ...);
 }
 
-// Calls body with a null pointer of the dtype's element type.
+// Calls body with the pointer as one to elements of the dtype.
 template <class Body>
-void with_dtype(Dtype dtype, const Body& body) {
+void with_dtype(Dtype dtype, const void* pointer, const Body& body) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return body(static_cast<float*>(nullptr));
+      return body(static_cast<const float*>(pointer));
     case Dtype::kBFloat16:
-      return body(static_cast<BFloat16*>(nullptr));
+      return body(static_cast<const BFloat16*>(pointer));
     case Dtype::kFloat16:
-      return body(static_cast<Float16*>(nullptr));
+      return body(static_cast<const Float16*>(pointer));
   }
 }
+
+template <class T>
+using ElementOf = std::remove_const_t<std::remove_pointer_t<T>>;
 
 }  // namespace
 }  // namespace sk

@@ -8,19 +8,15 @@
 
 namespace sk {
 
-struct BitPair {
-  uint32_t a, b;
-  BitPair() = default;
-  __device__ __forceinline__ BitPair(uint32_t both) : a(both), b(both) {}
-  __device__ __forceinline__ BitPair(uint32_t a, uint32_t b) : a(a), b(b) {}
+template <class T>
+struct Two {
+  T a, b;
+  Two() = default;
+  __device__ __forceinline__ Two(T both) : a(both), b(both) {}
+  __device__ __forceinline__ Two(T a, T b) : a(a), b(b) {}
 };
-
-struct Pair {
-  float a, b;
-  Pair() = default;
-  __device__ __forceinline__ Pair(float both) : a(both), b(both) {}
-  __device__ __forceinline__ Pair(float a, float b) : a(a), b(b) {}
-};
+using Pair = Two<float>;
+using BitPair = Two<uint32_t>;
 
 #define SK_BITWISE(op)                                                   \
   __device__ __forceinline__ BitPair operator op(BitPair x, BitPair y) { \
@@ -36,22 +32,18 @@ SK_BITWISE(^)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define SK_PACKED 1
 
-__device__ __forceinline__ Pair operator+(Pair x, Pair y) {
-  Pair r;
-  asm("{.reg .b64 x, y, r; mov.b64 x, {%2, %3}; mov.b64 y, {%4, %5};"
-      " add.rn.f32x2 r, x, y; mov.b64 {%0, %1}, r;}"
-      : "=f"(r.a), "=f"(r.b)
-      : "f"(x.a), "f"(x.b), "f"(y.a), "f"(y.b));
-  return r;
-}
-__device__ __forceinline__ Pair operator*(Pair x, Pair y) {
-  Pair r;
-  asm("{.reg .b64 x, y, r; mov.b64 x, {%2, %3}; mov.b64 y, {%4, %5};"
-      " mul.rn.f32x2 r, x, y; mov.b64 {%0, %1}, r;}"
-      : "=f"(r.a), "=f"(r.b)
-      : "f"(x.a), "f"(x.b), "f"(y.a), "f"(y.b));
-  return r;
-}
+#define SK_PACKED_OPERATOR(op, instruction)                                          \
+  __device__ __forceinline__ Pair operator op(Pair x, Pair y) {                      \
+    Pair r;                                                                          \
+    asm("{.reg .b64 x, y, r; mov.b64 x, {%2, %3}; mov.b64 y, {%4, %5}; " instruction \
+        " r, x, y; mov.b64 {%0, %1}, r;}"                                            \
+        : "=f"(r.a), "=f"(r.b)                                                       \
+        : "f"(x.a), "f"(x.b), "f"(y.a), "f"(y.b));                                   \
+    return r;                                                                        \
+  }
+SK_PACKED_OPERATOR(+, "add.rn.f32x2")
+SK_PACKED_OPERATOR(*, "mul.rn.f32x2")
+#undef SK_PACKED_OPERATOR
 __device__ __forceinline__ Pair fma(Pair x, Pair y, Pair z) {
   Pair r;
   asm("{.reg .b64 x, y, z, r; mov.b64 x, {%2, %3}; mov.b64 y, {%4, %5}; mov.b64 z, {%6, %7};"

@@ -1,15 +1,18 @@
 // What a thread works on. A quad is the four elements of one Philox block; rows are samples.
 //
 // A block of kThreads threads is `width` threads along a row by kThreads / width rows, both powers
-// of two. Along a row a thread takes two quads a turn, 32 quads apart, so that a warp reads and
-// writes whole lines and the second quad is at a fixed distance; rows of fewer than 33 quads are
-// covered by one quad a thread. The grid's y axis runs over rows, so that no index is divided.
+// of two. Along a row a thread takes two quads an iteration, 32 quads apart, so that a warp reads
+// and writes whole lines and the second quad is at a fixed distance; rows of fewer than 33 quads
+// are covered by one quad a thread. The grid's y axis runs over rows, so that no index is divided.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../args.h"
-#include "halves.h"
+#include "../half.h"
+#include "../maps.h"
 #include "pair.h"
 
 namespace sk {
@@ -17,13 +20,13 @@ namespace {
 
 constexpr uint32_t kThreads = 256, kWarp = 32, kQuad = 4;
 
-// Quads of a row that `width` threads cover in a turn.
-__host__ __device__ __forceinline__ uint32_t quads_a_turn(uint32_t width) {
+// Quads of a row that `width` threads cover in an iteration.
+__host__ __device__ __forceinline__ uint32_t quads_per_iteration(uint32_t width) {
   return width < kWarp ? width : 2 * width;
 }
 
 // The quads of a row that a thread takes: from `first` on, `stride` apart, none above `last`.
-struct Walk {
+struct Range {
   uint32_t first, stride, last;
 };
 
@@ -36,10 +39,10 @@ __device__ __forceinline__ uint32_t quad_of_thread() {
   return 2 * (threadIdx.x - lane) + lane;
 }
 
-// The turns of a row dealt out over the grid's x axis.
-__device__ __forceinline__ Walk walk_of_grid(uint64_t elements) {
-  const uint32_t turn = quads_a_turn(blockDim.x);
-  return {blockIdx.x * turn + quad_of_thread(), gridDim.x * turn, last_quad(elements)};
+// The iterations of a row dealt out over the grid's x axis.
+__device__ __forceinline__ Range range_of_grid(uint64_t elements) {
+  const uint32_t quads = quads_per_iteration(blockDim.x);
+  return {blockIdx.x * quads + quad_of_thread(), gridDim.x * quads, last_quad(elements)};
 }
 
 // The rows dealt out over the grid's y axis and a block's.
@@ -50,24 +53,35 @@ __device__ __forceinline__ void each_row(uint64_t rows, const Body& body) {
     body(row);
 }
 
-template <int kValue>
-struct Count {
-  static constexpr int value = kValue;
+// Quad `quad + ahead` of a row. `ahead` stands alone so that it becomes part of the instruction.
+struct At {
+  uint32_t quad, ahead;
+
+  __device__ __forceinline__ uint32_t block() const { return quad + ahead; }
+  __device__ __forceinline__ uint64_t element() const { return (uint64_t(quad) + ahead) * kQuad; }
 };
 
-// body(Count<n>, quad): n = 2 stands for quad and quad + kWarp. Quads may run to 2^32 - 1.
-template <class Body>
-__device__ __forceinline__ void each_turn(Walk walk, const Body& body) {
-  if (walk.first > walk.last) return;
-  uint32_t quad = walk.first;
+template <int kCount, class Load, class Body>
+__device__ __forceinline__ void iterate(uint32_t quad, const Load& load, const Body& body) {
+  decltype(load(At{})) loaded[kCount];
+  for (uint32_t i = 0; i < kCount; ++i) loaded[i] = load(At{quad, i * kWarp});
+  for (uint32_t i = 0; i < kCount; ++i) body(At{quad, i * kWarp}, loaded[i]);
+}
+
+// body(at, load(at)) for the quads of a range. All that an iteration loads comes before its first
+// body, which may write where another loads. Quads may run to 2^32 - 1.
+template <class Load, class Body>
+__device__ __forceinline__ void each_quad(Range range, const Load& load, const Body& body) {
+  if (range.first > range.last) return;
+  uint32_t quad = range.first;
   for (;;) {
-    const uint32_t left = walk.last - quad;
+    const uint32_t left = range.last - quad;
     if (left >= kWarp)
-      body(Count<2>{}, quad);
+      iterate<2>(quad, load, body);
     else
-      body(Count<1>{}, quad);
-    if (left < walk.stride) return;
-    quad += walk.stride;
+      iterate<1>(quad, load, body);
+    if (left < range.stride) return;
+    quad += range.stride;
   }
 }
 
@@ -78,76 +92,60 @@ struct alignas(kQuad * sizeof(T)) Four {
 };
 using Quad = Four<float>;
 
-// Quad `quad + ahead` of a row; kVector: rows are whole quads at aligned addresses. `ahead` stands
-// alone so that it becomes part of the instruction.
+// A row of a batch; kVector: rows are whole quads at aligned addresses.
 template <bool kVector, class T>
-__device__ __forceinline__ Four<T> load(const T* row, uint32_t quad, uint32_t ahead,
-                                        uint64_t elements) {
-  if (kVector) return (reinterpret_cast<const Four<T>*>(row) + quad)[ahead];
-  Four<T> four = {};
-  const uint64_t first = (uint64_t(quad) + ahead) * kQuad;
-  for (uint32_t i = 0; i < kQuad; ++i)
-    if (first + i < elements) four.v[i] = row[first + i];
-  return four;
-}
+struct Row {
+  using Quad = Four<std::remove_const_t<T>>;
 
-template <bool kVector, class T>
-__device__ __forceinline__ void store(T* row, uint32_t quad, uint32_t ahead, uint64_t elements,
-                                      const Four<T>& four) {
-  if (kVector) {
-    (reinterpret_cast<Four<T>*>(row) + quad)[ahead] = four;
-    return;
+  T* start;
+  uint64_t elements;
+
+  __device__ __forceinline__ Row(T* batch, uint64_t row, uint64_t elements)
+      : start(batch + row * elements), elements(elements) {}
+
+  __device__ __forceinline__ Quad load(At at) const {
+    if (kVector) return (reinterpret_cast<const Quad*>(start) + at.quad)[at.ahead];
+    Quad four = {};
+    for (uint32_t i = 0; i < kQuad; ++i)
+      if (at.element() + i < elements) four.v[i] = start[at.element() + i];
+    return four;
   }
-  const uint64_t first = (uint64_t(quad) + ahead) * kQuad;
-  for (uint32_t i = 0; i < kQuad; ++i)
-    if (first + i < elements) row[first + i] = four.v[i];
-}
+  __device__ __forceinline__ void store(At at, const Quad& four) const {
+    if constexpr (kVector) {
+      (reinterpret_cast<Quad*>(start) + at.quad)[at.ahead] = four;
+    } else {
+      for (uint32_t i = 0; i < kQuad; ++i)
+        if (at.element() + i < elements) start[at.element() + i] = four.v[i];
+    }
+  }
+};
 
-__device__ __forceinline__ Quad to_float(const Quad& four) { return four; }
-template <class Half>
-__device__ __forceinline__ Quad to_float(const Four<Half>& four) {
+template <class T>
+__device__ __forceinline__ Quad to_floats(const Four<T>& four) {
   return {{to_float(four.v[0]), to_float(four.v[1]), to_float(four.v[2]), to_float(four.v[3])}};
 }
 
 template <class T>
-__device__ __forceinline__ Four<T> from_float(const Quad& quad) {
-  return {{T::from(quad.v[0]), T::from(quad.v[1]), T::from(quad.v[2]), T::from(quad.v[3])}};
-}
-template <>
-__device__ __forceinline__ Quad from_float<float>(const Quad& quad) {
-  return quad;
+__device__ __forceinline__ Four<T> from_floats(const Quad& quad) {
+  return {{from_float<T>(quad.v[0]), from_float<T>(quad.v[1]), from_float<T>(quad.v[2]),
+           from_float<T>(quad.v[3])}};
 }
 
-struct NormalQuads {
-  static __device__ __forceinline__ Quad of(const Words& words) {
-    Quad z;
+// The values of a block.
+template <class Map>
+__device__ __forceinline__ Quad values_of(const Words& words) {
+  const auto& [w] = words;
+  Quad v;
 #ifdef SK_PACKED
+  if constexpr (std::is_same_v<Map, NormalMap>) {
     Pair even, odd;
-    box_muller<Pair>(BitPair(words.w[0], words.w[2]), BitPair(words.w[1], words.w[3]), even, odd);
-    z = {{even.a, odd.a, even.b, odd.b}};
-#else
-    box_muller<float>(words.w[0], words.w[1], z.v[0], z.v[1]);
-    box_muller<float>(words.w[2], words.w[3], z.v[2], z.v[3]);
+    box_muller<Pair>(BitPair(w[0], w[2]), BitPair(w[1], w[3]), even, odd);
+    return {{even.a, odd.a, even.b, odd.b}};
+  }
 #endif
-    return z;
-  }
-};
-
-struct RademacherQuads {
-  static __device__ __forceinline__ Quad of(const Words& words) {
-    Quad v;
-    for (uint32_t i = 0; i < kQuad; ++i) v.v[i] = rademacher<float>(words.w[i]);
-    return v;
-  }
-};
-
-struct UniformQuads {
-  static __device__ __forceinline__ Quad of(const Words& words) {
-    Quad u;
-    for (uint32_t i = 0; i < kQuad; ++i) u.v[i] = uniform<float>(words.w[i]);
-    return u;
-  }
-};
+  Map::apply(w[0], w[1], w[2], w[3], v.v);
+  return v;
+}
 
 }  // namespace
 }  // namespace sk

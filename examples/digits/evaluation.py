@@ -1,33 +1,15 @@
 """How far a set of samples is from a set of real data: Frechet distance, neighbours, classes.
 
-Everything here takes samples as `[N, ...]` tensors, flattens them to `[N, D]` and computes in
-float64 on the CPU. Only :func:`fit_classifier` needs scikit-learn.
+Samples are `[N, ...]` tensors; everything is computed on `[N, D]` in float64 on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
+from sklearn.svm import SVC
 from torch import Tensor
-
-__all__ = [
-    "PCA",
-    "class_histogram",
-    "fit_classifier",
-    "fit_pca",
-    "frechet_distance",
-    "gaussian_frechet",
-    "nearest_distance",
-]
-
-
-class Classifier(Protocol):
-    """What :func:`class_histogram` asks of a classifier; scikit-learn's have it."""
-
-    def predict(self, x: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -37,27 +19,16 @@ class PCA:
     mean: Tensor
     axes: Tensor
 
-    @property
-    def dims(self) -> int:
-        """Number of axes K."""
-        return self.axes.shape[1]
-
     def __call__(self, x: Tensor) -> Tensor:
-        """Coordinates `(x - mean) axes` of `x` `[N, ...]`: `[N, K]`, float64, in `x`'s units."""
-        return (_rows("x", x) - self.mean) @ self.axes
+        """Coordinates `(x - mean) axes` of `x` `[N, ...]`: `[N, K]`, in `x`'s units."""
+        return (rows(x) - self.mean) @ self.axes
 
 
 def fit_pca(data: Tensor, variance: float = 0.95) -> PCA:
-    """The fewest principal axes of `data` `[N, ...]` that carry the share `variance` of it.
-
-    Raises:
-        ValueError: for fewer than two samples, or `variance` outside (0, 1].
-    """
-    if not 0 < variance <= 1:
-        raise ValueError(f"variance: got {variance}, expected a share in (0, 1]")
-    rows = _rows("data", data, at_least=2)
-    mean = rows.mean(0)
-    _, singular, axes = torch.linalg.svd(rows - mean, full_matrices=False)
+    """The fewest principal axes of `data` that carry the share `variance` in (0, 1] of it."""
+    points = rows(data)
+    mean = points.mean(0)
+    _, singular, axes = torch.linalg.svd(points - mean, full_matrices=False)
     share = singular.square().cumsum(0) / singular.square().sum()
     dims = min(int((share < variance).sum()) + 1, len(share))
     return PCA(mean, axes[:dims].T.contiguous())
@@ -74,78 +45,45 @@ def gaussian_frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     Source: Dowson and Landau, "The Frechet distance between multivariate normal distributions"
     (1982); as a score of generated images, Heusel et al. 2017, arXiv 1706.08500.
     """
-    root = _sqrtm(cov_a.double())
-    middle = root @ cov_b.double() @ root
+    mean_a, cov_a, mean_b, cov_b = (t.double() for t in (mean_a, cov_a, mean_b, cov_b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    middle = root @ cov_b @ root
     cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp_min(0).sqrt().sum()
-    means = (mean_a.double() - mean_b.double()).square().sum()
+    means = (mean_a - mean_b).square().sum()
     # Rounding can leave a few 1e-16 below zero when the two are equal.
-    return max(0.0, float(means + cov_a.double().trace() + cov_b.double().trace() - 2 * cross))
+    return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * cross))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Frechet distance of the Gaussians fitted to samples `a` `[N, ...]`, `b` `[M, ...]`.
 
-    See :func:`gaussian_frechet` for the formula. Only means and covariances enter, so two sets
-    that share those are at distance 0 however else they differ; and the estimate grows as the sets
-    shrink (noise in the covariances), so compare only figures from sets of equal sizes.
-
-    Raises:
-        ValueError: for fewer than two samples, or samples of different sizes.
+    See :func:`gaussian_frechet`. Only means and covariances enter, so two sets that share those are
+    at distance 0 however else they differ; and the estimate grows as the sets shrink (noise in the
+    covariances), so compare only figures from sets of equal sizes.
     """
-    rows_a, rows_b = _pair(("a", "b"), a, b, at_least=2)
-    return gaussian_frechet(rows_a.mean(0), rows_a.T.cov(), rows_b.mean(0), rows_b.T.cov())
+    a, b = rows(a), rows(b)
+    return gaussian_frechet(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
 
 
 def nearest_distance(x: Tensor, reference: Tensor) -> Tensor:
     """Euclidean distance from each sample of `x` `[N, ...]` to the nearest in `reference`: `[N]`.
 
     Small against what unseen real data have means copies; large means unlike the data.
-
-    Raises:
-        ValueError: for an empty set, or samples of different sizes.
     """
-    rows, others = _pair(("x", "reference"), x, reference, at_least=1)
-    return torch.cdist(rows, others).min(dim=1).values
+    return torch.cdist(rows(x), rows(reference)).min(dim=1).values
 
 
-def fit_classifier(x: Tensor, labels: Sequence[int] | Tensor) -> Classifier:
-    """A support vector machine (Gaussian kernel) trained on `x` `[N, ...]` and `labels` `[N]`.
-
-    Raises:
-        ImportError: without scikit-learn.
-    """
-    try:
-        from sklearn.svm import SVC
-    except ImportError as error:
-        raise ImportError(
-            "the classifier needs scikit-learn: pip install score-kernels[demo]"
-        ) from error
-    return SVC(C=10.0, gamma="scale").fit(_rows("x", x).numpy(), torch.as_tensor(labels).numpy())
+def fit_classifier(x: Tensor, labels: Tensor) -> SVC:
+    """A support vector machine (Gaussian kernel) trained on `x` `[N, ...]` and `labels` `[N]`."""
+    return SVC(C=10.0, gamma="scale").fit(rows(x).numpy(), labels.numpy())
 
 
-def class_histogram(classifier: Classifier, x: Tensor, classes: int) -> list[int]:
-    """How many samples of `x` `[N, ...]` the classifier puts in each class `0 .. classes - 1`."""
-    predicted = torch.as_tensor(classifier.predict(_rows("x", x).numpy())).long()
-    return torch.bincount(predicted, minlength=classes).tolist()
+def classify(classifier: SVC, x: Tensor) -> Tensor:
+    """The class `[N]` of each sample of `x` `[N, ...]`."""
+    return torch.as_tensor(classifier.predict(rows(x).numpy()))
 
 
-def _sqrtm(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-
-def _rows(name: str, x: Tensor, at_least: int = 1) -> Tensor:
-    if x.ndim < 2 or x.shape[0] < at_least:
-        raise ValueError(
-            f"{name}: got shape {tuple(x.shape)}, expected [N, ...] with N at least {at_least}"
-        )
+def rows(x: Tensor) -> Tensor:
+    """`x` `[N, ...]` as `[N, D]`, float64 on the CPU."""
     return x.detach().flatten(1).double().cpu()
-
-
-def _pair(names: tuple[str, str], a: Tensor, b: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
-    if a.shape[1:] != b.shape[1:]:
-        raise ValueError(
-            f"{names[0]}: got samples of shape {tuple(a.shape[1:])}, expected that of "
-            f"{names[1]}'s, {tuple(b.shape[1:])}"
-        )
-    return _rows(names[0], a, at_least), _rows(names[1], b, at_least)

@@ -1,4 +1,4 @@
-"""The demo's pictures and its page. Matplotlib only, imported inside the functions that draw."""
+"""The demo's pictures and its page."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torch import Tensor
 
 from score_kernels.cli import plots
 
-__all__ = ["draw_chain", "draw_samples", "summary", "write_page"]
-
 
 def draw_samples(path: Path, samples: Tensor, real: Tensor) -> None:
     """Up to 100 samples `[N, 1, 8, 8]` in [-1, 1] beside as many real digits."""
     figure = plots.figure(10, 5.2)
     count = min(100, len(samples), len(real))
-    for place, images, title in (
+    for position, images, title in (
         (1, samples, f"{count} samples of the network"),
         (2, real, f"{count} real digits, held out from training"),
     ):
-        axes = figure.add_subplot(1, 2, place)
+        axes = figure.add_subplot(1, 2, position)
         sheet = plots.sheet(images[:count], columns=10)
         axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(title)
@@ -55,31 +53,27 @@ def draw_chain(path: Path, chain: list[tuple[float, Tensor]]) -> None:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The figures as a plain-text table with what is compared with what."""
+    """The figures as plain text; the page explains them."""
     frechet, seconds = report["frechet"], report["seconds"]
-    kinds = "\n".join(f"{n:34}{d:>9}{near:>9}{share:>10}" for n, d, near, share in _rows(report))
+    figures = "\n".join(f"{n:22}{d:>9}{near:>9}{share:>10}" for n, d, near, share in _rows(report))
     classes = "\n".join(
-        f"{name:34}" + "".join(f"{n:>5}" for n in report["classes"][key])
-        for key, name in _CLASS_ROWS
+        f"{NAMES[key]:22}" + "".join(f"{n:>5}" for n in counts)
+        for key, counts in report["classes"].items()
     )
     return f"""
 {frechet["images"]} images of each kind against the {frechet["against"]} held-out digits
 
-{"":34}{"Frechet":>9}{"nearest":>9}{"in reach":>10}
-{kinds}
+{"":22}{"Frechet":>9}{"nearest":>9}{"in reach":>10}
+{figures}
 
-Frechet:  squared Frechet distance of Gaussians fitted in {frechet["pca_dims"]} principal axes of
-          the training digits. Real against real (mean of {frechet["real_sets"]} random sets, from
-          {frechet["real_lowest"]:.2f} to {frechet["real_highest"]:.2f}) is what so few images
-          leave to chance: samples cannot be expected to get below it.
-nearest:  median distance to the nearest training digit; far below the held-out digits' would
-          mean copies.
-in reach: share no farther from a training digit than 95% of the held-out digits are.
+Frechet:  squared Frechet distance; real sets of this size have {frechet["real_lowest"]:.2f} to \
+{frechet["real_highest"]:.2f}
+nearest:  median distance to the nearest training digit
+in reach: share no farther from one than 95% of the held-out digits are
 
-{"images put in each class":34}{"".join(f"{digit:>5}" for digit in range(10))}
+{"put in each class":22}{"".join(f"{digit:>5}" for digit in range(10))}
 {classes}
-The classifier saw training digits only and is right on {report["classifier_accuracy"]:.1%} of the \
-held-out ones.
+The classifier is right on {report["classifier_accuracy"]:.1%} of the held-out digits.
 
 Training took {seconds["training"]:.0f} s, sampling {seconds["sampling"]:.0f} s; CPU \
 threads: {report["threads"]}."""
@@ -88,16 +82,13 @@ threads: {report["threads"]}."""
 def write_page(out: Path, report: dict[str, Any]) -> None:
     """`report.html` in `out`: one page, with the pictures of that folder inside it."""
     recipe, loss, frechet = report["recipe"], report["loss"], report["frechet"]
+    near, data, seconds = report["nearest_training_digit"], report["data"], report["seconds"]
     quick = (
         "<p class='note'>This was a quick run of a tiny network, to check that everything works. "
         "Its samples are not meant to be digits.</p>"
-        if report["quick"]
-        else ""
     )
-    classes = _html_table(
-        ["images put in each class", *(str(digit) for digit in range(10))],
-        [(name, *(str(n) for n in report["classes"][key])) for key, name in _CLASS_ROWS],
-    )
+    counts = [(NAMES[key], *map(str, row)) for key, row in report["classes"].items()]
+    settings = [(key.replace("_", " "), f"{value:g}") for key, value in recipe.items()]
     page = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -108,49 +99,48 @@ def write_page(out: Path, report: dict[str, Any]) -> None:
 </head>
 <body>
 <h1>Digits from noise</h1>
-{quick}
-<p>A small neural network looked at {report["data"]["train"]} handwritten digits of 8 by 8 pixels
-and learned one thing: given a digit with noise added, in which direction to change each pixel to
-make the picture more likely. That direction is called the <em>score</em>. Starting from pure noise
-and following the score, with a little fresh noise at every step (<em>Langevin dynamics</em>), new
-digits appear. Another {report["data"]["held_out"]} real digits were kept away from the network; the
-samples are judged against those.</p>
+{quick if report["quick"] else ""}
+<p>A small neural network looked at {data["train"]} handwritten digits of 8 by 8 pixels and learned
+one thing: given a digit with noise added, in which direction to change each pixel to make the
+picture more likely. That direction is called the <em>score</em>. Starting from pure noise and
+following the score, with a little fresh noise at every step (<em>Langevin dynamics</em>), new
+digits appear. Another {data["held_out"]} real digits were kept away from the network; the samples
+are judged against those.</p>
 
-<h2>What came out</h2>
+<h2>Samples</h2>
 {_image(out, "samples.png", "Samples of the network beside real digits")}
-<p>Left: samples, as they came, none picked by hand. Right: real digits that the network never saw.
-The real ones are coarse too: 64 pixels in 17 shades of grey.</p>
+<p>Left: samples, none picked by hand. Right: real digits that the network never saw. The real ones
+are coarse too: 64 pixels in 17 shades of grey.</p>
 
 <h2>How close to the real thing</h2>
-{_html_table(["", "Fr&eacute;chet distance", "nearest training digit", "in reach"], _rows(report))}
+{_table(["", "Fr&eacute;chet distance", "nearest training digit", "in reach"], _rows(report))}
 <ul>
-<li><b>Fr&eacute;chet distance</b> compares the mean and the covariance of two sets of images, here
-{frechet["images"]} images of each kind against the {frechet["against"]} held-out digits, in the
-{frechet["pca_dims"]} directions (principal axes) that carry 95% of the training digits' variance;
-it is the squared distance, smaller is closer. Real training digits do not get 0 either, because so
-few images leave something to chance: their row is the average over {frechet["real_sets"]} random
-sets (from
+<li><b>Fr&eacute;chet distance</b> (squared) compares the mean and the covariance of two sets of
+images, here {frechet["images"]} of each kind against the {frechet["against"]} held-out digits, in
+the {frechet["pca_dims"]} principal axes that carry 95% of the training digits' variance; smaller is
+closer. Real training digits do not get 0 either, because so few images leave something to chance:
+their row is the average over {frechet["real_sets"]} random sets (from
 {frechet["real_lowest"]:.2f} to {frechet["real_highest"]:.2f}), and samples cannot be expected to
-get below it. It sees means and covariances only, hence the other columns.</li>
+get below it.</li>
 <li><b>Nearest training digit</b> is the median distance from an image to the most similar training
-digit. Held-out digits show what is normal; samples far below that would be copies. The closest pair
-of a sample and a training digit is
-{report["nearest_training_digit"]["samples"]["lowest"]:.2f} apart, of a held-out and a training
-digit {report["nearest_training_digit"]["held_out"]["lowest"]:.2f}.</li>
+digit. Samples far below the held-out digits would be copies. The closest pair of a sample and a
+training digit is {near["samples"]["lowest"]:.2f} apart, of a held-out and a training digit
+{near["held_out"]["lowest"]:.2f}.</li>
 <li><b>In reach</b> is the share of images that are no farther from a training digit than 95% of the
 held-out digits are.</li>
-<li><b>Pixel noise</b> has the right mean and spread at every pixel and no shapes;
+<li><b>Pixel noise</b> has the right mean and standard deviation at every pixel and no shapes;
 <b>uniform noise</b> is every shade equally likely.</li>
 </ul>
+
 <h2>All ten digits</h2>
-{classes}
+{_table(["put in each class", *map(str, range(10))], counts)}
 <p>Each image is named by a classifier that was trained on the training digits alone and is right on
 {report["classifier_accuracy"]:.1%} of the held-out ones. It has to name noise too, and its answers
 for noise mean nothing; they show that a full row alone proves little.</p>
 
 <h2>From noise to digit</h2>
 {_image(out, "chain.png", "Eight chains at five noise levels")}
-<p>Eight chains, one a column. Sampling goes down a ladder of {recipe["levels"]} noise levels, from
+<p>Eight chains, one a column. Sampling goes down {recipe["levels"]} noise levels, from
 sigma = {recipe["sigma_max"]:g} (nothing of a digit can be seen) to {recipe["sigma_min"]:g} (less
 than one shade of grey), with {recipe["steps_per_level"]} steps at each. The rows show the state at
 the end of five of them, each row with its own grey scale, and after a last step without new noise,
@@ -160,29 +150,30 @@ which removes what noise is left.</p>
 {_image(out, "loss.png", "Loss against training step")}
 <p>The loss says how badly the network guesses the noise that was added to a digit. One that always
 answers 0 scores half the number of pixels, {loss["zero_network"]:g}; after {recipe["steps"]} steps
-training digits are at {loss["train_last"]:.2f} and held-out ones at {loss["held_out_last"]:.2f}. It
-cannot reach 0, because noise hides part of every digit. Held-out digits are measured with the
-averaged weights, the ones that draw the samples.</p>
+training digits are at {loss["train_last"]:.2f} and held-out ones, measured with the averaged
+weights that draw the samples, at {loss["held_out_last"]:.2f}. It cannot reach 0, because noise
+hides part of every digit.</p>
 
 <h2>Settings</h2>
 <p>Seed {report["seed"]}, {report["parameters"]:,} weights. Training took
-{report["seconds"]["training"]:.0f} s and sampling {report["samples"]} digits
-{report["seconds"]["sampling"]:.0f} s; CPU threads: {report["threads"]}. score_kernels
-{report["versions"]["score_kernels"]}, PyTorch {report["versions"]["torch"]}. Black is &minus;1 and
-white is 1; distances and noise levels are in those units.</p>
-{_html_table(["setting", "value"], [(k.replace("_", " "), f"{v:g}") for k, v in recipe.items()])}
+{seconds["training"]:.0f} s and sampling {report["samples"]} digits {seconds["sampling"]:.0f} s; CPU
+threads: {report["threads"]}. score_kernels {report["versions"]["score_kernels"]}, PyTorch
+{report["versions"]["torch"]}. Black is &minus;1 and white is 1; distances and noise levels are in
+those units.</p>
+{_table(["setting", "value"], settings)}
 </body>
 </html>
 """
     (out / "report.html").write_text(page, encoding="utf-8")
 
 
-_CLASS_ROWS = (
-    ("held_out", "held-out digits"),
-    ("samples", "samples"),
-    ("pixel_noise", "pixel noise"),
-    ("uniform_noise", "uniform noise"),
-)
+NAMES = {
+    "real": "training digits",
+    "held_out": "held-out digits",
+    "samples": "samples",
+    "pixel_noise": "pixel noise",
+    "uniform_noise": "uniform noise",
+}
 _STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a202c; background: #fff;
   font: 1rem/1.6 system-ui, sans-serif; }
@@ -196,31 +187,24 @@ th:first-child, td:first-child { text-align: left; }
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The figures table: name, Frechet distance, nearest training digit, share in reach."""
-    near = report["nearest_training_digit"]
-    names = {
-        "real": "real: training digits",
-        "held_out": "real: held-out digits",
-        "samples": "samples",
-        "pixel_noise": "pixel noise",
-        "uniform_noise": "uniform noise",
-    }
+    frechet, near = report["frechet"], report["nearest_training_digit"]
     return [
         (
             name,
-            f"{report['frechet'][key]:.2f}" if key in report["frechet"] else "-",
+            f"{frechet[key]:.2f}" if key in frechet else "-",
             f"{near[key]['median']:.2f}" if key in near else "-",
             f"{near[key]['share_within_reach']:.0%}" if key in near else "-",
         )
-        for key, name in names.items()
+        for key, name in NAMES.items()
     ]
 
 
-def _html_table(head: list[str], rows: Iterable[tuple[str, ...]]) -> str:
+def _table(head: list[str], rows: Iterable[tuple[str, ...]]) -> str:
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "\n".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
     return f"<table>\n<tr>{top}</tr>\n{body}\n</table>"
 
 
-def _image(out: Path, name: str, words: str) -> str:
+def _image(out: Path, name: str, alt: str) -> str:
     data = base64.b64encode((out / name).read_bytes()).decode("ascii")
-    return f'<img alt="{words}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{alt}" src="data:image/png;base64,{data}">'

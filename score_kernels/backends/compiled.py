@@ -1,29 +1,78 @@
-"""What the compiled backends share: tensors in, addresses and sizes to a module of kernels."""
+"""The compiled backends: C++ on CPU tensors, CUDA C++ on CUDA tensors, over one binding.
+
+A backend turns tensors into addresses and sizes for a module of kernels, ``score_kernels._cpu`` or
+``score_kernels._cuda``, whose functions take the fields of the structs in csrc/args.h in order.
+
+A CUDA kernel runs on the tensors' device, on torch's current stream there. What it allocates comes
+from torch's caching allocator on that stream and is used on no other, so that nothing needs
+``record_stream``; a tensor made on another stream must be ready, as for any op of torch.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from score_kernels.backends import reference
 from score_kernels.noise import Key
 
 # The numbers of sk::Kind and sk::Dtype in csrc/args.h.
 KINDS = {"words": 0, "normal": 1, "uniform": 2, "rademacher": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The kernels that each function needs; it falls back to the reference where a module lacks one.
+KERNELS = {
+    "fill": "fill",
+    "affine_step": "affine_step",
+    "table_step": "table_step",
+    "perturb": "perturb",
+    "dsm_loss": "dsm",
+    "dsm_gradient": "dsm",
+    "probe_sums": "probe",
+    "probe_scale": "probe",
+    "probe_shift": "probe",
+}
 
 
-class PointerKernels:
+class CompiledBackend:
     """The functions of a Backend over `kernels`, a module that takes addresses.
 
-    A subclass says where a tensor is (`place`, the module's last arguments), in how many pieces
-    rows are summed, and in which dtype the gradient of a half-precision score is written.
+    A subclass says on which device and stream a tensor's kernels run (the module's last arguments),
+    in how many chunks rows are summed, and in which dtype the gradient of a half-precision score is
+    written.
     """
 
-    kernels: Any
+    name: str
+    capturable: bool
+    device_type: str
 
-    def place(self, device: torch.device) -> tuple[int, ...]:
+    def __init__(self, module: str) -> None:
+        self.kernels: Any = None
+        self._why: str | None = None
+        try:
+            self.kernels = importlib.import_module(module)
+        except ImportError as error:
+            self._why = f"{module} was not built or does not load ({error})"
+        for function, kernel in KERNELS.items():
+            if self.kernels is not None and not hasattr(self.kernels, kernel):
+                setattr(self, function, getattr(reference.backend, function))
+
+    def unavailable(self) -> str | None:
+        return self._why
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if self._why is not None:
+            return self._why
+        if device.type != self.device_type:
+            return f"serves {self.device_type} tensors, not {device}"
+        if dtype != torch.float32:
+            return f"serves states of torch.float32, not {dtype}"
+        return None
+
+    def device_and_stream(self, device: torch.device) -> tuple[int, ...]:
         return ()
 
     def partials(self, elements: int) -> int:
@@ -32,26 +81,26 @@ class PointerKernels:
     def gradient_dtype(self, score: torch.dtype) -> torch.dtype:
         return torch.float32
 
-    def fill(self, kind: str, shape: tuple[int, ...], key: Key, device: torch.device) -> Tensor:
-        dtype = torch.int64 if kind == "words" else torch.float32
-        out = torch.empty(shape, dtype=dtype, device=device)
-        self.kernels.fill(out.data_ptr(), *_sizes(out), KINDS[kind], *key, *self.place(out.device))
-        return out
+    def fill(self, out: Tensor, kind: str, key: Key) -> None:
+        where = self.device_and_stream(out.device)
+        self.kernels.fill(out.data_ptr(), *_sizes(out), KINDS[kind], *key, *where)
 
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
     ) -> None:
+        rows = x.shape[0]
         self.kernels.affine_step(
             out.data_ptr(),
             x.data_ptr(),
             score.data_ptr(),
             DTYPES[score.dtype],
-            *_sizes(x),
+            rows,
+            x.numel() // rows if rows else 0,
             a,
             b,
             c,
             *key,
-            *self.place(x.device),
+            *self.device_and_stream(x.device),
         )
 
     def table_step(
@@ -80,7 +129,7 @@ class PointerKernels:
             _address(known),
             _address(mask),
             *key,
-            *self.place(x.device),
+            *self.device_and_stream(x.device),
         )
 
     def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
@@ -91,19 +140,16 @@ class PointerKernels:
             sigma.data_ptr(),
             *_sizes(x),
             *key,
-            *self.place(x.device),
+            *self.device_and_stream(x.device),
         )
         return out
 
     def dsm_loss(
         self, score: Tensor, sigma: Tensor, weight: Tensor | None, key: Key, with_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        rows = score.shape[0]
-        # A sample without elements is not visited by the kernel: its loss is 0.
-        loss = (
-            score.new_empty(rows, dtype=torch.float32) if score.numel() else sigma.new_zeros(rows)
-        )
-        gradient = score.new_empty(score.shape if with_gradient else 0, dtype=torch.float32)
+        # The kernel does not visit samples without elements: their loss is 0.
+        loss = torch.empty_like(sigma) if score.numel() else torch.zeros_like(sigma)
+        gradient = loss.new_empty(score.shape if with_gradient else 0)
         self._dsm(loss, gradient if with_gradient else None, score, sigma, weight, None, key)
         return loss, gradient
 
@@ -136,16 +182,15 @@ class PointerKernels:
             _address(upstream),
             *_sizes(score),
             *key,
-            *self.place(score.device),
+            *self.device_and_stream(score.device),
         )
 
     def probe_sums(
         self, kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key
     ) -> Tensor:
-        rows = a.shape[0]
-        # Samples without elements are not visited by the kernel: their sums are 0.
-        new = a.new_empty if a.numel() else a.new_zeros
-        out = new((4, rows), dtype=torch.float32)
+        # The kernel does not visit samples without elements: their sums are 0.
+        new = torch.empty if a.numel() else torch.zeros
+        out = new((4, a.shape[0]), dtype=torch.float32, device=a.device)
         self._probe(out, kind, a, key, a=a, b=b, differences=differences)
         return out
 
@@ -185,16 +230,91 @@ class PointerKernels:
             _address(x),
             *_sizes(batch),
             *key,
-            *self.place(out.device),
+            *self.device_and_stream(out.device),
         )
 
     def _workspace(self, batch: Tensor, sums: int) -> Tensor | None:
-        """Where a kernel of two stages leaves the sums of the pieces of each row."""
+        """Where a kernel of two stages leaves the sums of the chunks of each row."""
         rows, elements = _sizes(batch)
-        pieces = self.partials(elements)
-        if pieces <= 1:
+        chunks = self.partials(elements)
+        if chunks <= 1:
             return None
-        return batch.new_empty((sums, rows, pieces), dtype=torch.float32)
+        return batch.new_empty((sums, rows, chunks), dtype=torch.float32)
+
+
+class Native(CompiledBackend):
+    """C++ on CPU tensors. torch is imported first, so that the kernels share its OpenMP pool."""
+
+    name, capturable, device_type = "native", False, "cpu"
+
+    def __init__(self) -> None:
+        super().__init__("score_kernels._cpu")
+        if self.kernels is not None and "SCORE_KERNELS_ISA" in os.environ:
+            try:
+                self.kernels.set_isa(os.environ["SCORE_KERNELS_ISA"])
+            except ValueError as error:
+                raise ValueError(f"SCORE_KERNELS_ISA: {error}") from None
+
+    def describe(self) -> str:
+        threads = self.kernels.openmp_threads()
+        pool = f"{threads} OpenMP threads" if threads else "1 thread, built without OpenMP"
+        isa = self.kernels.isa()
+        others = ", ".join(other for other in self.kernels.isas() if other != isa)
+        return f"C++ on CPU, {isa} (also here: {others or 'none'}), {pool}"
+
+
+class Cuda(CompiledBackend):
+    """CUDA C++ on CUDA tensors."""
+
+    name, capturable, device_type = "cuda", True, "cuda"
+
+    def __init__(self) -> None:
+        super().__init__("score_kernels._cuda")
+        self._why = self._why or self._no_device()
+
+    def _no_device(self) -> str | None:
+        if torch.version.hip is not None:
+            return "torch is built for ROCm"
+        if torch.version.cuda is None:
+            return "torch is built without CUDA"
+        count, why = self.kernels.devices()
+        return None if count else why
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if why := super().refuses(device, dtype):
+            return why
+        built = min(int(arch) for arch in self.kernels.archs.split(";"))
+        major, minor = torch.cuda.get_device_capability(device)
+        if 10 * major + minor < built:
+            has = f"{device} has {major}.{minor}"
+            return f"was built for compute capability {built / 10} and up, {has}"
+        return None
+
+    def describe(self) -> str:
+        archs, count = self.kernels.archs.replace(";", ", sm_"), self.kernels.devices()[0]
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
+        return f"CUDA C++ for sm_{archs}; {count} devices: {names}"
+
+    def device_and_stream(self, device: torch.device) -> tuple[int, ...]:
+        return device.index, torch.cuda.current_stream(device).cuda_stream
+
+    def partials(self, elements: int) -> int:
+        return self.kernels.partials(elements)
+
+    def gradient_dtype(self, score: torch.dtype) -> torch.dtype:
+        return score
+
+    def dsm_loss(
+        self, score: Tensor, sigma: Tensor, weight: Tensor | None, key: Key, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        loss, gradient = super().dsm_loss(score, sigma, weight, key, False)
+        if with_gradient:
+            ones = torch.ones_like(sigma)
+            gradient = self.dsm_gradient(score, sigma, weight, ones, key).float()
+        return loss, gradient
+
+
+native, cuda = Native(), Cuda()
 
 
 def _sizes(batch: Tensor) -> tuple[int, int]:

@@ -53,29 +53,21 @@ class Reference:
     def describe(self) -> str:
         return "plain torch on any device, float32 and float64"
 
-    def fill(self, kind: str, shape: tuple[int, ...], key: Key, device: torch.device) -> Tensor:
-        # MPS has no fp64; the noise is then made on the CPU and moved.
-        home = torch.device("cpu") if device.type == "mps" else device
-        rows, elements = shape[0], math.prod(shape[1:])
+    def fill(self, out: Tensor, kind: str, key: Key) -> None:
+        # MPS has no fp64: its noise is made on the CPU and moved.
+        home = torch.device("cpu") if out.device.type == "mps" else out.device
+        rows, elements = out.shape[0], math.prod(out.shape[1:])
         blocks = -(-elements // 4)
-        dtype = torch.int64 if kind == "words" else torch.float32
-        out = torch.empty((rows, blocks * 4), dtype=dtype, device=home)
-        flat = out.view(-1, 4)
+        values = torch.empty((rows, blocks * 4), dtype=out.dtype, device=home)
+        flat = values.view(-1, 4)
         for piece in _pieces(rows * blocks, _PIECE):
             index = torch.arange(piece.start, piece.stop, dtype=torch.int64, device=home)
             words = _philox(index % blocks, key[3] + index // blocks, key)
             flat[piece] = _MAPS[kind](words)
-        return out[:, :elements].reshape(shape).contiguous().to(device)
+        out.copy_(values[:, :elements].reshape(out.shape))
 
     def affine_step(
-        self,
-        out: Tensor,
-        x: Tensor,
-        score: Tensor,
-        a: float,
-        b: float,
-        c: float,
-        key: Key,
+        self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
     ) -> None:
         # Coefficients enter an fp32 kernel rounded to fp32, once.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -192,7 +184,9 @@ def _normal_like(x: Tensor, key: Key) -> Tensor:
 
 
 def _noise_like(kind: str, x: Tensor, key: Key) -> Tensor:
-    return backend.fill(kind, tuple(x.shape), key, x.device)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    backend.fill(out, kind, key)
+    return out
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -210,7 +204,7 @@ def _philox(block: Tensor, sample: Tensor, key: Key) -> Tensor:
     seed, purpose, draw, _ = key
     c0, c1 = block, torch.full_like(block, draw)
     c2, c3 = sample & _MASK, sample >> 32 | purpose << 24
-    k0, k1 = seed & _MASK, seed >> 32
+    k0, k1 = seed & _MASK, seed >> 32 & _MASK
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK

@@ -7,13 +7,13 @@ preference that serves a tensor's device and dtype is used; ``use_backend`` forc
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from score_kernels.backends import cuda, native, reference, triton
+from score_kernels.backends import reference, triton
+from score_kernels.backends.compiled import cuda, native
 from score_kernels.noise import Key
 
 __all__ = ["Backend", "backends", "choose", "use_backend"]
@@ -35,18 +35,11 @@ class Backend(Protocol):
     def describe(self) -> str:
         """One line for ``score-kernels info``."""
 
-    def fill(self, kind: str, shape: tuple[int, ...], key: Key, device: torch.device) -> Tensor:
-        """Noise of a kind: int64 for "words", fp32 for "normal", "uniform", "rademacher"."""
+    def fill(self, out: Tensor, kind: str, key: Key) -> None:
+        """Noise of a kind: "words" into int64, "normal", "uniform", "rademacher" into fp32."""
 
     def affine_step(
-        self,
-        out: Tensor,
-        x: Tensor,
-        score: Tensor,
-        a: float,
-        b: float,
-        c: float,
-        key: Key,
+        self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
     ) -> None:
         """out = a x + b score + c z, all contiguous; out may be x; c = 0 draws no noise."""
 
@@ -65,8 +58,8 @@ class Backend(Protocol):
         table [lines, 3] float32 and step, int64 without dimensions, contiguous, on x's device.
         Without a step the table has one line for all samples or one for each. With known, in x's
         shape and dtype, and mask, bool, the table has five columns, and out is table[., 3] known +
-        table[., 4] z where mask is true, whatever x and score are there; a spread of 0 draws no
-        noise. known shares no memory with out."""
+        table[., 4] z where mask is true, whatever x and score are there; a noise scale of 0 draws
+        no noise. known shares no memory with out."""
 
     def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
         """x + sigma z; x contiguous, sigma [B] float32."""
@@ -97,16 +90,10 @@ class Backend(Protocol):
 
 
 # In the order of preference.
-_ALL: tuple[Backend, ...] = (
-    cuda.backend,
-    native.backend,
-    triton.backend,
-    reference.backend,
-)
+_ALL: tuple[Backend, ...] = (cuda, native, triton.backend, reference.backend)
 _BACKENDS = {backend.name: backend for backend in _ALL}
 _forced: str | None = None
-# By what was forced, too: a thread may choose while another one changes that.
-_choices: dict[tuple[str | None, torch.device, torch.dtype], Backend] = {}
+_choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
 
 
 def backends() -> dict[str, str]:
@@ -123,30 +110,30 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
     Raises:
         ValueError: a forced backend cannot serve it.
     """
-    forced = _forced
-    found = _choices.get((forced, device, dtype))
+    # Read once: another thread may force a backend, which begins a new dictionary.
+    choices = _choices
+    found = choices.get((device, dtype))
     if found is None:
-        found = _choices[forced, device, dtype] = _search(forced, device, dtype)
+        found = choices[device, dtype] = _search(device, dtype)
     return found
 
 
-def _choose_anew() -> None:
-    _choices.clear()
-    native.quick = _forced in (None, "native") and not native.backend.unavailable()
+def _search(device: torch.device, dtype: torch.dtype) -> Backend:
+    forced = _forced
+    if forced is None:
+        return next(b for b in _ALL if not b.unavailable() and not b.refuses(device, dtype))
+    if why := _BACKENDS[forced].refuses(device, dtype):
+        raise ValueError(
+            f"backend: {forced!r} is forced but {why}; "
+            "use_backend(None) chooses by device and dtype"
+        )
+    return _BACKENDS[forced]
 
 
-def _search(forced: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
-    if forced is not None:
-        backend = _BACKENDS[forced]
-        if why := backend.refuses(device, dtype):
-            raise ValueError(
-                f"backend: {forced!r} is forced but {why}; "
-                "use_backend(None) chooses by device and dtype"
-            )
-        return backend
-    return next(
-        b for b in _BACKENDS.values() if not b.unavailable() and not b.refuses(device, dtype)
-    )
+def _force(name: str | None) -> None:
+    global _forced, _choices
+    _forced = name
+    _choices = {}
 
 
 class use_backend:
@@ -159,17 +146,10 @@ class use_backend:
             ...
 
     Raises:
-        TypeError: name is not a string or None.
         ValueError: there is no such backend, or it is not available here; the message lists all.
     """
 
     def __init__(self, name: str | None) -> None:
-        global _forced
-        if name is not None and not isinstance(name, str):
-            raise TypeError(
-                f"name: got {type(name).__name__} {name!r}, expected a backend's name "
-                f"({', '.join(_BACKENDS)}) or None"
-            )
         if name is not None:
             there = "; ".join(f"{k}: {v}" for k, v in backends().items())
             if name not in _BACKENDS:
@@ -177,23 +157,14 @@ class use_backend:
             if why := _BACKENDS[name].unavailable():
                 raise ValueError(f"name: got {name!r}, which is not available: {why} ({there})")
         self._before = _forced
-        _forced = name
-        _choose_anew()
+        _force(name)
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        global _forced
-        _forced = self._before
-        _choose_anew()
+    def __exit__(self, *_: object) -> None:
+        _force(self._before)
 
 
-_choose_anew()
 if "SCORE_KERNELS_BACKEND" in os.environ:
     use_backend(os.environ["SCORE_KERNELS_BACKEND"])

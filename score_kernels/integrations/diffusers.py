@@ -195,7 +195,7 @@ class FusedScoreSdeVeScheduler(_Named, ScoreSdeVeScheduler):
         key = self._next(generator)
         x = sample.clone(memory_format=torch.contiguous_format)
         backend, score = choose(x.device, x.dtype), model_output.contiguous()
-        noise_size, size = norms(backend, score, key.fields(), batch_mean=True)
+        noise_size, size = norms(backend, score, key, batch_mean=True)
         step = 2 * self.config.snr**2 * noise_size / size
         # The step size stays on the device: reading it back would wait for the network.
         table = torch.stack([torch.ones_like(step), step, (2 * step).sqrt()])[None]

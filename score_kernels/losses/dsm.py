@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from score_kernels import checks, ops
-from score_kernels._torch import modes_active, transforms_active
 from score_kernels.noise import NoiseKey, Purpose, resolve
+from score_kernels.ops._dispatch import modes_active, transforms_active
 
 __all__ = ["dsm_loss"]
 
@@ -120,7 +120,6 @@ def _table(sigmas: Any, device: torch.device) -> Tensor:
         return torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32, device=device)
     if torch.compiler.is_compiling():
         return sigmas.to(device, torch.float32)
-    checks.dense("sigmas", sigmas)
     # Read once: another thread may replace it.
     if (checked := _checked) is not None:
         seen, table = checked
@@ -136,7 +135,6 @@ def _table(sigmas: Any, device: torch.device) -> Tensor:
 
 def _check_labels(labels: Any, x: Tensor, levels: int) -> None:
     checks.instance("labels", labels, Tensor, "a tensor of level indices")
-    checks.dense("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
     if labels.shape != x.shape[:1] or labels.device != x.device:

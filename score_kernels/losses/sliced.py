@@ -18,8 +18,6 @@ from score_kernels.noise import NoiseKey, Purpose, resolve
 
 __all__ = ["exact_score_loss", "sliced_score_loss"]
 
-# One purpose a probe, from Purpose.SSM_PROBE on.
-_MOST_PROBES = 64
 _METHODS = ("auto", "double_backward", "jvp", "finite_difference")
 # Scores whose gradient was found to have no derivative.
 _no_double_backward: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -119,8 +117,8 @@ def sliced_score_loss(
     call = _score_at(score, level)
     noise = resolve(noise, seed)
     probes = checks.count("probes", probes, least=1)
-    if probes > _MOST_PROBES:
-        raise ValueError(f"probes: got {probes}, expected at most {_MOST_PROBES}")
+    if probes > 64:
+        raise ValueError(f"probes: got {probes}, expected at most 64")
     fd_step = checks.positive("fd_step", fd_step)
     checks.choice("method", method, _METHODS)
     checks.reduction(reduction)
@@ -132,12 +130,16 @@ def sliced_score_loss(
     if used == "double_backward":
         try:
             losses = _by_double_backward(call, x, keys, kind)
-        except _NoDoubleBackward as error:
+        except _NoDoubleBackward:
             if method != "auto":
                 raise
             used = "finite_difference"
             _no_double_backward.add(score)
-            warnings.warn(f"sliced_score_loss: {error}; using {used!r}", stacklevel=2)
+            warnings.warn(
+                "sliced_score_loss: the gradient of this score has no derivative; using "
+                f"method={used!r}",
+                stacklevel=2,
+            )
     if used == "jvp":
         losses = _by_jvp(call, x, keys, kind)
     elif used == "finite_difference":

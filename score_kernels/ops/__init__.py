@@ -11,25 +11,10 @@ Noise is named by a :class:`score_kernels.NoiseKey` and made inside the kernel. 
 ``i``-th in C order whatever the memory layout. Non-contiguous inputs are copied once.
 """
 
-from score_kernels.ops.dsm import dsm_loss_from_score, perturb
-from score_kernels.ops.langevin import affine_step_, langevin_step, langevin_step_, table_step_
-from score_kernels.ops.random import normal, rademacher, uniform, words
-from score_kernels.ops.sliced import fd_pair, fd_reduce, probe_dot, probe_scale, ssm_reduce
+from score_kernels.ops import dsm, langevin, random, sliced
+from score_kernels.ops.dsm import *
+from score_kernels.ops.langevin import *
+from score_kernels.ops.random import *
+from score_kernels.ops.sliced import *
 
-__all__ = [
-    "affine_step_",
-    "dsm_loss_from_score",
-    "fd_pair",
-    "fd_reduce",
-    "langevin_step",
-    "langevin_step_",
-    "normal",
-    "perturb",
-    "probe_dot",
-    "probe_scale",
-    "rademacher",
-    "ssm_reduce",
-    "table_step_",
-    "uniform",
-    "words",
-]
+__all__ = [*dsm.__all__, *langevin.__all__, *random.__all__, *sliced.__all__]

@@ -1,7 +1,7 @@
-"""The torch library that every op is registered in, and the short ways into it.
+"""One way into every op: straight to a backend, or through torch's dispatcher.
 
-A small batch spends its time in Python and in torch's dispatcher. `register` and `apply` go past
-what only tracing, transforms and tensor subclasses need whenever nothing of the kind is there.
+Small batches spend their time in Python and in the dispatcher. An op goes straight to its backend
+unless something traces, transforms or differentiates, or a tensor is of another class.
 """
 
 from __future__ import annotations
@@ -10,102 +10,116 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from score_kernels import checks
-from score_kernels._torch import is_compiling, modes_active, profiler_enabled, transforms_active
-from score_kernels.noise import Key
+from score_kernels.noise import Key, NoiseKey
 
 library = torch.library.Library("score_kernels", "DEF")
 
-# The last four arguments of every op.
-KEY = "SymInt seed, SymInt purpose, SymInt draw, SymInt first_sample"
+# The last four arguments of every op: a NoiseKey's.
+KEY_SCHEMA = "SymInt seed, SymInt purpose, SymInt draw, SymInt first_sample"
 
-# torch's own makes the negation of a lazily negated tensor real, but fails in place.
-_FALLTHROUGH = torch.library.fallthrough_kernel
+is_compiling = torch.compiler.is_dynamo_compiling
+transforms_active = torch._C._are_functorch_transforms_active
+modes_active = torch._C._len_torch_dispatch_stack
+_profiler_enabled = torch.autograd._profiler_enabled
+_is_grad_enabled = torch.is_grad_enabled
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def signed(key: Key) -> Key:
-    """A key as an op's arguments: schemas have signed 64-bit integers."""
-    return (key[0] - 2**64 if key[0] >= 2**63 else key[0], *key[1:])
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether an op on these tensors may bypass torch's dispatcher and autograd."""
+    if (
+        is_compiling()
+        or transforms_active()
+        or modes_active()
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    grad = _is_grad_enabled()
+    for t in tensors:
+        if t is not None and (type(t) not in PLAIN or (grad and t.requires_grad)):
+            return False
+    return True
 
 
-def unsigned(key: Key) -> Key:
-    """The key again, from an op's arguments."""
-    return (key[0] & (2**64 - 1), *key[1:])
+def transformed() -> bool:
+    """Whether torch.func or forward mode is active: ops are then computed by plain formulas, which
+    have every derivative and batching rule."""
+    return transforms_active() or forward_ad._current_level >= 0
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether reverse mode may ask for derivatives by one of the tensors."""
+    return _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def register(
     schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register an op for every device, and return it as a function.
+    """Register an op with torch and return it as a function.
 
-    The function calls the implementation itself unless something listens at torch's dispatcher:
-    a trace, a transform, a mode, a profiler, or a tensor of another class.
+    The implementation takes the op's arguments with the key as one tuple, last, on tensors whose
+    memory holds their values; what it writes to it resolves itself.
     """
     name = schema.partition("(")[0]
     library.define(schema)
     op = getattr(torch.ops.score_kernels, name)
-    parts = [(i, a) for i, a in enumerate(op.default._schema.arguments) if "Tensor" in str(a.type)]
-    # What is written is the implementation's own to resolve.
-    tensors = [(i, a.name, a.alias_info is not None) for i, a in parts]
+    read = [
+        i
+        for i, a in enumerate(op.default._schema.arguments)
+        if "Tensor" in str(a.type) and a.alias_info is None
+    ]
 
-    def resolved(*arguments: Any) -> Any:
-        """The implementation, on tensors whose memory holds their values."""
-        for i, _, written in tensors:
-            value = arguments[i]
-            if value is not None and value.is_neg() and not written:
-                arguments = (*arguments[:i], value.resolve_neg(), *arguments[i + 1 :])
-        return implementation(*arguments)
+    def dispatched(*arguments: Any) -> Any:
+        values = list(arguments[:-4])
+        for i in read:
+            if values[i] is not None:
+                values[i] = values[i].resolve_neg()
+        return implementation(*values, arguments[-4:])
 
-    def stored(*arguments: Any) -> Any:
-        """The same for torch's dispatcher, which anyone may call."""
-        for i, argument, _ in tensors:
-            if arguments[i] is not None:
-                checks.memory(argument, arguments[i])
-        return resolved(*arguments)
-
-    library.impl(name, stored, "CompositeExplicitAutograd")
-    library.impl(name, _FALLTHROUGH, "Negative")
+    library.impl(name, dispatched, "CompositeExplicitAutograd")
+    # torch's own kernel for negated views fails where an op writes in place.
+    library.impl(name, torch.library.fallthrough_kernel, "Negative")
     torch.library.register_fake(f"score_kernels::{name}", fake)
+    tensors = [i for i, a in enumerate(op.default._schema.arguments) if "Tensor" in str(a.type)]
 
     def call(*arguments: Any) -> Any:
-        if is_compiling() or transforms_active() or modes_active() or profiler_enabled():
-            return op(*arguments)
-        for i, _, _ in tensors:
-            value = arguments[i]
-            if value is not None and (
-                type(value) not in checks.PLAIN or value.is_meta or value._is_zerotensor()
-            ):
-                return op(*arguments)
-        return resolved(*arguments)
+        if direct(*(arguments[i] for i in tensors)):
+            return implementation(*arguments)
+        return op(*arguments[:-1], *arguments[-1])
 
     return call
 
 
-def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work: what has a formula in plain
-    torch, which has every rule, is computed by it there."""
-    return transforms_active() or forward_ad._current_level >= 0
-
-
-def differentiated(*arguments: Any) -> bool:
-    """Whether derivatives by one of the arguments may be asked for, outside traces and transforms.
-
-    Forward mode marks no tensor that Python sees: inside a level of it, all may be.
-    """
-    return forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled()
-        and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
-    )
-
-
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """function.apply, for functions that have a setup_context: forward itself where nothing is
-    differentiated. Torch's own looks up forward's default values in every call, which takes longer
-    than a small step, and ours have none."""
+    """`function.apply` without torch's look-up of default values, of which ours have none."""
     if is_compiling() or transforms_active():
         return function.apply(*arguments)
-    if not differentiated(*arguments):
-        return function.forward(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def check_key(noise: Any, name: str, batch: Tensor) -> None:
+    """A NoiseKey whose samples, and a batch whose elements, fit the noise contract."""
+    if type(noise) is not NoiseKey:
+        checks.instance("noise", noise, NoiseKey, "a NoiseKey")
+    if batch.numel() > 1 << 34:
+        checks.noise_shape(batch.shape, name)
+    if noise[3] > (1 << 56) - (1 << 34):
+        checks.sample_range(noise[3], batch.shape[0])
+
+
+def new_like(x: Tensor, *_: Any) -> Tensor:
+    """The fake implementation of an op whose result is like x, contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def state_dtype(score: Tensor) -> torch.dtype:
+    """The dtype of the state and the loss that go with a score."""
+    return torch.float64 if score.dtype == torch.float64 else torch.float32
+
+
+__all__ = ["KEY_SCHEMA", "Key", "apply", "check_key", "direct", "register", "transformed"]

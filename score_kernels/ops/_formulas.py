@@ -1,25 +1,27 @@
-"""What the formulas of the losses are written with in plain torch, for transforms (torch.func) and
-derivatives that the kernels do not have. Noise is materialised there."""
+"""Parts of the losses' formulas in plain torch, for transforms and derivatives without a kernel.
+
+Noise is materialised there.
+"""
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from score_kernels.noise import NoiseKey
+from score_kernels.ops._dispatch import state_dtype
 from score_kernels.ops.random import normal, rademacher
 
 
 def expand_like(values: Tensor, like: Tensor) -> Tensor:
-    """[B] as [B, 1, ...] in the dtype of `like`, to go with it."""
+    """[B] as [B, 1, ...] in the dtype of `like`."""
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def wide(x: Tensor) -> Tensor:
     """In float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(state_dtype(x))
 
 
 def sums(x: Tensor) -> Tensor:
@@ -28,10 +30,9 @@ def sums(x: Tensor) -> Tensor:
 
 
 def probe_like(x: Tensor, noise: NoiseKey, probe: str) -> Tensor:
-    """A probe of a kind in x's shape, device and dtype, float32 at least."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """A probe of a kind in x's shape and device, float32 at least."""
     fill = rademacher if probe == "rademacher" else normal
-    v = fill(x.shape, noise, dtype=dtype, device=x.device)
+    v = fill(x.shape, noise, dtype=state_dtype(x), device=x.device)
     elements = math.prod(x.shape[1:])
     if probe != "sphere" or not elements:
         return v

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from score_kernels import checks
-from score_kernels._torch import is_compiling
 from score_kernels.backends import choose
-from score_kernels.noise import NoiseKey
+from score_kernels.noise import Key, NoiseKey
 from score_kernels.ops._dispatch import (
-    KEY,
+    KEY_SCHEMA,
     apply,
-    differentiated,
+    check_key,
+    direct,
+    is_compiling,
+    new_like,
     register,
-    signed,
+    state_dtype,
     transformed,
-    unsigned,
+    wants_grad,
 )
 from score_kernels.ops._formulas import expand_like, sums, wide
 from score_kernels.ops.random import normal
@@ -40,13 +42,12 @@ def perturb(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype, shape or device is not one of the above.
     """
-    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
     checks.state("x", x)
-    checks.noise_shape(x.shape, "x")
-    checks.sample_range(noise.first_sample, x.shape[0])
     checks.per_sample("sigma", sigma, x)
-    # Under torch.func the plain formula serves: it has every derivative and batching rule.
-    if transformed() or (torch.is_grad_enabled() and sigma.requires_grad):
+    check_key(noise, "x", x)
+    if direct(x, sigma):
+        return _perturb(x, sigma, noise)
+    if transformed() or wants_grad(sigma):
         return x + expand_like(sigma, x) * normal(x.shape, noise, dtype=x.dtype, device=x.device)
     return apply(_Perturb, x, sigma, noise)
 
@@ -65,8 +66,8 @@ def dsm_loss_from_score(
         score: ``[B, ...]`` float32, bfloat16, float16, or float64 on the reference backend.
         sigma: ``[B]`` float32 on the score's device.
         noise: the key that made the noisy data.
-        weight: ``[B]`` float32 on the score's device, finite and at least 0 (not read for that
-            here); default: ones.
+        weight: ``[B]`` float32 on the score's device, finite and at least 0 (its values are not
+            read for a check); default: ones.
 
     Returns:
         ``[B]`` float32 (float64 for a float64 score). Differentiable in score any number of times
@@ -75,20 +76,16 @@ def dsm_loss_from_score(
     Raises:
         TypeError, ValueError: a dtype, shape or device is not one of the above.
     """
-    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
     checks.score("score", score)
-    checks.noise_shape(score.shape, "score")
-    checks.sample_range(noise.first_sample, score.shape[0])
     checks.per_sample("sigma", sigma, score)
     if weight is not None:
         checks.per_sample("weight", weight, score)
-    if transformed() or (
-        torch.is_grad_enabled()
-        and (sigma.requires_grad or (weight is not None and weight.requires_grad))
-    ):
-        return _loss_formula(score, sigma, weight, noise)
-    if not (is_compiling() or differentiated(score)):
-        return _dsm_loss_op(score, sigma, weight, False, *signed(noise.fields()))[0]
+    check_key(noise, "score", score)
+    if direct(score, sigma, weight):
+        return _dsm_loss(score, sigma, weight, False, noise)[0]
+    if transformed() or wants_grad(sigma, weight):
+        each = 0.5 * sums(_residual(score, sigma, noise).square())
+        return each if weight is None else weight.to(each.dtype) * each
     return apply(_DsmLoss, score, sigma, weight, noise)
 
 
@@ -99,19 +96,10 @@ def _residual(score: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     return expand_like(sigma, score) * score + z
 
 
-def _loss_formula(score: Tensor, sigma: Tensor, weight: Tensor | None, noise: NoiseKey) -> Tensor:
-    each = 0.5 * sums(_residual(score, sigma, noise).square())
-    return each if weight is None else weight.to(each.dtype) * each
-
-
 class _Perturb(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
-        return _perturb_op(x, sigma, *signed(noise.fields()))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+    def forward(ctx: Any, x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
+        return _perturb_op(x, sigma, noise)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,9 +114,9 @@ class _DsmLoss(torch.autograd.Function):
     def forward(
         ctx: Any, score: Tensor, sigma: Tensor, weight: Tensor | None, noise: NoiseKey
     ) -> Tensor:
-        eager = not torch.compiler.is_compiling()
+        eager = not is_compiling()
         keep = eager and ctx.needs_input_grad[0] and score.is_cpu and score.dtype == torch.float32
-        loss, gradient = _dsm_loss_op(score, sigma, weight, keep, *signed(noise.fields()))
+        loss, gradient = _dsm_loss_op(score, sigma, weight, keep, noise)
         ctx.save_for_backward(score, sigma, weight)
         ctx.noise, ctx.gradient = noise, gradient if keep else None
         return loss
@@ -137,64 +125,57 @@ class _DsmLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         score, sigma, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # A further derivative is wanted: the formula in plain torch, which has them all.
+            # A further derivative is wanted: the formula in plain torch has them all.
             scale = grad * sigma if weight is None else grad * sigma * weight
             residual = _residual(score, sigma, ctx.noise)
             return (expand_like(scale, residual) * residual).to(score.dtype), None, None, None
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None:
-            return gradient.mul_(expand_like(grad, score)), None, None, None
-        gradient = _dsm_gradient_op(score, sigma, weight, grad, *signed(ctx.noise.fields()))
+        if gradient is None:
+            gradient = _dsm_gradient_op(score, sigma, weight, grad, ctx.noise)
+        else:
+            gradient.mul_(expand_like(grad, score))
         return gradient, None, None, None
 
 
-def _perturb(x: Tensor, sigma: Tensor, *key: int) -> Tensor:
-    backend = choose(x.device, x.dtype)
-    return backend.perturb(x.contiguous(), sigma.contiguous(), unsigned(key))
+def _perturb(x: Tensor, sigma: Tensor, key: Key) -> Tensor:
+    return choose(x.device, x.dtype).perturb(x.contiguous(), sigma.contiguous(), key)
 
 
 def _dsm_loss(
-    score: Tensor, sigma: Tensor, weight: Tensor | None, with_gradient: bool, *key: int
+    score: Tensor, sigma: Tensor, weight: Tensor | None, with_gradient: bool, key: Key
 ) -> tuple[Tensor, Tensor]:
+    backend = choose(score.device, state_dtype(score))
     weight = None if weight is None else weight.contiguous()
-    return choose(score.device, _state_dtype(score)).dsm_loss(
-        score.contiguous(), sigma.contiguous(), weight, unsigned(key), with_gradient
-    )
+    return backend.dsm_loss(score.contiguous(), sigma.contiguous(), weight, key, with_gradient)
 
 
 def _dsm_gradient(
-    score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, *key: int
+    score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, key: Key
 ) -> Tensor:
+    backend = choose(score.device, state_dtype(score))
     weight = None if weight is None else weight.contiguous()
-    return choose(score.device, _state_dtype(score)).dsm_gradient(
-        score.contiguous(), sigma.contiguous(), weight, upstream.contiguous(), unsigned(key)
+    return backend.dsm_gradient(
+        score.contiguous(), sigma.contiguous(), weight, upstream.contiguous(), key
     )
-
-
-def _state_dtype(score: Tensor) -> torch.dtype:
-    """The dtype of the state and the loss that go with a score."""
-    return torch.float64 if score.dtype == torch.float64 else torch.float32
-
-
-def _contiguous_like(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_loss(
     score: Tensor, sigma: Tensor, weight: Tensor | None, with_gradient: bool, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    dtype = _state_dtype(score)
+    dtype = state_dtype(score)
     shape = score.shape if with_gradient else (0,)
     return score.new_empty(score.shape[0], dtype=dtype), score.new_empty(shape, dtype=dtype)
 
 
 _SCORE = "Tensor score, Tensor sigma, Tensor? weight"
 _perturb_op = register(
-    f"perturb(Tensor x, Tensor sigma, {KEY}) -> Tensor", _perturb, _contiguous_like
+    f"perturb(Tensor x, Tensor sigma, {KEY_SCHEMA}) -> Tensor", _perturb, new_like
 )
 _dsm_loss_op = register(
-    f"dsm_loss({_SCORE}, bool with_gradient, {KEY}) -> (Tensor, Tensor)", _dsm_loss, _fake_loss
+    f"dsm_loss({_SCORE}, bool with_gradient, {KEY_SCHEMA}) -> (Tensor, Tensor)",
+    _dsm_loss,
+    _fake_loss,
 )
 _dsm_gradient_op = register(
-    f"dsm_gradient({_SCORE}, Tensor upstream, {KEY}) -> Tensor", _dsm_gradient, _contiguous_like
+    f"dsm_gradient({_SCORE}, Tensor upstream, {KEY_SCHEMA}) -> Tensor", _dsm_gradient, new_like
 )

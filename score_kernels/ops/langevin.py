@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from score_kernels import checks
-from score_kernels.backends import choose, native
-from score_kernels.noise import NoiseKey
-from score_kernels.ops._dispatch import KEY, apply, register, signed, unsigned
+from score_kernels.backends import choose
+from score_kernels.noise import Key, NoiseKey
+from score_kernels.ops._dispatch import (
+    KEY_SCHEMA,
+    apply,
+    check_key,
+    direct,
+    new_like,
+    register,
+    wants_grad,
+)
 
 __all__ = ["affine_step_", "langevin_step", "langevin_step_", "table_step_"]
 
+# A kernel that writes through a pointer must say so, or autograd would not notice that a tensor it
+# has saved has changed. The public function wraps this one, for a twentieth of a step.
+_increment_version = torch._C._increment_version
+
 
 def affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
-    """``x <- a x + b score + c z`` in place: the step every sampler of the family is made of.
+    """``x <- a x + b score + c z`` in place, the step of every sampler.
 
     ``z`` is ``normal(x.shape, noise)``, never stored. In float32 the step is the fixed chain
     ``fma(c, z, fma(b, score, a * x))`` with the coefficients rounded to float32, so that chains
@@ -38,22 +49,21 @@ def affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: 
         ValueError: shapes or devices differ, or a number is not finite or out of range.
     """
     a, b, c = checks.number("a", a), checks.number("b", b), checks.number("c", c)
-    return _step(x, score, a, b, c, noise, in_place=True)
+    return _step_in_place(x, score, a, b, c, noise)
 
 
 def langevin_step_(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Tensor:
     """``x <- x + (alpha/2) score + sqrt(alpha) z`` in place. See :func:`langevin_step`."""
     if type(alpha) is not float or not 0.0 <= alpha < math.inf:
-        # Only what is not plainly right is checked in full: that costs a tenth of a small step.
         alpha = checks.not_negative("alpha", alpha)
-    return _step(x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise, in_place=True)
+    return _step_in_place(x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise)
 
 
 def langevin_step(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Tensor:
     """One step of Langevin dynamics, ``x + (alpha/2) score + sqrt(alpha) z``.
 
-    This is form A of Song and Ermon (2019, arXiv 1907.05600, Algorithm 1). Codes that write
-    ``x + step score + sqrt(2 step) z`` (form B) have ``alpha = 2 step``.
+    The update of Song and Ermon (2019, arXiv 1907.05600, Algorithm 1). Codes that write
+    ``x + step score + sqrt(2 step) z`` have ``alpha = 2 step``.
 
     Args:
         x: ``[B, ...]`` float32, or float64 on the reference backend.
@@ -69,9 +79,10 @@ def langevin_step(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Te
         ValueError: shapes or devices differ, or alpha is negative or not finite.
     """
     if type(alpha) is not float or not 0.0 <= alpha < math.inf:
-        # Only what is not plainly right is checked in full: that costs a tenth of a small step.
         alpha = checks.not_negative("alpha", alpha)
-    return _step(x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise, in_place=False)
+    _check_step(x, score, noise)
+    arguments = x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise
+    return _affine_step(*arguments) if direct(x, score) else apply(_AffineStep, *arguments)
 
 
 def table_step_(
@@ -84,14 +95,14 @@ def table_step_(
     known: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """:func:`affine_step_` with coefficients that lie on the device, and with known elements.
+    """:func:`affine_step_` with coefficients on the device, and known elements.
 
     With a `step`, ``a, b, c = table[step]`` and the noise's draw is moved on by it: a captured CUDA
     graph that ends with ``step.add_(1)`` does the next step of a chain at each replay. Without one
     the table has a line for each sample, or one for all.
 
-    With `known` the table has two columns more, a scale and a spread: where `mask` is true,
-    ``x <- scale known + spread z``, whatever x and score are there (inpainting). Not
+    With `known` the table has two more columns, scale and noise_scale: where `mask` is true,
+    ``x <- scale known + noise_scale z``, whatever x and score are there (inpainting). Not
     differentiable.
 
     Args:
@@ -100,7 +111,7 @@ def table_step_(
         table: x's dtype and device, contiguous; ``[steps, 3]`` or, without a step, ``[B, 3]`` or
             ``[1, 3]``; with known ``[..., 5]``.
         step: int64 without dimensions, on x's device, ``0 <= step < steps``; or None. On a GPU,
-            where a look at it would wait for the device, a step outside makes x NaN.
+            where reading it would wait for the device, a step out of range makes x NaN.
         noise: names the noise, with a step that of step 0; see :class:`score_kernels.NoiseKey`.
         known, mask: x's shape and device, contiguous; x's dtype and bool.
 
@@ -116,7 +127,6 @@ def table_step_(
         raise ValueError(f"{missing}: got none, expected it beside the other of known and mask")
     columns = 3 if known is None else 5
     checks.instance("table", table, Tensor, "a tensor")
-    checks.dense("table", table)
     lines = table.shape[:1] if step is not None or table.shape[:1] == x.shape[:1] else (1,)
     wanted = f"[steps, {columns}]" if step is not None else f"[B, {columns}] or [1, {columns}]"
     _check_part("table", table, x.dtype, (*lines, columns), wanted, x)
@@ -131,50 +141,42 @@ def table_step_(
         _check_part("known", known, x.dtype, x.shape, "that of x", x)
         _check_part("mask", mask, torch.bool, x.shape, "that of x", x)
     if not x.is_contiguous() or x.is_neg():
-        raise ValueError(
-            f"x: got strides {x.stride()}{', negated lazily' if x.is_neg() else ''}, expected a "
-            "contiguous tensor"
-        )
-    given = {"x": x, "score": score, "table": table, "known": known}
-    for name, value in given.items():
-        if torch.is_grad_enabled() and value is not None and value.requires_grad:
-            raise ValueError(f"{name}: got requires_grad=True, expected a tensor without gradient")
-    _table_op(x, score, table, step, known, mask, *signed(noise.fields()))
+        raise ValueError(f"x: got strides {x.stride()}, expected a contiguous tensor")
+    if wants_grad(x, score, table, known):
+        raise ValueError("x: got a step with gradients, expected tensors that require none")
+    _table_op(x, score, table, step, known, mask, noise)
     return x
 
 
 def _check_part(
-    name: str, value: Any, dtype: torch.dtype, shape: Sequence[int], wanted: str, x: Tensor
+    name: str, value: Any, dtype: torch.dtype, shape: tuple[int, ...], wanted: str, x: Tensor
 ) -> None:
     checks.instance(name, value, Tensor, "a tensor")
-    checks.dense(name, value)
     if value.dtype != dtype or value.device != x.device:
         raise TypeError(
             f"{name}: got {value.dtype} on {value.device}, expected {dtype} on {x.device}"
         )
-    if value.shape != tuple(shape) or not value.is_contiguous():
+    if value.shape != shape or not value.is_contiguous():
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)} and strides {value.stride()}, "
             f"expected {wanted}, contiguous"
         )
 
 
-def _step(
-    x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey, *, in_place: bool
-) -> Tensor:
-    out = native.quick_step(x, score, a, b, c, noise, in_place)
-    if out is not None:
-        return out
-    _check_step(x, score, noise)
-    return apply(_AffineStepInPlace if in_place else _AffineStep, x, score, a, b, c, noise)
-
-
 def _check_step(x: Tensor, score: Tensor, noise: NoiseKey) -> None:
-    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
     checks.state("x", x)
     checks.score_like(x, score)
-    checks.sample_range(noise.first_sample, x.shape[0])
-    checks.noise_shape(x.shape, "x")
+    check_key(noise, "x", x)
+
+
+def _step_in_place(
+    x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey
+) -> Tensor:
+    _check_step(x, score, noise)
+    if direct(x, score):
+        _affine_step_(x, score, a, b, c, noise)
+        return x
+    return apply(_AffineStepInPlace, x, score, a, b, c, noise)
 
 
 class _AffineStep(torch.autograd.Function):
@@ -185,7 +187,7 @@ class _AffineStep(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
-        return _step_op(x, score, a, b, c, *signed(noise.fields()))
+        return _new_op(x, score, a, b, c, noise)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -195,14 +197,9 @@ class _AffineStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_x, to_score = ctx.needs_input_grad[:2]
-        return (
-            ctx.a * grad if to_x else None,
-            (ctx.b * grad).to(ctx.score_dtype) if to_score else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        grad_x = ctx.a * grad if to_x else None
+        grad_score = (ctx.b * grad).to(ctx.score_dtype) if to_score else None
+        return grad_x, grad_score, None, None, None, None
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
@@ -215,7 +212,7 @@ class _AffineStep(torch.autograd.Function):
 class _AffineStepInPlace(_AffineStep):
     @staticmethod
     def forward(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
-        _in_place_op(x, score, a, b, c, *signed(noise.fields()))
+        _in_place_op(x, score, a, b, c, noise)
         return x
 
     @staticmethod
@@ -228,46 +225,34 @@ def readable(x: Tensor, score: Tensor) -> Tensor:
     """A score to read while the state x is written: contiguous, and x itself or apart from it."""
     if not score.is_contiguous():
         return score.contiguous()
-    itself = score.data_ptr() == x.data_ptr() and score.dtype == x.dtype
-    return score if itself else _apart(x, score)
-
-
-def _apart(x: Tensor, value: Tensor) -> Tensor:
-    """A contiguous tensor, copied if x would be written over it."""
-    overlap = -value.nbytes < value.data_ptr() - x.data_ptr() < x.nbytes
-    return value.clone() if overlap else value
+    distance = score.data_ptr() - x.data_ptr()
+    if distance == 0 and score.dtype == x.dtype:
+        return score
+    return score.clone() if -score.nbytes < distance < x.nbytes else score
 
 
 def _shares_elements(x: Tensor) -> bool:
-    """Whether two indices of x lead to one place in memory."""
+    """Whether two indices of x may lead to one element in memory, as after `expand`."""
     reach = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride < reach:
-            break
+            return True
         reach += (size - 1) * stride
-    else:
-        return False
-    # Strides that are not nested, or shared ones: count the places.
-    if torch._debug_has_internal_overlap(x) == 1:
-        return True
-    reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    places = torch.zeros(reach, dtype=torch.bool)
-    places.as_strided(x.shape, x.stride(), 0).fill_(True)
-    return int(places.count_nonzero()) < x.numel()
+    return False
 
 
-def _affine_step(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: int) -> Tensor:
+def _affine_step(x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     step = choose(x.device, x.dtype).affine_step
-    step(out, x.contiguous(), score.contiguous(), a, b, c, unsigned(key))
+    step(out, x.contiguous(), score.contiguous(), a, b, c, key)
     return out
 
 
-def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: int) -> None:
+def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key) -> None:
     step = choose(x.device, x.dtype).affine_step
     if x.is_contiguous() and not x.is_neg():
-        step(x, x, readable(x, score), a, b, c, unsigned(key))
-        torch.autograd.graph.increment_version(x)
+        step(x, x, readable(x, score), a, b, c, key)
+        _increment_version((x,))
         return
     if _shares_elements(x):
         raise ValueError(
@@ -275,7 +260,7 @@ def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, *key: 
             "tensor whose elements do not share memory (clone an expanded one)"
         )
     dense = x.resolve_neg().contiguous()
-    step(dense, dense, score.contiguous(), a, b, c, unsigned(key))
+    step(dense, dense, score.contiguous(), a, b, c, key)
     x.copy_(dense)
 
 
@@ -286,33 +271,25 @@ def _table_step_(
     step: Tensor | None,
     known: Tensor | None,
     mask: Tensor | None,
-    *key: int,
+    key: Key,
 ) -> None:
     if step is not None and step.is_cpu and not 0 <= int(step) < len(table):
         raise ValueError(f"step: got {int(step)}, expected 0 <= step < {len(table)}")
-    backend = choose(x.device, x.dtype)
-    # Kernels may read all but the score after they have written x. What has no memory of its own
-    # arrives here as one value for all elements.
-    score, table = readable(x, score), _apart(x, table.contiguous())
-    step, known, mask = (
-        None if t is None else _apart(x, t.contiguous()) for t in (step, known, mask)
-    )
-    backend.table_step(x, x, score, table, step, unsigned(key), known, mask)
-    torch.autograd.graph.increment_version(x)
+    # The kernel reads known after it has written x.
+    known = None if known is None else readable(x, known.clone() if known is x else known)
+    step_by_table = choose(x.device, x.dtype).table_step
+    step_by_table(x, x, readable(x, score), table, step, key, known, mask)
+    _increment_version((x,))
 
 
-def _fake_step(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-_STEP = f"Tensor score, float a, float b, float c, {KEY}"
-_step_op = register(f"affine_step(Tensor x, {_STEP}) -> Tensor", _affine_step, _fake_step)
+_STEP = f"Tensor score, float a, float b, float c, {KEY_SCHEMA}"
+_new_op = register(f"affine_step(Tensor x, {_STEP}) -> Tensor", _affine_step, new_like)
 _in_place_op = register(
     f"affine_step_(Tensor(a!) x, {_STEP}) -> ()", _affine_step_, lambda *_: None
 )
 _table_op = register(
     "table_step_(Tensor(a!) x, Tensor score, Tensor table, Tensor? step, Tensor? known, "
-    f"Tensor? mask, {KEY}) -> ()",
+    f"Tensor? mask, {KEY_SCHEMA}) -> ()",
     _table_step_,
     lambda *_: None,
 )

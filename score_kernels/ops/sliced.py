@@ -1,6 +1,6 @@
 """Random projections for sliced score matching: the probe is made in the kernel, never stored.
 
-A probe ``v`` has independent elements with E[v v^T] = I: random signs ("rademacher", the least
+A probe ``v`` has independent elements with E[v v^T] = I: Rademacher signs ("rademacher", the least
 variance), normals ("gaussian"), or a point of the sphere of radius sqrt(D) ("sphere").
 """
 
@@ -15,8 +15,16 @@ from torch import Tensor
 
 from score_kernels import checks
 from score_kernels.backends import choose
-from score_kernels.noise import NoiseKey
-from score_kernels.ops._dispatch import KEY, apply, register, signed, transformed, unsigned
+from score_kernels.noise import Key, NoiseKey
+from score_kernels.ops._dispatch import (
+    KEY_SCHEMA,
+    apply,
+    check_key,
+    direct,
+    register,
+    state_dtype,
+    transformed,
+)
 from score_kernels.ops._formulas import expand_like, probe_like, sums, wide
 
 __all__ = ["fd_pair", "fd_reduce", "probe_dot", "probe_scale", "ssm_reduce"]
@@ -39,7 +47,9 @@ def probe_dot(s: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tenso
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    _check_probe(s, noise, probe, "s")
+    _check_probe("s", s, noise, probe)
+    if direct(s):
+        return _dot(s, noise, probe)
     if transformed():
         return sums(probe_like(s, noise, probe) * wide(s))
     return apply(_Dot, s, noise, probe)
@@ -66,7 +76,9 @@ def probe_scale(
     checks.state("g", g)
     if g.shape != sizes[:1]:
         raise ValueError(f"g: got shape {tuple(g.shape)}, expected [B] = {sizes[:1]}")
-    _check_probe(g, noise, probe, "g")
+    _check_probe("g", g, noise, probe)
+    if direct(g):
+        return _scale(g, sizes, noise, probe)
     if transformed():
         v = probe_like(g.new_empty(()).expand(sizes), noise, probe)
         return expand_like(g, v) * v
@@ -97,12 +109,13 @@ def ssm_reduce(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    _check_probe(s, noise, probe, "s")
+    _check_probe("s", s, noise, probe)
     _check_like("g", g, "s", s)
-    reduced = checks.flag("variance_reduced", variance_reduced)
+    if direct(g, s):
+        return _reduce(g, s, noise, probe, variance_reduced)
     if transformed():
-        return _formula(wide(g), wide(s), noise, probe, reduced)
-    return apply(_Reduce, g, s, noise, probe, reduced)
+        return _formula(wide(g), wide(s), noise, probe, variance_reduced)
+    return apply(_Reduce, g, s, noise, probe, variance_reduced)
 
 
 def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tensor:
@@ -122,8 +135,10 @@ def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademache
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
     checks.state("x", x)
-    _check_probe(x, noise, probe, "x")
-    _check_steps(step, x)
+    _check_probe("x", x, noise, probe)
+    checks.per_sample("step", step, x, x.dtype)
+    if direct(x, step):
+        return _pair(x, step, noise, probe)
     if transformed():
         shift = expand_like(step, x) * probe_like(x, noise, probe)
         return torch.cat([x + shift, x - shift])
@@ -139,8 +154,9 @@ def fd_reduce(
     probe: str = "rademacher",
     variance_reduced: bool = True,
 ) -> Tensor:
-    """:func:`ssm_reduce` of a central difference: ``g = (above - below) / (2 h)`` and
-    ``s = (above + below) / 2``, in one pass over the two scores.
+    """:func:`ssm_reduce` of a central difference, in one pass over the two scores.
+
+    ``g = (above - below) / (2 h)`` and ``s = (above + below) / 2``.
 
     Args:
         above, below: ``[B, ...]``, the scores at ``x + h v`` and ``x - h v``.
@@ -153,15 +169,16 @@ def fd_reduce(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
-    _check_probe(above, noise, probe, "above")
+    _check_probe("above", above, noise, probe)
     _check_like("below", below, "above", above)
-    _check_steps(step, above)
-    reduced = checks.flag("variance_reduced", variance_reduced)
+    checks.per_sample("step", step, above, state_dtype(above))
+    if direct(above, below, step):
+        return _difference(above, below, step, noise, probe, variance_reduced)
     if transformed():
         above, below = wide(above), wide(below)
-        slope = (above - below) / expand_like(2 * step, above)
-        return _formula(slope, 0.5 * (above + below), noise, probe, reduced)
-    return apply(_Difference, above, below, step, noise, probe, reduced)
+        g = (above - below) / expand_like(2 * step, above)
+        return _formula(g, 0.5 * (above + below), noise, probe, variance_reduced)
+    return apply(_Difference, above, below, step, noise, probe, variance_reduced)
 
 
 def _formula(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -> Tensor:
@@ -171,42 +188,23 @@ def _formula(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -
 
 def _check_like(name: str, value: Tensor, other: str, like: Tensor) -> None:
     checks.score(name, value)
-    for what, got, expected in (
-        ("shape", tuple(value.shape), tuple(like.shape)),
-        ("dtype", value.dtype, like.dtype),
-        ("device", value.device, like.device),
-    ):
-        if got != expected:
-            raise ValueError(f"{name}: got {what} {got}, expected that of {other}, {expected}")
+    got, expected = (f"{tuple(t.shape)}, {t.dtype} on {t.device}" for t in (value, like))
+    if got != expected:
+        raise ValueError(f"{name}: got shape {got}, expected that of {other}, {expected}")
 
 
-def _check_steps(step: Tensor, batch: Tensor) -> None:
-    checks.state("step", step)
-    dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
-    if step.dtype != dtype:
-        raise TypeError(f"step: got dtype {step.dtype}, expected {dtype}")
-    if step.shape != batch.shape[:1] or step.device != batch.device:
-        raise ValueError(
-            f"step: got shape {tuple(step.shape)} on {step.device}, expected [B] = "
-            f"{tuple(batch.shape[:1])} on {batch.device}"
-        )
-
-
-def _check_probe(values: Tensor, noise: NoiseKey, probe: str, name: str) -> None:
-    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
+def _check_probe(name: str, values: Tensor, noise: NoiseKey, probe: str) -> None:
     checks.score(name, values)
-    checks.noise_shape(values.shape, name)
-    checks.sample_range(noise.first_sample, values.shape[0])
-    checks.choice("probe", probe, _KINDS)
+    check_key(noise, name, values)
+    if probe not in _KINDS:
+        checks.choice("probe", probe, _KINDS)
 
 
 def _sums(
     a: Tensor, b: Tensor | None, noise: NoiseKey, probe: str, differences: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v.a, v.b and a.a per sample; with differences of (a + b) / 2 and a - b."""
-    key = signed(noise.fields())
-    sums = _sums_op(_KINDS[probe], a, b, differences, *key)
-    vv, va, vb, aa = sums.unbind(0)
+    vv, va, vb, aa = _sums_op(_KINDS[probe], a, b, differences, noise).unbind(0)
     elements = math.prod(a.shape[1:])
     if probe == "sphere" and elements:
         radius = (elements / vv).sqrt()
@@ -214,84 +212,92 @@ def _sums(
     return va, vb, aa
 
 
-def _factor(g: Tensor, shape: tuple[int, ...], noise: NoiseKey, probe: str) -> Tensor:
-    """What the kernel's probe is to be multiplied with for g times the probe asked for."""
+def _factor(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
+    """The factor of the kernel's probe that makes it g times the probe asked for."""
     if probe != "sphere" or not math.prod(shape[1:]):
         return g
     blank = g.new_zeros(()).expand(shape)
-    key = signed(noise.fields())
-    vv = _sums_op("normal", blank, None, False, *key)[0]
+    vv = _sums_op("normal", blank, None, False, noise)[0]
     return g * (math.prod(shape[1:]) / vv).sqrt()
+
+
+def _dot(s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+    return _sums(s, None, noise, probe)[0].clone()
+
+
+def _scale(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
+    return _scale_op(_KINDS[probe], _factor(g, shape, noise, probe), shape, noise)
+
+
+def _reduce(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -> Tensor:
+    vs, vg, ss = _sums(s, g, noise, probe)
+    return vg + 0.5 * (ss if reduced else vs.square())
+
+
+def _pair(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+    factor = _factor(step, x.shape, noise, probe)
+    return _shift_op(_KINDS[probe], x, factor, noise).flatten(0, 1)
+
+
+def _difference(
+    above: Tensor, below: Tensor, step: Tensor, noise: NoiseKey, probe: str, reduced: bool
+) -> Tensor:
+    vs, vg, ss = _sums(above, below, noise, probe, differences=True)
+    return vg / (2 * step) + 0.5 * (ss if reduced else vs.square())
+
+
+def _grad_of_half_square(grad: Tensor, s: Tensor, ctx: Any) -> Tensor:
+    """Of ``1/2 ||s||^2``, or of ``1/2 (v . s)^2``, by s."""
+    if ctx.variance_reduced:
+        return grad.view(-1, *[1] * (s.dim() - 1)) * s
+    along = probe_dot(s, ctx.noise, probe=ctx.probe)
+    return probe_scale(grad * along, s.shape, ctx.noise, probe=ctx.probe)
 
 
 class _Dot(torch.autograd.Function):
     @staticmethod
-    def forward(s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
-        return _sums(s, None, noise, probe)[0].clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        s, ctx.noise, ctx.probe = inputs
-        ctx.shape, ctx.dtype = tuple(s.shape), s.dtype
+    def forward(ctx: Any, s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.noise, ctx.probe = tuple(s.shape), s.dtype, noise, probe
+        return _dot(s, noise, probe)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = apply(_Scale, grad, ctx.shape, ctx.noise, ctx.probe)
+        scaled = probe_scale(grad, ctx.shape, ctx.noise, probe=ctx.probe)
         return scaled.to(ctx.dtype), None, None
 
 
 class _Scale(torch.autograd.Function):
     @staticmethod
-    def forward(g: Tensor, shape: tuple[int, ...], noise: NoiseKey, probe: str) -> Tensor:
-        factor = _factor(g, shape, noise, probe)
-        key = signed(noise.fields())
-        return _scale_op(_KINDS[probe], factor, shape, *key)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, ctx.noise, ctx.probe = inputs
+    def forward(ctx: Any, g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
+        ctx.noise, ctx.probe = noise, probe
+        return _scale(g, shape, noise, probe)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return apply(_Dot, grad, ctx.noise, ctx.probe), None, None, None
+        return probe_dot(grad, ctx.noise, probe=ctx.probe), None, None, None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(
-        g: Tensor, s: Tensor, noise: NoiseKey, probe: str, variance_reduced: bool
+        ctx: Any, g: Tensor, s: Tensor, noise: NoiseKey, probe: str, variance_reduced: bool
     ) -> Tensor:
-        vs, vg, ss = _sums(s, g, noise, probe)
-        return vg + 0.5 * (ss if variance_reduced else vs.square())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, s, ctx.noise, ctx.probe, ctx.variance_reduced = inputs
+        ctx.noise, ctx.probe, ctx.variance_reduced = noise, probe, variance_reduced
         ctx.save_for_backward(s)
+        return _reduce(g, s, noise, probe, variance_reduced)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (s,) = ctx.saved_tensors
-        shape = tuple(s.shape)
-        to_g = apply(_Scale, grad, shape, ctx.noise, ctx.probe).to(s.dtype)
-        if ctx.variance_reduced:
-            to_s = grad.view(-1, *[1] * (s.dim() - 1)) * s
-        else:
-            along = apply(_Dot, s, ctx.noise, ctx.probe)
-            to_s = apply(_Scale, grad * along, shape, ctx.noise, ctx.probe)
-        return to_g, to_s.to(s.dtype), None, None, None
+        to_g = probe_scale(grad, s.shape, ctx.noise, probe=ctx.probe)
+        to_s = _grad_of_half_square(grad, s, ctx)
+        return to_g.to(s.dtype), to_s.to(s.dtype), None, None, None
 
 
 class _Pair(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
-        factor = _factor(step, tuple(x.shape), noise, probe)
-        pair = _shift_op(_KINDS[probe], x, factor, *signed(noise.fields()))
-        return pair.flatten(0, 1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+    def forward(ctx: Any, x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+        return _pair(x, step, noise, probe)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -302,6 +308,7 @@ class _Pair(torch.autograd.Function):
 class _Difference(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         above: Tensor,
         below: Tensor,
         step: Tensor,
@@ -309,66 +316,46 @@ class _Difference(torch.autograd.Function):
         probe: str,
         variance_reduced: bool,
     ) -> Tensor:
-        vs, vg, ss = _sums(above, below, noise, probe, differences=True)
-        return vg / (2 * step) + 0.5 * (ss if variance_reduced else vs.square())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        above, below, step, ctx.noise, ctx.probe, ctx.variance_reduced = inputs
+        ctx.noise, ctx.probe, ctx.variance_reduced = noise, probe, variance_reduced
         ctx.save_for_backward(above, below, step)
+        return _difference(above, below, step, noise, probe, variance_reduced)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         above, below, step = ctx.saved_tensors
-        shape = tuple(above.shape)
-        slope = apply(_Scale, grad / (2 * step), shape, ctx.noise, ctx.probe)
-        half = 0.25 * (above + below)
-        if ctx.variance_reduced:
-            mean = grad.view(-1, *[1] * (above.dim() - 1)) * half
-        else:
-            along = apply(_Dot, half, ctx.noise, ctx.probe)
-            mean = apply(_Scale, grad * along, shape, ctx.noise, ctx.probe)
+        to_g = probe_scale(grad / (2 * step), above.shape, ctx.noise, probe=ctx.probe)
+        to_s = _grad_of_half_square(grad, 0.25 * (above + below), ctx)
         to = above.dtype
-        return (mean + slope).to(to), (mean - slope).to(to), None, None, None, None
+        return (to_s + to_g).to(to), (to_s - to_g).to(to), None, None, None, None
 
 
-def _probe_sums(kind: str, a: Tensor, b: Tensor | None, differences: bool, *key: int) -> Tensor:
+def _probe_sums(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key) -> Tensor:
     b = None if b is None else b.contiguous()
-    state = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return choose(a.device, state).probe_sums(kind, a.contiguous(), b, differences, unsigned(key))
+    sums_of = choose(a.device, state_dtype(a)).probe_sums
+    return sums_of(kind, a.contiguous(), b, differences, key)
 
 
-def _probe_scale(kind: str, factor: Tensor, shape: list[int], *key: int) -> Tensor:
-    backend = choose(factor.device, factor.dtype)
-    return backend.probe_scale(kind, factor.contiguous(), tuple(shape), unsigned(key))
+def _probe_scale(kind: str, factor: Tensor, shape: Sequence[int], key: Key) -> Tensor:
+    scale = choose(factor.device, factor.dtype).probe_scale
+    return scale(kind, factor.contiguous(), tuple(shape), key)
 
 
-def _probe_shift(kind: str, x: Tensor, factor: Tensor, *key: int) -> Tensor:
-    backend = choose(x.device, x.dtype)
-    return backend.probe_shift(kind, x.contiguous(), factor.contiguous(), unsigned(key))
-
-
-def _fake_sums(kind: str, a: Tensor, *_: Any) -> Tensor:
-    state = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return a.new_empty((4, a.shape[0]), dtype=state)
-
-
-def _fake_scale(kind: str, factor: Tensor, shape: list[int], *_: Any) -> Tensor:
-    return factor.new_empty(shape)
+def _probe_shift(kind: str, x: Tensor, factor: Tensor, key: Key) -> Tensor:
+    return choose(x.device, x.dtype).probe_shift(kind, x.contiguous(), factor.contiguous(), key)
 
 
 _sums_op = register(
-    f"probe_sums(str kind, Tensor a, Tensor? b, bool differences, {KEY}) -> Tensor",
+    f"probe_sums(str kind, Tensor a, Tensor? b, bool differences, {KEY_SCHEMA}) -> Tensor",
     _probe_sums,
-    _fake_sums,
+    lambda kind, a, *_: a.new_empty((4, a.shape[0]), dtype=state_dtype(a)),
 )
 _scale_op = register(
-    f"probe_scale(str kind, Tensor factor, SymInt[] shape, {KEY}) -> Tensor",
+    f"probe_scale(str kind, Tensor factor, SymInt[] shape, {KEY_SCHEMA}) -> Tensor",
     _probe_scale,
-    _fake_scale,
+    lambda kind, factor, shape, *_: factor.new_empty(shape),
 )
 _shift_op = register(
-    f"probe_shift(str kind, Tensor x, Tensor factor, {KEY}) -> Tensor",
+    f"probe_shift(str kind, Tensor x, Tensor factor, {KEY_SCHEMA}) -> Tensor",
     _probe_shift,
     lambda kind, x, *_: x.new_empty((2, *x.shape)),
 )

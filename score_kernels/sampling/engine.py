@@ -149,7 +149,7 @@ def run(
         update = Update(choose(x.device, x.dtype), x, plan, known, mask)
         steps = Steps(network, update, plan, noise, denoise)
         if not first_step:
-            update.start(x, noise.for_purpose(Purpose.KNOWN).fields())
+            update.start(x, noise.for_purpose(Purpose.KNOWN))
         before = first_step // every
         frames = 0 if record_every is None else total // every - before + 1
         film = x.new_empty((frames, *x.shape), device="cpu")

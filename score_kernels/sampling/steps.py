@@ -96,7 +96,7 @@ class Network:
             added = self.guidance(seen, self.sigma)
             checks.score_like(x, added, "guidance")
             value = value + added
-        return readable(x, checks.in_memory(value))
+        return readable(x, (value))
 
 
 # The line of the denoising step in a plan's table: its last.
@@ -178,13 +178,12 @@ def _given(
         raise ValueError(f"{missing}: got none, expected it beside the other of known and mask")
     for name, value in (("known", known), ("mask", mask)):
         checks.instance(name, value, Tensor, "a tensor")
-        checks.dense(name, value)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {mask.dtype}, expected torch.bool, true where known")
     parts = []
     for name, value in (("known", known.to(x.dtype)), ("mask", mask)):
         try:
-            parts.append(checks.in_memory(value.to(x.device).expand(x.shape)))
+            parts.append(value.to(x.device).expand(x.shape))
         except RuntimeError:
             raise ValueError(
                 f"{name}: got shape {tuple(value.shape)}, expected one that broadcasts to the "
@@ -204,7 +203,7 @@ class Steps:
         self.network = network
         self.update = update
         self.plan = plan
-        self.seed, self.purpose, _, self.first_sample = noise.fields()
+        self.seed, self.purpose, _, self.first_sample = noise
         self.denoise = denoise
         self._index = -1
 

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-
 from score_kernels.backends.cuda import Cuda
 
 HERE = Path(__file__).parent

@@ -48,8 +48,9 @@ Buffer scores(uint64_t count, Dtype dtype, uint64_t shift) {
   if (dtype == Dtype::kFloat32) return floats(count, shift);
   Buffer buffer(count, 2, shift);
   for (uint64_t i = 0; i < count; ++i)
-    buffer.at<uint16_t>()[i] =
-        dtype == Dtype::kBFloat16 ? sk::to_bfloat16(value(i)) : sk::to_float16(value(i));
+    buffer.at<uint16_t>()[i] = dtype == Dtype::kBFloat16
+                                   ? sk::from_float<sk::BFloat16>(value(i)).bits
+                                   : sk::from_float<sk::Float16>(value(i)).bits;
   return buffer;
 }
 

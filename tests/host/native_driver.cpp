@@ -6,7 +6,7 @@
 #include <initializer_list>
 
 #include "buffers.h"
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 namespace {
 
@@ -57,41 +57,47 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift) {
         const uint64_t columns = some ? 5 : 3;
         Buffer stepped = floats(count, shift), table = lines(per_row ? rows : 1, columns);
         isa.table_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows,
-                        elements, 0, 0, 0, kKey},
-                       {table.at<float>(), nullptr, per_row ? rows : 1, columns, per_row,
-                        some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr});
+                        elements, table.at<float>(), nullptr, per_row ? rows : 1, columns, per_row,
+                        some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr, kKey});
         report("table", 2 * per_row + some, stepped);
       }
     for (const bool weighted : {false, true}) {
       Buffer loss(rows, 4, 0), again(rows, 4, 0), gradient(count, 4, shift);
-      sk::DsmArgs dsm = {again.at<float>(), nullptr,
-                         score.at<void>(),  dtype,
-                         sigma.at<float>(), weighted ? weight.at<float>() : nullptr,
-                         nullptr,           rows,
-                         elements,          kKey};
-      isa.dsm_loss(dsm);
+      sk::DsmArgs dsm = {again.at<float>(),
+                         nullptr,
+                         nullptr,
+                         score.at<void>(),
+                         dtype,
+                         sigma.at<float>(),
+                         weighted ? weight.at<float>() : nullptr,
+                         nullptr,
+                         rows,
+                         elements,
+                         kKey};
+      isa.dsm(dsm);
       report("loss", d, again);
       dsm.loss = loss.at<float>(), dsm.gradient = gradient.at<float>();
-      isa.dsm_loss(dsm);
+      isa.dsm(dsm);
       report("loss", d, loss);
       report("gradient of the loss", d, gradient);
       dsm.loss = nullptr, dsm.upstream = sigma.at<float>();
-      isa.dsm_gradient(dsm);
+      isa.dsm(dsm);
       report("gradient", d, gradient);
     }
     for (const Kind kind : {Kind::kNormal, Kind::kRademacher})
       for (int variant = 0; variant < 3; ++variant) {
         Buffer sums(4 * rows, 4, 0);
-        isa.probe({sums.at<float>(), kind, score.at<void>(), variant ? other.at<void>() : nullptr,
-                   dtype, variant == 2, nullptr, nullptr, rows, elements, kKey});
+        isa.probe({sums.at<float>(), nullptr, kind, score.at<void>(),
+                   variant ? other.at<void>() : nullptr, dtype, variant == 2, nullptr, nullptr,
+                   rows, elements, kKey});
         report("sums", variant, sums);
       }
   }
   for (const Kind kind : {Kind::kNormal, Kind::kRademacher})
     for (const bool pair : {false, true}) {
       Buffer out((pair ? 2 : 1) * count, 4, shift);
-      isa.probe({out.at<float>(), kind, nullptr, nullptr, Dtype::kFloat32, false, sigma.at<float>(),
-                 pair ? x.at<float>() : nullptr, rows, elements, kKey});
+      isa.probe({out.at<float>(), nullptr, kind, nullptr, nullptr, Dtype::kFloat32, false,
+                 sigma.at<float>(), pair ? x.at<float>() : nullptr, rows, elements, kKey});
       report("scale", pair, out);
     }
 }

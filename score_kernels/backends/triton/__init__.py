@@ -70,12 +70,8 @@ class Triton:
         where = "its interpreter, on CPU tensors" if _interpreted() else "GPU tensors"
         return f"Triton {triton.__version__} on {where}"
 
-    def fill(self, kind: str, shape: tuple[int, ...], key: Key, device: torch.device) -> Tensor:
-        out = torch.empty(
-            shape, dtype=torch.int64 if kind == "words" else torch.float32, device=device
-        )
+    def fill(self, out: Tensor, kind: str, key: Key) -> None:
         self._launch(_kernels().fill.fill_kernel, out, (out,), key, KIND=kind)
-        return out
 
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
@@ -182,7 +178,7 @@ class Triton:
                 *arguments,
                 rows,
                 elements,
-                seed,
+                seed & (2**64 - 1),
                 purpose,
                 draw,
                 first_sample,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from score_kernels import ops
-from score_kernels.backends import Backend, cuda, native, reference
+from score_kernels.backends import Backend, reference
+from score_kernels.backends.compiled import cuda, native
 from score_kernels.cli.selfcheck.kit import (
     CPU,
     FP32,
@@ -40,10 +41,10 @@ from score_kernels.sampling import annealed_langevin
 
 def _kernels(kit: Kit) -> Finding:
     if kit.backend is reference.backend:
-        compiled: Backend = cuda.backend if kit.device.type == "cuda" else native.backend
+        compiled: Backend = cuda if kit.device.type == "cuda" else native
         why = compiled.refuses(kit.device, torch.float32)
         raise NotHere(f"the reference serves this device: {why or 'it is forced'}")
-    isas = f": {', '.join(native._cpu.isas())}" if kit.backend is native.backend else ""
+    isas = f": {', '.join(native.kernels.isas())}" if kit.backend is native else ""
     return True, kit.backend.name + isas, "compiled kernels"
 
 

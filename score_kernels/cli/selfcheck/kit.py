@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from score_kernels import ops
-from score_kernels.backends import Backend, choose, native, reference, use_backend
+from score_kernels.backends import Backend, choose, reference, use_backend
+from score_kernels.backends.compiled import native
 from score_kernels.noise import NoiseKey
 
 # ok, figure, what was expected.
@@ -76,16 +77,16 @@ class Kit:
 
     def runs(self, make: Make) -> dict[str, list[Tensor]]:
         """`run`, on a CPU in every instruction set."""
-        if self.backend is not native.backend:
+        if self.backend is not native:
             return {self.backend.name: self.run(make)}
         found = {}
-        before = native._cpu.isa()
+        before = native.kernels.isa()
         try:
-            for isa in native._cpu.isas():
-                native._cpu.set_isa(isa)
+            for isa in native.kernels.isas():
+                native.kernels.set_isa(isa)
                 found[f"native {isa}"] = self.run(make)
         finally:
-            native._cpu.set_isa(before)
+            native.kernels.set_isa(before)
         return found
 
     def reference(self, make: Make) -> list[Tensor]:
