@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_FLOAT32 = torch.float32
 _LARGEST = torch.finfo(torch.float32).max
 _STATES = (torch.float32, torch.float64)
 _SCORES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -197,7 +198,8 @@ def sample_range(first_sample: int, batch: int) -> None:
 
 def state(name: str, value: Any) -> None:
     """A state [B, ...]: fp32 or, on the reference, fp64."""
-    instance(name, value, Tensor, "a tensor")
+    if not isinstance(value, Tensor):
+        instance(name, value, Tensor, "a tensor")
     if value.dtype not in _STATES:
         hint = (
             "; a half-precision state loses small steps, keep it in float32 and give the "
@@ -226,13 +228,16 @@ def score(name: str, value: Any) -> None:
 
 def score_like(x: Tensor, score: Any, name: str = "score") -> None:
     """A score that fits the state x: shape, device, dtype."""
-    instance(name, score, Tensor, "a tensor")
+    if not isinstance(score, Tensor):
+        instance(name, score, Tensor, "a tensor")
     if score.shape != x.shape:
         raise ValueError(
             f"{name}: got shape {tuple(score.shape)}, expected that of x, {tuple(x.shape)}"
         )
-    if score.device != x.device:
+    if not (x.is_cpu and score.is_cpu) and score.device != x.device:
         raise ValueError(f"{name}: got device {score.device}, expected that of x, {x.device}")
+    if score.dtype is _FLOAT32:
+        return
     allowed = _SCORES if x.dtype == torch.float64 else _SCORES[:3]
     if score.dtype not in allowed:
         names = ", ".join(map(str, allowed))
@@ -243,10 +248,12 @@ def score_like(x: Tensor, score: Any, name: str = "score") -> None:
 
 def per_sample(name: str, value: Any, batch: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """A tensor [B] of a dtype on the batch's device."""
-    instance(name, value, Tensor, "a tensor [B]")
-    if value.dtype != dtype:
+    if not isinstance(value, Tensor):
+        instance(name, value, Tensor, "a tensor [B]")
+    if value.dtype is not dtype:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {dtype}")
-    if value.shape != batch.shape[:1] or value.device != batch.device:
+    same_device = value.is_cpu and batch.is_cpu or value.device == batch.device
+    if value.dim() != 1 or value.numel() != batch.shape[0] or not same_device:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)} on {value.device}, expected [B] = "
             f"{tuple(batch.shape[:1])} on {batch.device}"

@@ -1,23 +1,27 @@
 from __future__ import annotations
 
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from fibers.build import COMPILER, Fibers, build_module
+from torch import Tensor
 
 import score_kernels
-from score_kernels.backends import native, registry
+from score_kernels import NoiseKey
+from score_kernels.backends import Backend, registry
+from score_kernels.backends.compiled import native
 
 # Triton's interpreter is chosen when Triton is imported: its tests have a run of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 # "native-avx512", "native-avx2", ... for every instruction set of this machine, and the reference.
-NATIVE = [] if native.backend.unavailable() else [f"native-{isa}" for isa in native._cpu.isas()]
+NATIVE = [] if native.unavailable() else [f"native-{isa}" for isa in native.kernels.isas()]
 # The CUDA kernels on CPU tensors.
 FIBERS = ["fibers"] if COMPILER else []
 BACKENDS = ["reference", *NATIVE, *FIBERS]
@@ -37,8 +41,8 @@ class _Backend:
 
     def __enter__(self) -> None:
         if self.isa:
-            self.before = native._cpu.isa()
-            native._cpu.set_isa(self.isa)
+            self.before = native.kernels.isa()
+            native.kernels.set_isa(self.isa)
         if self.name == "fibers":
             registry._BACKENDS["fibers"] = _fibers()
         self.forced = score_kernels.use_backend(self.name)
@@ -48,7 +52,7 @@ class _Backend:
         if self.name == "fibers":
             registry._BACKENDS.pop("fibers")
         if self.isa:
-            native._cpu.set_isa(self.before)
+            native.kernels.set_isa(self.before)
 
 
 on_backend = _Backend
@@ -67,6 +71,14 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def filled(backend: Backend, kind: str, shape: Sequence[int], key: NoiseKey) -> Tensor:
+    """Noise of a backend, in a new tensor of NaNs or ones."""
+    words = kind == "words"
+    out = torch.full(tuple(shape), 1 if words else math.nan, dtype=torch.int64 if words else None)
+    backend.fill(out, kind, key)
+    return out
 
 
 @pytest.fixture(autouse=True)

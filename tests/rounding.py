@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+from conftest import filled
 from torch import Tensor
 
 from score_kernels import NoiseKey
-from score_kernels.backends import native
+from score_kernels.backends.compiled import native
 
 
 def probe_terms(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: NoiseKey) -> Tensor:
@@ -16,7 +17,7 @@ def probe_terms(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: 
 
     A sum is within its depth times the unit roundoff, 2^-24, times this, whatever cancels.
     """
-    v = native.backend.fill(kind, a.shape, key.fields(), a.device).double()
+    v = filled(native, kind, a.shape, key).double()
     p, q = a.double(), torch.zeros_like(v) if b is None else b.double()
     if differences:
         p, q = 0.5 * (p + q), p - q

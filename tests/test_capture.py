@@ -46,7 +46,7 @@ def test_a_table_s_steps_are_affine_steps(backend: str) -> None:
 def test_past_the_table_a_kernel_s_state_is_nan() -> None:
     x, step = torch.randn(2, 5), torch.full((), 3)
     with on_backend("fibers"):
-        choose(x.device, x.dtype).table_step(x, x, x.clone(), TABLE, step, KEY.fields())
+        choose(x.device, x.dtype).table_step(x, x, x.clone(), TABLE, step, KEY)
     assert x.isnan().all()
 
 

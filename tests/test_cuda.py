@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
+from conftest import filled
 from fibers.build import COMPILER, CUDA, ORDERS, Fibers, build_module, compile_fibers
 from rounding import probe_terms
 from steps import lines_and_masks
 from torch import Tensor
 
 from score_kernels import NoiseKey
-from score_kernels.backends import native
+from score_kernels.backends.compiled import native
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 
@@ -61,8 +62,8 @@ def vectors(rows: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_is_native_s_to_the_bit(cuda: Fibers, kind: str, key: NoiseKey) -> None:
     for shape in SHAPES:
-        got = cuda.fill(kind, shape, key.fields(), CPU)
-        same(got, native.backend.fill(kind, shape, key.fields(), CPU))
+        got = filled(cuda, kind, shape, key)
+        same(got, filled(native, kind, shape, key))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,10 +72,10 @@ def test_update_is_native_s_to_the_bit(cuda: Fibers, dtype: torch.dtype) -> None
         x, score = torch.randn(shape), torch.randn(shape).to(dtype)
         for c in (0.3, 0.0):
             got, want = torch.empty(shape), torch.empty(shape)
-            for out, backend in ((got, cuda), (want, native.backend)):
-                backend.affine_step(out, x, score, 0.9, 0.2, c, KEY.fields())
+            for out, backend in ((got, cuda), (want, native)):
+                backend.affine_step(out, x, score, 0.9, 0.2, c, KEY)
             same(got, want)
-            cuda.affine_step(x2 := x.clone(), x2, score, 0.9, 0.2, c, KEY.fields())
+            cuda.affine_step(x2 := x.clone(), x2, score, 0.9, 0.2, c, KEY)
             same(x2, want)
 
 
@@ -84,8 +85,8 @@ def test_coefficients_and_draw_are_read_where_the_step_counter_is(cuda: Fibers) 
     step = torch.zeros((), dtype=torch.int64)
     for t in range(3):
         got, want = torch.empty_like(x), torch.empty_like(x)
-        cuda.table_step(got, x, score, table, step, KEY.fields())
-        native.backend.affine_step(want, x, score, *table[t].tolist(), KEY.at(9 + t).fields())
+        cuda.table_step(got, x, score, table, step, KEY)
+        native.affine_step(want, x, score, *table[t].tolist(), KEY.at(9 + t))
         same(got, want)
         step += 1
 
@@ -97,51 +98,51 @@ def test_lines_of_samples_and_known_elements(cuda: Fibers, dtype: torch.dtype) -
         for table, mask in lines_and_masks(shape):
             given = None if mask is None else known
             got, want = torch.empty(shape), torch.empty(shape)
-            for out, backend in ((got, cuda), (want, native.backend)):
-                backend.table_step(out, x, score, table, None, KEY.fields(), given, mask)
+            for out, backend in ((got, cuda), (want, native)):
+                backend.table_step(out, x, score, table, None, KEY, given, mask)
             same(got, want)
 
 
 def test_views_off_the_vector_s_alignment(cuda: Fibers) -> None:
     x, score = torch.randn(2 * 128 + 1)[1:].view(2, 128), torch.randn(2, 128)
     got, want = torch.empty(2 * 128 + 3)[3:].view(2, 128), torch.empty(2, 128)
-    cuda.affine_step(got, x, score, 0.9, 0.2, 0.3, KEY.fields())
-    native.backend.affine_step(want, x, score, 0.9, 0.2, 0.3, KEY.fields())
+    cuda.affine_step(got, x, score, 0.9, 0.2, 0.3, KEY)
+    native.affine_step(want, x, score, 0.9, 0.2, 0.3, KEY)
     same(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_denoising_score_matching(cuda: Fibers, dtype: torch.dtype) -> None:
-    key = KEY.fields()
+    key = KEY
     for shape in SHAPES:
         x, score = torch.randn(shape), torch.randn(shape).to(dtype)
         sigma, weight = vectors(shape[0])
-        same(cuda.perturb(x, sigma, key), native.backend.perturb(x, sigma, key))
+        same(cuda.perturb(x, sigma, key), native.perturb(x, sigma, key))
         for w in (None, weight):
             got = cuda.dsm_loss(score, sigma, w, key, False)[0]
-            close(got, native.backend.dsm_loss(score, sigma, w, key, False)[0])
+            close(got, native.dsm_loss(score, sigma, w, key, False)[0])
             same(
                 cuda.dsm_gradient(score, sigma, w, weight, key),
-                native.backend.dsm_gradient(score, sigma, w, weight, key),
+                native.dsm_gradient(score, sigma, w, weight, key),
             )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["normal", "rademacher"])
 def test_probes(cuda: Fibers, kind: str, dtype: torch.dtype) -> None:
-    key = KEY.fields()
+    key = KEY
     for shape in SHAPES:
         x, factor = torch.randn(shape), vectors(shape[0])[0]
         a, b = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
         for second, differences in ((None, False), (b, False), (b, True)):
             got = cuda.probe_sums(kind, a, second, differences, key)
-            want = native.backend.probe_sums(kind, a, second, differences, key)
+            want = native.probe_sums(kind, a, second, differences, key)
             terms = probe_terms(kind, a, second, differences, KEY)
             assert ((got - want).abs() <= tolerances.FP32_RELATIVE * terms).all()
         shift = cuda.probe_shift(kind, x, factor, key)
-        same(shift, native.backend.probe_shift(kind, x, factor, key))
+        same(shift, native.probe_shift(kind, x, factor, key))
         scaled = cuda.probe_scale(kind, factor, shape, key)
-        same(scaled, native.backend.probe_scale(kind, factor, shape, key))
+        same(scaled, native.probe_scale(kind, factor, shape, key))
 
 
 def test_sums_do_not_depend_on_the_order_of_threads(
@@ -151,7 +152,7 @@ def test_sums_do_not_depend_on_the_order_of_threads(
     found = []
     for order in ORDERS:
         monkeypatch.setenv("SK_FIBER_ORDER", order)
-        found.append(kernels.dsm_loss(score, sigma, None, KEY.fields(), False)[0])
+        found.append(kernels.dsm_loss(score, sigma, None, KEY, False)[0])
     same(found[1], found[0])
     same(found[2], found[0])
 

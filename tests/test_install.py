@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from score_kernels.backends import native
+from score_kernels.backends.compiled import native
 from score_kernels.cli.main import VARIABLES, main
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +88,7 @@ def test_info_names_every_backend_and_variable(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     for word in ("native", "reference", torch.__version__, *VARIABLES):
         assert word in text
-    assert native._cpu.isa() in text
+    assert native.kernels.isa() in text
 
 
 def test_without_nvcc_the_build_says_so(sources: Path) -> None:
@@ -111,13 +111,14 @@ def test_compute_capabilities_that_nvcc_does_not_know_are_refused(sources: Path)
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_the_cuda_module_loads_without_a_driver() -> None:
     from score_kernels import _cuda
-    from score_kernels.backends import backends, cuda
+    from score_kernels.backends import backends
+    from score_kernels.backends.compiled import cuda
 
     assert _cuda.archs.split(";")[0] == "80"
     count, why = _cuda.devices()
     if count == 0:
         assert why
-        assert cuda.backend.unavailable()
+        assert cuda.unavailable()
         assert backends()["cuda"].startswith("unavailable: ")
 
 
@@ -147,11 +148,12 @@ def test_the_table_of_variables_lists_every_one() -> None:
 
 def test_the_environment_forces_backend_and_instruction_set() -> None:
     code = (
-        "import torch, score_kernels; from score_kernels.backends import choose, native;"
-        "print(choose(torch.device('cpu'), torch.float32).name, native._cpu.isa())"
+        "import torch, score_kernels; from score_kernels.backends import choose;"
+        "from score_kernels.backends.compiled import native;"
+        "print(choose(torch.device('cpu'), torch.float32).name, native.kernels.isa())"
     )
     assert "reference" in run_python(code, SCORE_KERNELS_BACKEND="reference").stdout
-    for isa in native._cpu.isas():
+    for isa in native.kernels.isas():
         assert isa in run_python(code, SCORE_KERNELS_ISA=isa).stdout
     done = run_python(code, SCORE_KERNELS_ISA="sse9")
     assert "SCORE_KERNELS_ISA: isa: got 'sse9', expected one of" in done.stderr
@@ -160,7 +162,7 @@ def test_the_environment_forces_backend_and_instruction_set() -> None:
 
 
 @pytest.mark.skipif(
-    not native._cpu.openmp_threads() or not Path("/proc/self/maps").exists(),
+    not native.kernels.openmp_threads() or not Path("/proc/self/maps").exists(),
     reason="needs OpenMP and /proc",
 )
 def test_the_kernels_share_torch_s_thread_pool() -> None:
@@ -169,13 +171,13 @@ def test_the_kernels_share_torch_s_thread_pool() -> None:
     code = """
 import torch
 from pathlib import Path
-from score_kernels.backends import native
+from score_kernels.backends.compiled import native
 pools = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()
          if any(name in line for name in ("libgomp", "libiomp", "libomp"))}
 assert len(pools) == 1, pools
 for threads in (1, 2):
     torch.set_num_threads(threads)
-    assert native._cpu.openmp_threads() == threads
+    assert native.kernels.openmp_threads() == threads
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import score_kernels
 from score_kernels import ops
-from score_kernels.backends import choose, native
+from score_kernels.backends import choose
+from score_kernels.backends.compiled import native
 from score_kernels.cli.main import main
 from score_kernels.cli.selfcheck import CHECKS, bits, gpu, kit, selfcheck
 from score_kernels.cli.selfcheck.gpu import large_batch
@@ -31,17 +32,17 @@ def names(quick: bool = True, *, ok: bool | None) -> list[str]:
 
 @needs_native
 def test_a_full_run_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
-    before = native._cpu.isa(), torch.get_num_threads(), choose(CPU, torch.float32)
+    before = native.kernels.isa(), torch.get_num_threads(), choose(CPU, torch.float32)
     random = torch.random.get_rng_state()
     assert main(["selfcheck"]) == 0
     captured = capsys.readouterr()
-    for word in (torch.__version__, "checking native on cpu", *native._cpu.isas()):
+    for word in (torch.__version__, "checking native on cpu", *native.kernels.isas()):
         assert word in captured.out
     # Each once as it is done and once in the table.
     assert all(captured.out.count(name) >= 2 for name in CHECKS)
     assert f"{len(CHECKS) - 4} ok, 0 FAILED, 4 not here" in captured.out
     assert captured.err == ""
-    assert (native._cpu.isa(), torch.get_num_threads(), choose(CPU, torch.float32)) == before
+    assert (native.kernels.isa(), torch.get_num_threads(), choose(CPU, torch.float32)) == before
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
@@ -164,19 +165,19 @@ def test_a_planted_defect_is_found(
     caught: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(native.backend, method, defect(getattr(native.backend, method)))
+    monkeypatch.setattr(native, method, defect(getattr(native, method)))
     assert set(caught) <= set(names(ok=False))
 
 
 @needs_native
 def test_a_wrong_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The updates of plain tensors go past the backend's methods."""
-    right = native._cpu.affine_step
+    right = native.kernels.affine_step
 
     def noiseless(*arguments: Any) -> None:
         right(*arguments[:8], 0.0, *arguments[9:])
 
-    monkeypatch.setattr(native._cpu, "affine_step", noiseless)
+    monkeypatch.setattr(native.kernels, "affine_step", noiseless)
     found = names(ok=False)
     assert {"updates, scores of 3 dtypes", "variance of Langevin dynamics"} <= set(found)
 
@@ -185,7 +186,7 @@ def test_a_wrong_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_is_a_failure_and_the_rest_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(native.backend, "perturb", planted(native.backend.perturb))
+    monkeypatch.setattr(native, "perturb", planted(native.perturb))
     assert main(["selfcheck", "--quick"]) == 1
     lines = capsys.readouterr().out.splitlines()
     (row,) = (line for line in lines if line.startswith("training through dsm_loss"))
@@ -245,7 +246,7 @@ def test_what_only_a_gpu_runs_is_run_once_on_the_cpu(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gpu, "require_gpu", lambda kit: None)
     with pytest.raises(NotHere, match="native serves this device, and cannot be captured"):
         CHECKS["CUDA graph"](here)
-    monkeypatch.setattr(native.backend, "capturable", True)
+    monkeypatch.setattr(native, "capturable", True)
     monkeypatch.setattr(gpu, "annealed_langevin", sampler)
     assert CHECKS["CUDA graph"](here)[0] and graphs == [True, True, False, False]
     assert CHECKS["another stream"](here)[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import score_kernels
 from score_kernels import NoiseKey, ops
-from score_kernels.backends import native
+from score_kernels.backends.compiled import native
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason="needs the native module")
 
@@ -55,12 +55,12 @@ def test_python_threads_at_once_change_no_bit() -> None:
 
 
 def test_threads_that_change_backend_and_instruction_set_change_no_bit() -> None:
-    stop, before = threading.Event(), native._cpu.isa()
+    stop, before = threading.Event(), native.kernels.isa()
 
     def change() -> None:
         while not stop.is_set():
-            for isa in native._cpu.isas():
-                native._cpu.set_isa(isa)
+            for isa in native.kernels.isas():
+                native.kernels.set_isa(isa)
                 for name in ("native", None):
                     score_kernels.use_backend(name)
 
@@ -76,7 +76,7 @@ def test_threads_that_change_backend_and_instruction_set_change_no_bit() -> None
         stop.set()
         restless.join()
         score_kernels.use_backend(None)
-        native._cpu.set_isa(before)
+        native.kernels.set_isa(before)
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ class Watched:
     """The native kernels, with the turns that another thread had inside of them."""
 
     def __init__(self, turns: Callable[[], int]) -> None:
-        self.kernels, self.turns, self.inside = native._cpu, turns, 0
+        self.kernels, self.turns, self.inside = native.kernels, turns, 0
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         kernel = getattr(self.kernels, name)
@@ -136,7 +136,7 @@ def test_other_python_threads_run_during_a_long_kernel(monkeypatch: pytest.Monke
     with ticking() as turns:
         kernels = Watched(turns)
         monkeypatch.setattr(native, "_cpu", kernels)
-        monkeypatch.setattr(native.backend, "kernels", kernels)
+        monkeypatch.setattr(native, "kernels", kernels)
         for name, work in long.items():
             kernels.inside, deadline = 0, time.monotonic() + 60
             # As often as it takes a busy machine to let another thread in.
@@ -177,7 +177,7 @@ import multiprocessing, os, sys, threading
 import torch
 from torch.utils.data import DataLoader, Dataset
 from score_kernels import NoiseKey, ops
-from score_kernels.backends import native
+from score_kernels.backends.compiled import native
 
 def noise(seed=1):
     key = NoiseKey(seed)
@@ -211,7 +211,7 @@ def test_a_forked_child_runs_kernels_of_several_threads(tmp_path: Path) -> None:
 want = noise()
 
 def child():
-    assert native._cpu.openmp_threads() == torch.get_num_threads() == 2
+    assert native.kernels.openmp_threads() == torch.get_num_threads() == 2
     check(want)
     # torch's own kernels share the pool.
     assert torch.ones(4_000_000).exp().sum() > 0

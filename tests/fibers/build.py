@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from score_kernels.backends.cuda import Cuda
+
+from score_kernels.backends.compiled import Cuda
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc/cuda"
@@ -79,7 +80,7 @@ class Fibers(Cuda):
     def __init__(self, kernels: Any) -> None:
         self.kernels = kernels
 
-    def place(self, device: torch.device) -> tuple[int, ...]:
+    def device_and_stream(self, device: torch.device) -> tuple[int, ...]:
         return 0, 0
 
     def unavailable(self) -> str | None:

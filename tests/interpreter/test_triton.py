@@ -9,14 +9,15 @@ import oracle
 import pytest
 import tolerances
 import torch
-from conftest import FIBERS, NATIVE, on_backend
+from conftest import FIBERS, NATIVE, filled, on_backend
 from rounding import probe_terms
 from steps import lines_and_masks
 from torch import Tensor
 
 import score_kernels
 from score_kernels import NoiseKey, ops
-from score_kernels.backends import native, triton
+from score_kernels.backends import triton
+from score_kernels.backends.compiled import native
 
 KEY = NoiseKey(2**63 + 5, purpose=3, draw=2**32 - 1, first_sample=2**32 - 2)
 SHAPES = [(1, 1), (5, 3), (2, 4), (300, 2), (2, 255), (2, 3, 32, 32), (1, 4099)]
@@ -31,7 +32,7 @@ def test_the_interpreter_runs_the_kernels() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", *NATIVE[:1], *FIBERS, "triton"])
 def test_all_backends_have_the_oracle_s_words(backend: str) -> None:
-    seed, purpose, draw, first_sample = KEY.fields()
+    seed, purpose, draw, first_sample = KEY
     with on_backend(backend):
         for rows, elements in ((1, 1), (3, 5), (2, 1030)):
             want = oracle.words(
@@ -49,8 +50,8 @@ def test_all_backends_have_the_oracle_s_words(backend: str) -> None:
 def test_a_million_normals_are_native_s_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     # A program of the interpreter takes as long for a large tile as for a small one.
     monkeypatch.setattr(triton, "TILE", 2**16)
-    got = triton.backend.fill("normal", (4, 250_000), KEY.fields(), CPU)
-    want = native.backend.fill("normal", (4, 250_000), KEY.fields(), CPU)
+    got = filled(triton.backend, "normal", (4, 250_000), KEY)
+    want = filled(native, "normal", (4, 250_000), KEY)
     differ = int((got != want).sum())
     print(f"normals: {differ} of {got.numel()} differ")
     assert differ == 0
@@ -59,8 +60,8 @@ def test_a_million_normals_are_native_s_to_the_bit(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", ["uniform", "rademacher"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_other_noise_is_native_s_to_the_bit(shape: tuple[int, ...], kind: str) -> None:
-    got = triton.backend.fill(kind, shape, KEY.fields(), CPU)
-    assert torch.equal(got, native.backend.fill(kind, shape, KEY.fields(), CPU))
+    got = filled(triton.backend, kind, shape, KEY)
+    assert torch.equal(got, filled(native, kind, shape, KEY))
 
 
 def close(got: Tensor, want: Tensor, relative: float = tolerances.FP32_RELATIVE) -> None:
@@ -79,18 +80,18 @@ def sum_rounding(shape: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_update(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, score = torch.randn(shape), torch.randn(shape).to(dtype)
-    key = KEY.fields()
+    key = KEY
     table = torch.tensor([[1.0, 0.5, 0.7], [0.9, 0.2, 0.3], [0.9, 0.2, 0.0]])
     earlier = (*key[:2], key[2] - 2, key[3])
     for c in (0.3, 0.0):
         got, want = torch.empty(shape), torch.empty(shape)
         triton.backend.affine_step(got, x, score, 0.9, 0.2, c, key)
-        native.backend.affine_step(want, x, score, 0.9, 0.2, c, key)
+        native.affine_step(want, x, score, 0.9, 0.2, c, key)
         close(got, want)
     for t in range(3):
         step = torch.full((), t)
         triton.backend.table_step(got, x, score, table, step, earlier)
-        native.backend.table_step(want, x, score, table, step, earlier)
+        native.table_step(want, x, score, table, step, earlier)
         close(got, want)
 
 
@@ -101,8 +102,8 @@ def test_lines_of_samples_and_known_elements(shape: tuple[int, ...], dtype: torc
     for table, mask in lines_and_masks(shape):
         given = None if mask is None else known
         got, want = torch.empty(shape), torch.empty(shape)
-        for out, backend in ((got, triton.backend), (want, native.backend)):
-            backend.table_step(out, x, score, table, None, KEY.fields(), given, mask)
+        for out, backend in ((got, triton.backend), (want, native)):
+            backend.table_step(out, x, score, table, None, KEY, given, mask)
         close(got, want)
 
 
@@ -110,7 +111,7 @@ def test_past_the_table_the_state_is_nan() -> None:
     x, table = torch.ones(2, 5), torch.ones(2, 3)
     for t in (-1, 2):
         out = torch.zeros(2, 5)
-        triton.backend.table_step(out, x, x, table, torch.full((), t), KEY.fields())
+        triton.backend.table_step(out, x, x, table, torch.full((), t), KEY)
         assert out.isnan().all()
 
 
@@ -119,7 +120,7 @@ def test_past_the_table_the_state_is_nan() -> None:
 def test_denoising_score_matching(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, score = torch.randn(shape), torch.randn(shape).to(dtype)
     sigma, weight = torch.rand(shape[0]) + 0.1, torch.rand(shape[0])
-    ours, theirs, key = triton.backend, native.backend, KEY.fields()
+    ours, theirs, key = triton.backend, native, KEY
     close(ours.perturb(x, sigma, key), theirs.perturb(x, sigma, key))
     for w in (None, weight):
         close(
@@ -142,7 +143,7 @@ def test_denoising_score_matching(shape: tuple[int, ...], dtype: torch.dtype) ->
 def test_probes(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     x, factor = torch.randn(shape), torch.rand(shape[0]) + 0.1
     a, b = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    ours, theirs, key = triton.backend, native.backend, KEY.fields()
+    ours, theirs, key = triton.backend, native, KEY
     for second, differences in ((None, False), (b, False), (b, True)):
         got = ours.probe_sums(kind, a, second, differences, key)
         want = theirs.probe_sums(kind, a, second, differences, key)
@@ -155,9 +156,9 @@ def test_probes(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
 def test_empty_batches() -> None:
     for shape in ((0, 3), (3, 0)):
         x, sigma = torch.zeros(shape), torch.ones(shape[0])
-        assert triton.backend.fill("words", shape, KEY.fields(), CPU).shape == shape
-        assert triton.backend.perturb(x, sigma, KEY.fields()).shape == shape
-        loss = triton.backend.dsm_loss(x, sigma, None, KEY.fields(), False)[0]
+        assert filled(triton.backend, "words", shape, KEY).shape == shape
+        assert triton.backend.perturb(x, sigma, KEY).shape == shape
+        loss = triton.backend.dsm_loss(x, sigma, None, KEY, False)[0]
         assert torch.equal(loss, torch.zeros(shape[0]))
 
 
