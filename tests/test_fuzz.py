@@ -428,7 +428,8 @@ def _dsm_loss(draw: Draw) -> Arguments:
         made["weighting"] = tensor(positive(draw, len(x)))
     if draw(st.booleans()):
         made["labels"] = tensor(torch.zeros(len(x), dtype=torch.int64))
-    return {**made, "reduction": one_of(draw, *REDUCTIONS), "return_per_level": flag(draw)}
+    made["return_per_level"] = Argument(draw(st.booleans()), "fixed")
+    return {**made, "reduction": one_of(draw, *REDUCTIONS)}
 
 
 @target("sliced_score_loss", sk.sliced_score_loss, "losses")

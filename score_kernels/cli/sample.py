@@ -162,7 +162,7 @@ class _Run:
 
     def complete(self, ranks: Ranks, overwrite: bool, progress: bool) -> dict[str, Any]:
         """Make what is missing, on all ranks, and return the manifest."""
-        if len(set(ranks.gathered((self.checksum, self.count)))) > 1:
+        if len(set(ranks.all_gather((self.checksum, self.count)))) > 1:
             raise ValueError("the processes have different checkpoints, arguments or versions")
         known = _on_first(ranks, self.prepare, overwrite)
         mine = self.shards[ranks.rank :: ranks.size]
@@ -289,7 +289,7 @@ def _on_all(ranks: Ranks, work: Callable[..., Any], *arguments: Any) -> list[Any
         result: Any = work(*arguments)
     except Exception as error:
         result = error
-    results = ranks.gathered(result)
+    results = ranks.all_gather(result)
     for one in results:
         if isinstance(one, Exception):
             raise one
