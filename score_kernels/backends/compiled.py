@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels.backends import reference
-from score_kernels.backends.reference import apart
+from score_kernels.backends.reference import Reference, apart
 from score_kernels.noise import Key
 
 # The numbers of sk::Kind and sk::Dtype in csrc/args.h.
@@ -38,15 +37,13 @@ KERNELS = {
 }
 
 
-class CompiledBackend:
+class CompiledBackend(Reference):
     """The functions of a Backend over `kernels`, a module that takes addresses.
 
     A subclass says on which device and stream a tensor's kernels run (the module's last arguments),
     and in which dtype the gradient of a half-precision score is written.
     """
 
-    name: str
-    capturable: bool
     device_type: str
 
     def __init__(self, module: str) -> None:
@@ -59,7 +56,7 @@ class CompiledBackend:
             self._why = f"{module} was not built or does not load ({error})"
         for function, kernel in KERNELS.items():
             if self.kernels is not None and not hasattr(self.kernels, kernel):
-                setattr(self, function, getattr(reference.backend, function))
+                setattr(self, function, getattr(super(), function))
         self._affine_step: Any = getattr(self.kernels, "affine_step", None)
 
     def unavailable(self) -> str | None:

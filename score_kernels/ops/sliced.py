@@ -112,10 +112,10 @@ def ssm_reduce(
     _check_probe("s", s, noise, probe)
     _check_like("g", g, "s", s)
     if direct(g, s):
-        return _reduce(_probe_sums, g, s, noise, probe, variance_reduced)
+        return _objective(_probe_sums, s, g, None, noise, probe, variance_reduced)
     if transformed():
         return _formula(wide(g), wide(s), noise, probe, variance_reduced)
-    return apply(_Reduce, g, s, noise, probe, variance_reduced)
+    return apply(_Objective, s, g, None, noise, probe, variance_reduced)
 
 
 def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tensor:
@@ -173,12 +173,12 @@ def fd_reduce(
     _check_like("below", below, "above", above)
     checks.per_sample("step", step, above, state_dtype(above))
     if direct(above, below, step):
-        return _difference(_probe_sums, above, below, step, noise, probe, variance_reduced)
+        return _objective(_probe_sums, above, below, step, noise, probe, variance_reduced)
     if transformed():
         above, below = wide(above), wide(below)
         g = (above - below) / expand_like(2 * step, above)
         return _formula(g, 0.5 * (above + below), noise, probe, variance_reduced)
-    return apply(_Difference, above, below, step, noise, probe, variance_reduced)
+    return apply(_Objective, above, below, step, noise, probe, variance_reduced)
 
 
 def _formula(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -> Tensor:
@@ -206,27 +206,33 @@ Sums = Callable[[str, Tensor, Tensor | None, bool, Key], Tensor]
 
 
 def _dot(sums_of: Sums, s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
-    sums = sums_of(_KINDS[probe], s, None, False, noise)
-    along = sums.select(0, 1)
-    return along if probe != "sphere" else along * _radius(sums, s)
+    return _along(sums_of(_KINDS[probe], s, None, False, noise), 1, s, probe)
 
 
-def _radius(sums: Tensor, like: Tensor) -> Tensor:
-    """The factor per sample that takes a normal probe to the sphere of radius sqrt(D)."""
-    return (math.prod(like.shape[1:]) / sums.select(0, 0)).sqrt()
+def _along(sums: Tensor, index: int, like: Tensor, probe: str) -> Tensor:
+    """A sum of the kernel's probe with something, for the probe asked for."""
+    along = sums.select(0, index)
+    if probe != "sphere" or not like.numel():
+        return along
+    return along * (math.prod(like.shape[1:]) / sums.select(0, 0)).sqrt()
 
 
-def _half_square(sums: Tensor, like: Tensor, probe: str, reduced: bool) -> Tensor:
-    """``||s||^2``, or ``(v . s)^2``, of which the objective has a half."""
-    if reduced:
-        return sums.select(0, 3)
-    along = sums.select(0, 1)
-    return (along if probe != "sphere" else along * _radius(sums, like)).square()
-
-
-def _along_b(sums: Tensor, like: Tensor, probe: str) -> Tensor:
-    along = sums.select(0, 2)
-    return along if probe != "sphere" else along * _radius(sums, like)
+def _objective(
+    sums_of: Sums,
+    a: Tensor,
+    b: Tensor,
+    step: Tensor | None,
+    noise: NoiseKey,
+    probe: str,
+    reduced: bool,
+) -> Tensor:
+    """ssm_reduce of s = a and g = b or, with a step, fd_reduce of above = a and below = b."""
+    sums = sums_of(_KINDS[probe], a, b, step is not None, noise)
+    along = _along(sums, 2, a, probe)
+    if step is not None:
+        along = along / (2 * step)
+    squares = sums.select(0, 3) if reduced else _along(sums, 1, a, probe).square()
+    return along.add(squares, alpha=0.5)
 
 
 def _factor(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
@@ -242,38 +248,9 @@ def _scale(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tens
     return _scale_op(_KINDS[probe], _factor(g, shape, noise, probe), shape, noise)
 
 
-def _reduce(
-    sums_of: Sums, g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool
-) -> Tensor:
-    sums = sums_of(_KINDS[probe], s, g, False, noise)
-    return _along_b(sums, s, probe).add(_half_square(sums, s, probe, reduced), alpha=0.5)
-
-
 def _pair(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
     factor = _factor(step, x.shape, noise, probe)
     return _shift_op(_KINDS[probe], x, factor, noise).flatten(0, 1)
-
-
-def _difference(
-    sums_of: Sums,
-    above: Tensor,
-    below: Tensor,
-    step: Tensor,
-    noise: NoiseKey,
-    probe: str,
-    reduced: bool,
-) -> Tensor:
-    sums = sums_of(_KINDS[probe], above, below, True, noise)
-    along = _along_b(sums, above, probe) / (2 * step)
-    return along.add(_half_square(sums, above, probe, reduced), alpha=0.5)
-
-
-def _grad_of_half_square(grad: Tensor, s: Tensor, ctx: Any) -> Tensor:
-    """Of ``1/2 ||s||^2``, or of ``1/2 (v . s)^2``, by s."""
-    if ctx.variance_reduced:
-        return grad.view(-1, *[1] * (s.dim() - 1)) * s
-    along = probe_dot(s, ctx.noise, probe=ctx.probe)
-    return probe_scale(grad * along, s.shape, ctx.noise, probe=ctx.probe)
 
 
 class _Dot(torch.autograd.Function):
@@ -299,21 +276,34 @@ class _Scale(torch.autograd.Function):
         return probe_dot(grad, ctx.noise, probe=ctx.probe), None, None, None
 
 
-class _Reduce(torch.autograd.Function):
+class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, s: Tensor, noise: NoiseKey, probe: str, variance_reduced: bool
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        step: Tensor | None,
+        noise: NoiseKey,
+        probe: str,
+        reduced: bool,
     ) -> Tensor:
-        ctx.noise, ctx.probe, ctx.variance_reduced = noise, probe, variance_reduced
-        ctx.save_for_backward(s)
-        return _reduce(_sums_op, g, s, noise, probe, variance_reduced)
+        ctx.noise, ctx.probe, ctx.reduced = noise, probe, reduced
+        ctx.save_for_backward(a, None if step is None else b, step)
+        return _objective(_sums_op, a, b, step, noise, probe, reduced)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (s,) = ctx.saved_tensors
-        to_g = probe_scale(grad, s.shape, ctx.noise, probe=ctx.probe)
-        to_s = _grad_of_half_square(grad, s, ctx)
-        return to_g.to(s.dtype), to_s.to(s.dtype), None, None, None
+        a, b, step = ctx.saved_tensors
+        s = a if step is None else 0.25 * (a + b)
+        if ctx.reduced:
+            to_s = grad.view(-1, *[1] * (s.dim() - 1)) * s
+        else:
+            along = probe_dot(s, ctx.noise, probe=ctx.probe)
+            to_s = probe_scale(grad * along, s.shape, ctx.noise, probe=ctx.probe)
+        scale = grad if step is None else grad / (2 * step)
+        to_g = probe_scale(scale, s.shape, ctx.noise, probe=ctx.probe)
+        to_a, to_b = (to_s, to_g) if step is None else (to_s + to_g, to_s - to_g)
+        return to_a.to(a.dtype), to_b.to(a.dtype), None, None, None, None
 
 
 class _Pair(torch.autograd.Function):
@@ -325,30 +315,6 @@ class _Pair(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         above, below = grad.chunk(2)
         return above + below, None, None, None
-
-
-class _Difference(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        above: Tensor,
-        below: Tensor,
-        step: Tensor,
-        noise: NoiseKey,
-        probe: str,
-        variance_reduced: bool,
-    ) -> Tensor:
-        ctx.noise, ctx.probe, ctx.variance_reduced = noise, probe, variance_reduced
-        ctx.save_for_backward(above, below, step)
-        return _difference(_sums_op, above, below, step, noise, probe, variance_reduced)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        above, below, step = ctx.saved_tensors
-        to_g = probe_scale(grad / (2 * step), above.shape, ctx.noise, probe=ctx.probe)
-        to_s = _grad_of_half_square(grad, 0.25 * (above + below), ctx)
-        to = above.dtype
-        return (to_s + to_g).to(to), (to_s - to_g).to(to), None, None, None, None
 
 
 def _probe_sums(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels.backends.reference import apart
+from score_kernels.backends.reference import Reference, apart
 from score_kernels.noise import Key
 
 # Rows times quads of a tile, and the warps that share it: a thread has 32 elements, the four of a
@@ -42,7 +42,7 @@ def _search() -> str | None:
     return "torch sees no GPU"
 
 
-class Triton:
+class Triton(Reference):
     """Triton on the tensors of a GPU, or on a CPU's in its interpreter (TRITON_INTERPRET=1)."""
 
     name = "triton"
