@@ -81,3 +81,17 @@ def test_a_struct_and_a_kernel_make_an_op(csrc: Path) -> None:
     module.toy(*pointers.values(), 0, 70)
     with pytest.raises(ValueError, match="scale: got a tensor whose memory was freed"):
         module.toy(**{**pointers, "scale": 0}, rows=3, elements=70)
+
+
+def test_seeds_are_signed_or_unsigned() -> None:
+    kernels = pytest.importorskip("score_kernels._cpu")
+    made = []
+    for seed in (2**63 + 5, 5 - 2**63):
+        out = torch.empty(1, 64)
+        kernels.fill(
+            out.data_ptr(), *out.shape, kind=1, seed=seed, purpose=3, draw=0, first_sample=0
+        )
+        made.append(out)
+    assert torch.equal(*made)
+    with pytest.raises(TypeError):
+        kernels.fill(0, 0, 0, kind=1, seed=0.5, purpose=3, draw=0, first_sample=0)
