@@ -1,8 +1,9 @@
-"""An op is stated once: a copy of csrc with a new struct and a new kernel has a new function."""
+"""An op is stated once: the files of CONTRIBUTING's list, in a copy, make a new one."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -11,21 +12,26 @@ import pytest
 import torch
 from fibers.build import COMPILER, load_module, run
 
-CSRC = Path(__file__).parents[1] / "csrc"
+from score_kernels import NoiseKey
+
+ROOT = Path(__file__).parents[1]
+CSRC, PACKAGE = ROOT / "csrc", ROOT / "score_kernels"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
 
 ARGS = """
-// out = scale x, scale per row.
+// out = scale x, scale per row; the key is there as in every op.
 struct ToyArgs {
   float* out;
   const float* x;
   const float* scale;
   uint64_t rows, elements;
+  NoiseKey key;
 
   static constexpr auto fields() {
     using A = ToyArgs;
     return std::tuple_cat(field<&A::out>("out"), field<&A::x>("x"), field<&A::scale>("scale"),
-                          field<&A::rows>("rows"), field<&A::elements>("elements"));
+                          field<&A::rows>("rows"), field<&A::elements>("elements"),
+                          key_fields<&A::key>());
   }
 };
 
@@ -49,6 +55,70 @@ void toy(const ToyArgs& args) {
 
 }  // namespace SK_ISA
 }  // namespace sk
+"""
+
+# File, the text before which the op's part goes, and that part.
+PYTHON = [
+    (
+        "backends/reference.py",
+        "    def perturb(",
+        """
+    def toy(self, x: Tensor, scale: Tensor, key: Key) -> Tensor:
+        return _per_sample(scale, x) * x
+
+""",
+    ),
+    ("backends/compiled.py", '    "perturb": "perturb",', '    "toy": "toy",\n'),
+    (
+        "backends/compiled.py",
+        "    def perturb(",
+        """
+    def toy(self, x: Tensor, scale: Tensor, key: Key) -> Tensor:
+        out = torch.empty_like(x)
+        addresses = out.data_ptr(), x.data_ptr(), scale.data_ptr()
+        self.kernels.toy(*addresses, *_sizes(x), *key, *self.device_and_stream(x.device))
+        return out
+
+""",
+    ),
+    ("ops/dsm.py", '"dsm_loss_from_score", "perturb"]', '"toy", '),
+    (
+        "ops/dsm.py",
+        "def perturb(",
+        """
+def toy(x: Tensor, scale: Tensor, noise: NoiseKey) -> Tensor:
+    return _toy(x, scale, noise) if direct(x, scale) else _toy_op(x, scale, noise)
+
+
+def _toy(x: Tensor, scale: Tensor, key: Key) -> Tensor:
+    return choose(x.device, x.dtype).toy(x.contiguous(), scale.contiguous(), key)
+
+
+_toy_op = register(f"toy(Tensor x, Tensor scale, {KEY_SCHEMA}) -> Tensor", _toy, new_like)
+
+
+""",
+    ),
+]
+USE = """
+import torch
+import score_kernels as sk
+from score_kernels import NoiseKey, ops
+from score_kernels.backends.compiled import native
+
+assert sk.__file__.startswith({folder!r}), sk.__file__
+assert not hasattr(native.kernels, "perturb")
+key, scale = NoiseKey(3), torch.rand(5)
+for x in (torch.randn(5, 7), torch.randn(5, 7).double()):
+    want = scale[:, None] * x
+    torch.testing.assert_close(ops.toy(x, scale.to(x.dtype), key), want)
+x = torch.randn(5, 7)
+compiled = torch.compile(lambda x: ops.toy(x, scale, key), fullgraph=True, backend="eager")
+torch.testing.assert_close(compiled(x), scale[:, None] * x)
+# What the module lacks comes from the reference.
+z = ops.perturb(x, scale, key)
+with sk.use_backend("reference"):
+    assert torch.equal(z, ops.perturb(x, scale, key))
 """
 
 
@@ -76,11 +146,21 @@ def test_a_struct_and_a_kernel_make_an_op(csrc: Path) -> None:
     assert not hasattr(module, "fill")
     x, scale, out = torch.randn(3, 70), torch.randn(3), torch.empty(3, 70)
     pointers = {"out": out.data_ptr(), "x": x.data_ptr(), "scale": scale.data_ptr()}
-    module.toy(**pointers, rows=3, elements=70)
+    key = NoiseKey(2**63 + 1)
+    module.toy(*pointers.values(), 3, 70, *key)
     assert torch.equal(out, scale[:, None] * x)
-    module.toy(*pointers.values(), 0, 70)
+    module.toy(*pointers.values(), 0, 70, *key)
     with pytest.raises(ValueError, match="scale: got a tensor whose memory was freed"):
-        module.toy(**{**pointers, "scale": 0}, rows=3, elements=70)
+        module.toy(*{**pointers, "scale": 0}.values(), 3, 70, *key)
+    package = csrc.parent / "score_kernels"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name, before, part in PYTHON:
+        text = (package / name).read_text()
+        assert text.count(before) == 1, (name, before)
+        (package / name).write_text(text.replace(before, part.lstrip("\n") + before))
+    shutil.copy(target, package / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
+    code = USE.format(folder=str(csrc.parent))
+    run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(csrc.parent)!r})\n{code}"])
 
 
 def test_seeds_are_signed_or_unsigned() -> None:
