@@ -2,6 +2,7 @@
 # make test    lint, types, tests
 # make bench   every op and chain against eager and compiled PyTorch, to bench/
 # make stats   a billion normals through statistical tests (five minutes)
+# make stubs   the types of the compiled modules, from the modules
 # make docs    the documentation as a site, in site/
 # make format  Python and C++ in the project's style
 # Each makes .venv by itself when it is missing. PYTHON names the interpreter it is made with.
@@ -12,7 +13,7 @@ EXTRAS := demo,test
 
 CXX_FILES = $(shell git ls-files "*.h" "*.cpp" "*.cu")
 
-.PHONY: demo test lint bench stats docs format clean
+.PHONY: demo test lint bench stats stubs docs format clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.digits --out demo-output
@@ -34,6 +35,10 @@ format: .venv/ready
 
 stats: .venv/ready
 	$(BIN)/python -m tools.noise_statistics --count 1e9
+
+stubs: .venv/ready
+	$(BIN)/stubgen --quiet --inspect-mode -m score_kernels._cpu -m score_kernels._cuda -o .
+	$(BIN)/ruff format --quiet score_kernels/_cpu.pyi score_kernels/_cuda.pyi
 
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

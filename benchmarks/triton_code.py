@@ -110,21 +110,21 @@ KERNELS = (
         kernels.update.table_kernel,
         (("out", F32), ("x", F32), ("score", F32), ("table", F32), ("step", I64)),
         (("known", None), ("kept", None), ("PER_ROW", False)),
-        "table_kernel<float, true, Nothing>",
+        "table_kernel<float, true, false>",
     ),
     Kernel(
         "step by lines fp32",
         kernels.update.table_kernel,
         (("out", F32), ("x", F32), ("score", F32), ("table", F32)),
         (("step", None), ("known", None), ("kept", None), ("PER_ROW", True)),
-        "table_kernel<float, true, Nothing>",
+        "table_kernel<float, true, false>",
     ),
     Kernel(
         "step with known fp32",
         kernels.update.table_kernel,
         (*((p, F32) for p in ("out", "x", "score", "table", "known")), ("kept", U8)),
         (("step", None), ("PER_ROW", False)),
-        "table_kernel<float, true, Known>",
+        "table_kernel<float, true, true>",
     ),
     Kernel(
         "perturb",
@@ -137,14 +137,14 @@ KERNELS = (
     _loss(BF16, "BFloat16"),
     _gradient(F32, "float"),
     _gradient(BF16, "BFloat16"),
-    *_probe("normal", "NormalQuads"),
-    *_probe("rademacher", "RademacherQuads"),
+    *_probe("normal", "NormalMap"),
+    *_probe("rademacher", "RademacherMap"),
     Kernel(
         "normal",
         kernels.fill.fill_kernel,
         (("out", F32),),
         (("KIND", "normal"),),
-        "fill_kernel<NormalQuads, true, float>",
+        "fill_kernel<NormalMap, true, float>",
     ),
 )
 

@@ -41,12 +41,16 @@ constexpr auto optional(const char* name) {
 }
 
 template <auto kKey>
-constexpr auto fields_of_key() {
+constexpr auto key_fields() {
   return std::tuple_cat(std::make_tuple(Field<Rule::kBits, kKey, &NoiseKey::seed>{"seed"}),
                         field<kKey, &NoiseKey::purpose>("purpose"),
                         field<kKey, &NoiseKey::draw>("draw"),
                         field<kKey, &NoiseKey::first_sample>("first_sample"));
 }
+
+// In a struct that is called A.
+#define SK_FIELD(name) field<&A::name>(#name)
+#define SK_OPTIONAL(name) optional<&A::name>(#name)
 
 // Materialised noise. `out` is int64 for words, fp32 otherwise.
 struct FillArgs {
@@ -57,9 +61,8 @@ struct FillArgs {
 
   static constexpr auto fields() {
     using A = FillArgs;
-    return std::tuple_cat(field<&A::out>("out"), field<&A::rows>("rows"),
-                          field<&A::elements>("elements"), field<&A::kind>("kind"),
-                          fields_of_key<&A::key>());
+    return std::tuple_cat(SK_FIELD(out), SK_FIELD(rows), SK_FIELD(elements), SK_FIELD(kind),
+                          key_fields<&A::key>());
   }
 };
 
@@ -75,10 +78,9 @@ struct AffineArgs {
 
   static constexpr auto fields() {
     using A = AffineArgs;
-    return std::tuple_cat(field<&A::out>("out"), field<&A::x>("x"), field<&A::score>("score"),
-                          field<&A::score_dtype>("score_dtype"), field<&A::rows>("rows"),
-                          field<&A::elements>("elements"), field<&A::a>("a"), field<&A::b>("b"),
-                          field<&A::c>("c"), fields_of_key<&A::key>());
+    return std::tuple_cat(SK_FIELD(out), SK_FIELD(x), SK_FIELD(score), SK_FIELD(score_dtype),
+                          SK_FIELD(rows), SK_FIELD(elements), SK_FIELD(a), SK_FIELD(b), SK_FIELD(c),
+                          key_fields<&A::key>());
   }
 };
 
@@ -104,12 +106,10 @@ struct TableArgs {
 
   static constexpr auto fields() {
     using A = TableArgs;
-    return std::tuple_cat(
-        field<&A::out>("out"), field<&A::x>("x"), field<&A::score>("score"),
-        field<&A::score_dtype>("score_dtype"), field<&A::rows>("rows"),
-        field<&A::elements>("elements"), field<&A::table>("table"), optional<&A::step>("step"),
-        field<&A::lines>("lines"), field<&A::columns>("columns"), field<&A::per_row>("per_row"),
-        optional<&A::known>("known"), optional<&A::mask>("mask"), fields_of_key<&A::key>());
+    return std::tuple_cat(SK_FIELD(out), SK_FIELD(x), SK_FIELD(score), SK_FIELD(score_dtype),
+                          SK_FIELD(rows), SK_FIELD(elements), SK_FIELD(table), SK_OPTIONAL(step),
+                          SK_FIELD(lines), SK_FIELD(columns), SK_FIELD(per_row), SK_OPTIONAL(known),
+                          SK_OPTIONAL(mask), key_fields<&A::key>());
   }
 };
 
@@ -123,9 +123,8 @@ struct PerturbArgs {
 
   static constexpr auto fields() {
     using A = PerturbArgs;
-    return std::tuple_cat(field<&A::out>("out"), field<&A::x>("x"), field<&A::sigma>("sigma"),
-                          field<&A::rows>("rows"), field<&A::elements>("elements"),
-                          fields_of_key<&A::key>());
+    return std::tuple_cat(SK_FIELD(out), SK_FIELD(x), SK_FIELD(sigma), SK_FIELD(rows),
+                          SK_FIELD(elements), key_fields<&A::key>());
   }
 };
 
@@ -147,12 +146,10 @@ struct DsmArgs {
 
   static constexpr auto fields() {
     using A = DsmArgs;
-    return std::tuple_cat(optional<&A::loss>("loss"), optional<&A::gradient>("gradient"),
-                          optional<&A::partial>("partial"), field<&A::score>("score"),
-                          field<&A::score_dtype>("score_dtype"), field<&A::sigma>("sigma"),
-                          optional<&A::weight>("weight"), optional<&A::upstream>("upstream"),
-                          field<&A::rows>("rows"), field<&A::elements>("elements"),
-                          fields_of_key<&A::key>());
+    return std::tuple_cat(SK_OPTIONAL(loss), SK_OPTIONAL(gradient), SK_OPTIONAL(partial),
+                          SK_FIELD(score), SK_FIELD(score_dtype), SK_FIELD(sigma),
+                          SK_OPTIONAL(weight), SK_OPTIONAL(upstream), SK_FIELD(rows),
+                          SK_FIELD(elements), key_fields<&A::key>());
   }
 };
 
@@ -175,11 +172,10 @@ struct ProbeArgs {
 
   static constexpr auto fields() {
     using A = ProbeArgs;
-    return std::tuple_cat(
-        field<&A::out>("out"), optional<&A::partial>("partial"), field<&A::kind>("kind"),
-        optional<&A::a>("a"), optional<&A::b>("b"), field<&A::dtype>("dtype"),
-        field<&A::differences>("differences"), optional<&A::factor>("factor"), optional<&A::x>("x"),
-        field<&A::rows>("rows"), field<&A::elements>("elements"), fields_of_key<&A::key>());
+    return std::tuple_cat(SK_FIELD(out), SK_OPTIONAL(partial), SK_FIELD(kind), SK_OPTIONAL(a),
+                          SK_OPTIONAL(b), SK_FIELD(dtype), SK_FIELD(differences),
+                          SK_OPTIONAL(factor), SK_OPTIONAL(x), SK_FIELD(rows), SK_FIELD(elements),
+                          key_fields<&A::key>());
   }
 };
 

@@ -59,9 +59,7 @@ void bind(pybind11::module_& m, const char* name, const Run& run) {
           (require(args, std::get<decltype(fields)>(kFields)), ...);
           run(args);
         },
-        // Integers are not made from anything else, floats may be made from integers.
-        pybind11::arg(fields.name)
-            .noconvert(!std::is_floating_point_v<TypeOf<Args, decltype(fields)>>)...);
+        pybind11::arg(fields.name).noconvert()...);
   };
   std::apply(define, kFields);
 }

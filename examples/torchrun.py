@@ -54,7 +54,7 @@ def main() -> None:
         seed=0,
         first_sample=ranks.rank * share,
     )
-    all_of_them = torch.cat(ranks.gathered(x))[: arguments.samples]
+    all_of_them = torch.cat(ranks.all_gather(x))[: arguments.samples]
     if ranks.first:
         plots.save_sheet(arguments.out / "samples.png", all_of_them.clamp(-1, 1))
         last = float(losses[-50:].mean())

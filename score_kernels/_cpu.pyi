@@ -1,17 +1,3 @@
-def isas() -> list[str]: ...
-def isa() -> str: ...
-def set_isa(name: str) -> None: ...
-def openmp_threads() -> int: ...
-def fill(
-    out: int,
-    rows: int,
-    elements: int,
-    kind: int,
-    seed: int,
-    purpose: int,
-    draw: int,
-    first_sample: int,
-) -> None: ...
 def affine_step(
     out: int,
     x: int,
@@ -22,36 +8,6 @@ def affine_step(
     a: float,
     b: float,
     c: float,
-    seed: int,
-    purpose: int,
-    draw: int,
-    first_sample: int,
-) -> None: ...
-def table_step(
-    out: int,
-    x: int,
-    score: int,
-    score_dtype: int,
-    rows: int,
-    elements: int,
-    table: int,
-    step: int,
-    lines: int,
-    columns: int,
-    per_row: bool,
-    known: int,
-    mask: int,
-    seed: int,
-    purpose: int,
-    draw: int,
-    first_sample: int,
-) -> None: ...
-def perturb(
-    out: int,
-    x: int,
-    sigma: int,
-    rows: int,
-    elements: int,
     seed: int,
     purpose: int,
     draw: int,
@@ -73,6 +29,30 @@ def dsm(
     draw: int,
     first_sample: int,
 ) -> None: ...
+def fill(
+    out: int,
+    rows: int,
+    elements: int,
+    kind: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None: ...
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def openmp_threads() -> int: ...
+def perturb(
+    out: int,
+    x: int,
+    sigma: int,
+    rows: int,
+    elements: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None: ...
 def probe(
     out: int,
     partial: int,
@@ -85,6 +65,26 @@ def probe(
     x: int,
     rows: int,
     elements: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+) -> None: ...
+def set_isa(name: str) -> None: ...
+def table_step(
+    out: int,
+    x: int,
+    score: int,
+    score_dtype: int,
+    rows: int,
+    elements: int,
+    table: int,
+    step: int,
+    lines: int,
+    columns: int,
+    per_row: bool,
+    known: int,
+    mask: int,
     seed: int,
     purpose: int,
     draw: int,

@@ -1,19 +1,5 @@
 archs: str
 
-def devices() -> tuple[int, str]: ...
-def partials(elements: int) -> int: ...
-def fill(
-    out: int,
-    rows: int,
-    elements: int,
-    kind: int,
-    seed: int,
-    purpose: int,
-    draw: int,
-    first_sample: int,
-    device: int,
-    stream: int,
-) -> None: ...
 def affine_step(
     out: int,
     x: int,
@@ -31,40 +17,7 @@ def affine_step(
     device: int,
     stream: int,
 ) -> None: ...
-def table_step(
-    out: int,
-    x: int,
-    score: int,
-    score_dtype: int,
-    rows: int,
-    elements: int,
-    table: int,
-    step: int,
-    lines: int,
-    columns: int,
-    per_row: bool,
-    known: int,
-    mask: int,
-    seed: int,
-    purpose: int,
-    draw: int,
-    first_sample: int,
-    device: int,
-    stream: int,
-) -> None: ...
-def perturb(
-    out: int,
-    x: int,
-    sigma: int,
-    rows: int,
-    elements: int,
-    seed: int,
-    purpose: int,
-    draw: int,
-    first_sample: int,
-    device: int,
-    stream: int,
-) -> None: ...
+def devices() -> tuple[int, str]: ...
 def dsm(
     loss: int,
     gradient: int,
@@ -74,6 +27,32 @@ def dsm(
     sigma: int,
     weight: int,
     upstream: int,
+    rows: int,
+    elements: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def fill(
+    out: int,
+    rows: int,
+    elements: int,
+    kind: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def partials(elements: int) -> int: ...
+def perturb(
+    out: int,
+    x: int,
+    sigma: int,
     rows: int,
     elements: int,
     seed: int,
@@ -95,6 +74,27 @@ def probe(
     x: int,
     rows: int,
     elements: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def table_step(
+    out: int,
+    x: int,
+    score: int,
+    score_dtype: int,
+    rows: int,
+    elements: int,
+    table: int,
+    step: int,
+    lines: int,
+    columns: int,
+    per_row: bool,
+    known: int,
+    mask: int,
     seed: int,
     purpose: int,
     draw: int,

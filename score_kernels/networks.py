@@ -1,13 +1,10 @@
-"""Small score networks for demonstrations and tests; bring your own for anything larger.
+"""Small score networks for demonstrations and tests.
 
-Both follow the library's protocol: `net(x, sigma)` with `x` `[B, ...]` and `sigma` `[B]` (float32,
-on `x`'s device) returns the score `grad_x log p_sigma(x)`, in `x`'s shape. Nothing in them mixes
-the samples of a batch, so a sample never depends on which others it is computed with.
+Both are called as ``net(x, sigma)``, x ``[B, ...]`` and sigma ``[B]`` float32, and return the score
+``grad_x log p_sigma(x)`` in x's shape. A sample never depends on the others of its batch.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -21,33 +18,28 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Soft
 
 
 class MLPScore(nn.Module):
-    """Fully connected score network, for points and for images small enough to be flattened.
+    """Fully connected score network, for points and small images.
 
-    With `conditional=True` the network `f` sees the scaled input `x / sqrt(sigma^2 + d^2)` and an
-    embedding of `log sigma`, and the score is the exact one of `N(0, (sigma^2 + d^2) I)` plus what
-    the network adds to it, `d` being `data_std`:
+    With `conditional` a network f of ``x / sqrt(sigma^2 + d^2)`` and an embedding of ``log sigma``
+    is added to the score of ``N(0, (sigma^2 + d^2) I)``, d being `data_std`:
 
-        score(x, sigma) = -x / (sigma^2 + d^2) + f * d / (sigma * sqrt(sigma^2 + d^2))
+        score(x, sigma) = -x / (sigma^2 + d^2) + f d / (sigma sqrt(sigma^2 + d^2))
 
-    so that `sigma * score` stays of order one at every noise level (technique 3 of NCSNv2, Song and
-    Ermon 2020, arXiv 2006.09011; the scaling is that of Karras et al. 2022, arXiv 2206.00364). The
-    last layer starts at zero, hence training starts at that Gaussian's score.
-
-    With `conditional=False` the score is `f(x) / sigma`, NCSNv2's form; at `sigma = 1` it is the
-    plain network of the two-dimensional experiments (`depth=2`, `activation="softplus"`).
+    so that ``sigma score`` is of order one at every noise level (technique 3 of NCSNv2, Song and
+    Ermon 2020, arXiv 2006.09011; scaling of Karras et al. 2022, arXiv 2206.00364). f is 0 before
+    training. Otherwise the score is ``f(x) / sigma``, as in NCSNv2.
 
     Args:
-        dim: number of elements of one sample, the product of `x.shape[1:]`.
+        dim: numbers in a sample, the product of ``x.shape[1:]``.
         hidden: width of every hidden layer.
         depth: number of hidden layers.
-        activation: `"silu"` or `"softplus"`; both are smooth, so sliced score matching can
-            differentiate twice.
-        conditional: whether the network is told `sigma`.
-        data_std: `d` above, the standard deviation of one element of the data around 0, in the
-            data's units. Unused when `conditional=False`.
+        activation: "silu" or "softplus": smooth, so that sliced score matching can differentiate
+            twice.
+        conditional: whether sigma is an input of the network.
+        data_std: standard deviation of a number of the data around 0; not used otherwise.
 
     Raises:
-        ValueError: for a size or `data_std` that is not positive, or an unknown `activation`.
+        ValueError: a size or data_std is not positive, or the activation unknown.
     """
 
     def __init__(
@@ -61,7 +53,7 @@ class MLPScore(nn.Module):
         data_std: float = 1.0,
     ) -> None:
         super().__init__()
-        _require_positive(dim=dim, hidden=hidden, depth=depth, data_std=data_std)
+        _check(data_std, dim=dim, hidden=hidden, depth=depth)
         checks.choice("activation", activation, _ACTIVATIONS)
         self.dim = dim
         self.conditional = conditional
@@ -77,17 +69,12 @@ class MLPScore(nn.Module):
             _zero(self.last)
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score of `x` `[B, ...]` at noise level `sigma` `[B]`, in `x`'s shape.
-
-        Raises:
-            ValueError: if a sample of `x` has not `dim` elements, or `sigma` is not `[B]`.
-        """
+        """Score of x ``[B, ...]`` at noise levels sigma ``[B]``."""
         checks.sigma(sigma, x)
         flat = x.flatten(1)
         if flat.shape[1] != self.dim:
             raise ValueError(
-                f"x: got shape {tuple(x.shape)}, {flat.shape[1]} elements a sample, expected "
-                f"dim={self.dim} of them"
+                f"x: got shape {tuple(x.shape)}, expected samples of dim={self.dim} numbers"
             )
         if not self.conditional:
             return (self._body(flat, None) / sigma[:, None]).reshape(x.shape)
@@ -105,35 +92,28 @@ class MLPScore(nn.Module):
 
 
 class ConvScore(nn.Module):
-    """Small convolutional score network (a U-Net) for images of any height and width.
+    """Small U-Net for images of any height and width.
 
-    `levels` resolutions, each half the one before (rounded up, so odd sizes work), with one
-    residual block of two 3x3 convolutions at each on the way down and on the way up, normalisation
-    over groups of 8 channels, and an embedding of `log sigma` that scales and shifts the channels
-    of every block. Input and output are scaled as in :class:`MLPScore`, so the untrained network is
-    the score of `N(0, (sigma^2 + data_std^2) I)`.
+    `levels` resolutions, each half the one before (rounded up), with one residual block of two 3x3
+    convolutions at each on the way down and on the way up, normalised over groups of 8 channels. An
+    embedding of ``log sigma`` scales and shifts the channels of every block. Input and output are
+    scaled as in :class:`MLPScore`.
 
     Args:
         channels: channels of the image.
         width: channels of the first resolution, a multiple of 8; each lower one has twice as many.
-        levels: number of resolutions, 1 for a net without downsampling.
-        data_std: standard deviation of one element of the data around 0, in the data's units.
+        levels: number of resolutions.
+        data_std: standard deviation of a number of the data around 0.
 
     Raises:
-        ValueError: for a size or `data_std` that is not positive, or a `width` that 8 does not
-            divide.
+        ValueError: a size or data_std is not positive, or width not a multiple of 8.
     """
 
     def __init__(
-        self,
-        channels: int = 1,
-        width: int = 32,
-        *,
-        levels: int = 2,
-        data_std: float = 1.0,
+        self, channels: int = 1, width: int = 32, *, levels: int = 2, data_std: float = 1.0
     ) -> None:
         super().__init__()
-        _require_positive(channels=channels, width=width, levels=levels, data_std=data_std)
+        _check(data_std, channels=channels, width=width, levels=levels)
         if width % 8:
             raise ValueError(f"width: got {width}, expected a multiple of 8, the size of a group")
         self.channels = channels
@@ -152,11 +132,7 @@ class ConvScore(nn.Module):
         _zero(self.last)
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score of `x` `[B, channels, H, W]` at noise level `sigma` `[B]`, in `x`'s shape.
-
-        Raises:
-            ValueError: if `x` is not `[B, channels, H, W]`, or `sigma` is not `[B]`.
-        """
+        """Score of x ``[B, channels, H, W]`` at noise levels sigma ``[B]``."""
         checks.sigma(sigma, x)
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(
@@ -179,7 +155,7 @@ class ConvScore(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a skip; the embedding scales and shifts the channels between."""
+    """Two 3x3 convolutions beside a skip; the embedding scales and shifts channels in between."""
 
     def __init__(self, c_in: int, c_out: int, features: int) -> None:
         super().__init__()
@@ -189,7 +165,7 @@ class _ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(c_out // 8, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        # A block that starts as the identity keeps the first steps of training calm.
+        # Blocks begin as the identity: the first steps of training stay small.
         _zero(self.conv2)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -200,14 +176,14 @@ class _ResidualBlock(nn.Module):
 
 
 class _SigmaEmbedding(nn.Module):
-    """`sigma` `[B]` to `[B, features]`: sines and cosines of `log sigma`, then two layers."""
+    """Sines and cosines of log sigma `[B]`, then two layers: `[B, features]`."""
 
     frequencies: Tensor
 
     def __init__(self, features: int, *, waves: int = 16) -> None:
         super().__init__()
-        # Periods from about 60 to 0.6 in log sigma: the longest orders all levels of a schedule,
-        # the shortest tells neighbouring ones apart.
+        # Periods from about 60 to 0.6 in log sigma: the longest distinguishes all levels of a
+        # schedule, the shortest neighbouring ones.
         frequencies = 0.1 * torch.logspace(0, 2, waves)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.net = nn.Sequential(
@@ -220,20 +196,19 @@ class _SigmaEmbedding(nn.Module):
 
 
 def _scalings(x: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of the network's input, of `x` and of the network's output in the score."""
+    """Factors of the network's input, and of x and the network's output in the score."""
     sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
     variance = sigma.square() + data_std**2
     scale = variance.rsqrt()
     return scale, -1 / variance, data_std * scale / sigma
 
 
-def _require_positive(**sizes: float) -> None:
-    for name, value in sizes.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: got {value}, expected a positive number")
+def _check(data_std: float, **sizes: int) -> None:
+    checks.positive("data_std", data_std)
+    for name, size in sizes.items():
+        checks.count(name, size, least=1)
 
 
-def _zero(layer: nn.Linear | nn.Conv2d) -> None:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

@@ -66,7 +66,7 @@ def train(path: Path, steps: int, loss: str, accumulate: int, die: int | None) -
             progress=False,
         )
         weights = torch.cat([p.detach().flatten() for p in net.parameters()])
-        equal = [torch.equal(weights, other) for other in ranks.gathered(weights)]
+        equal = [torch.equal(weights, other) for other in ranks.all_gather(weights)]
         if ranks.first:
             print(f"{ranks.size} ranks, step {trainer.step}, all equal: {all(equal)}")
 

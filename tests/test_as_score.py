@@ -37,14 +37,14 @@ def column(each: Tensor, x: Tensor) -> Tensor:
     return each.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def coordinates(schedule: Schedule, told: Tensor) -> tuple[Tensor, Tensor]:
-    """(m, std) as the schedule itself has them, from what a network is told."""
+def coordinates(schedule: Schedule, level: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, std) as the schedule itself has them, from a network's input level."""
     if schedule is None:
-        return torch.ones_like(told), told
+        return torch.ones_like(level), level
     if isinstance(schedule, DDPMSchedule):
-        abar = schedule.alphas_bar[told]
+        abar = schedule.alphas_bar[level]
         return abar.sqrt(), (1 - abar).sqrt()
-    return schedule.mean(told), schedule.std(told)
+    return schedule.mean(level), schedule.std(level)
 
 
 class Gaussian(nn.Module):
@@ -54,12 +54,12 @@ class Gaussian(nn.Module):
         super().__init__()
         self.kind, self.schedule, self.mu, self.variance = kind, schedule, mu, variance
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        assert told.dtype == (
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        assert level.dtype == (
             torch.int64 if isinstance(self.schedule, DDPMSchedule) else torch.float32
         )
-        told = told if isinstance(self.schedule, DDPMSchedule) else told.double()
-        m, std = (column(each, x) for each in coordinates(self.schedule, told))
+        level = level if isinstance(self.schedule, DDPMSchedule) else level.double()
+        m, std = (column(each, x) for each in coordinates(self.schedule, level))
         score = (m * self.mu - x) / (m**2 * self.variance + std**2)
         x0 = self.mu - m * self.variance * score
         return {
@@ -86,7 +86,7 @@ def levels(schedule: Schedule, count: int) -> Tensor:
 def test_perfect_networks_of_gaussian_data(kind: str, schedule: Schedule) -> None:
     """-(y - mu) / (variance + sigma^2), whatever was predicted.
 
-    A network is told its time in float32: off by 2^-24 of it, which moves log sigma and log m by no
+    A network's time is float32: off by 2^-24 of it, which moves log sigma and log m by no
     more than 20 times that (beta, or VE's rate, at most 20) and the score by at most eight times as
     much, counted by its parts in y and in mu.
     """
@@ -138,15 +138,15 @@ def test_every_pair_composes(schedule: Schedule, rank: int) -> None:
         assert error.max() <= 1e-12, (source, target)
 
 
-class Told(nn.Module):
-    """A small smooth network of x and what it is told."""
+class Small(nn.Module):
+    """A small smooth network of x and its level."""
 
     def __init__(self, size: int = 6) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(size + 1, 24), nn.Tanh(), nn.Linear(24, size))
 
-    def forward(self, x: Tensor, told: Tensor, *, shift: Tensor | float = 0.0) -> Tensor:
-        return self.inner(torch.cat([x, told.to(x.dtype)[:, None] / 100], 1)) + shift
+    def forward(self, x: Tensor, level: Tensor, *, shift: Tensor | float = 0.0) -> Tensor:
+        return self.inner(torch.cat([x, level.to(x.dtype)[:, None] / 100], 1)) + shift
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "x0", "v"])
@@ -154,12 +154,12 @@ class Told(nn.Module):
 def test_ddpm_s_loss_and_ours_have_one_gradient(dtype: torch.dtype, kind: str) -> None:
     """1/2 || eps_theta(x_t, i) - z ||^2 of Ho et al. 2020 is denoising score matching by name.
 
-    In float64 the one difference is that our levels are float32; told those, DDPM's loss agrees to
+    In float64 the one difference is that our levels are float32; at those, DDPM's loss agrees to
     rounding. An error of z is 1 / sigma times one of x_0, and sqrt(abar) times one of v.
     """
     torch.manual_seed(4)
     chain = DDPMSchedule.linear(100, 1e-3, 0.2)
-    net = Told().to(dtype)
+    net = Small().to(dtype)
     x0 = torch.randn(64, 6, dtype=dtype)
     step = torch.randint(100, (64,))
     key = NoiseKey(7, draw=3)
@@ -210,7 +210,7 @@ def test_between_the_levels_of_a_chain() -> None:
 @each_schedule
 @each_kind
 def test_a_module_that_trains_and_samples(kind: str, schedule: Schedule) -> None:
-    net = Told(4)
+    net = Small(4)
     score = as_score(net, kind=kind, schedule=schedule)
     assert [id(p) for p in score.parameters()] == [id(p) for p in net.parameters()]
     assert list(score.state_dict()) == [f"net.{name}" for name in net.state_dict()]
@@ -230,8 +230,8 @@ def test_samples_do_not_see_each_other(schedule: Schedule) -> None:
     """To the bit, with a network whose rows are to the bit independent."""
 
     class Rows(nn.Module):
-        def forward(self, x: Tensor, told: Tensor) -> Tensor:
-            return x.sin() * told[:, None].to(x.dtype)
+        def forward(self, x: Tensor, level: Tensor) -> Tensor:
+            return x.sin() * level[:, None].to(x.dtype)
 
     sigma, y = levels(schedule, 9), torch.randn(9, 3)
     for kind in KINDS:
@@ -242,15 +242,15 @@ def test_samples_do_not_see_each_other(schedule: Schedule) -> None:
 
 
 def test_outputs_of_other_forms() -> None:
-    net = Told(3)
+    net = Small(3)
 
     class Wrapped(nn.Module):
         def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
             super().__init__()
             self.wrap = wrap
 
-        def forward(self, x: Tensor, told: Tensor) -> Any:
-            return self.wrap(net(x, told))
+        def forward(self, x: Tensor, level: Tensor) -> Any:
+            return self.wrap(net(x, level))
 
     y, sigma = torch.randn(2, 3), torch.tensor([0.5, 3.0])
     want = as_score(net, kind="epsilon")(y, sigma)
@@ -270,7 +270,7 @@ def test_half_precision_networks_do_not_overflow(kind: str) -> None:
     """1e3 / 0.01 is past the largest fp16, 1e3 / 0.01^2 and 1e3 more so."""
 
     class Constant(nn.Module):
-        def forward(self, x: Tensor, told: Tensor) -> Tensor:
+        def forward(self, x: Tensor, level: Tensor) -> Tensor:
             assert x.dtype == torch.float16
             return torch.full_like(x, 1e3)
 
@@ -295,13 +295,13 @@ def test_chains_survive_half_and_compile() -> None:
     as_score(Spy(), kind="v", schedule=chain).half()(y, sigma)
     assert torch.equal(seen[0], chain.index(sigma))
     for schedule in (None, VP(), chain):
-        score = as_score(Told(3), kind="v", schedule=schedule)
+        score = as_score(Small(3), kind="v", schedule=schedule)
         compiled = torch.compile(score, fullgraph=True, backend="eager")
         assert torch.equal(compiled(y, sigma), score(y, sigma))
 
 
 def test_what_is_refused() -> None:
-    net, y, sigma = Told(3), torch.randn(2, 3), torch.ones(2)
+    net, y, sigma = Small(3), torch.randn(2, 3), torch.ones(2)
     with pytest.raises(TypeError, match="net: got function"):
         as_score(lambda x: x, kind="epsilon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind: got 'eps', expected one of 'epsilon', 'x0', 'v', "):

@@ -200,7 +200,7 @@ def test_warming_up_and_capturing_leave_the_chain_where_it_was(no_gpu: None) -> 
     assert torch.equal(x, torch.ones(3)) and int(counter) == 8
 
 
-def test_a_score_that_cannot_be_captured_is_told_so(no_gpu: None) -> None:
+def test_a_score_that_cannot_be_captured_is_named(no_gpu: None) -> None:
     x, counter, calls = torch.zeros(3), torch.zeros(()), []
 
     def step() -> None:

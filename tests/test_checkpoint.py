@@ -88,10 +88,13 @@ def test_weights_of_another_network_change_nothing(tmp_path: Path) -> None:
     other = nn.Linear(3, 2)
     checkpoint.load_weights(path, other, which="raw")
     assert torch.equal(other.weight, net.weight)
-    with pytest.raises(ValueError, match="of another network: bias is not in the file$"):
+    with pytest.raises(
+        ValueError,
+        match=r"network: bias is missing in the file and \(2,\) in the network$",
+    ):
         checkpoint.load_weights(path, other)
     assert torch.equal(other.weight, net.weight)
-    with pytest.raises(ValueError, match=r"weight has shape \(2, 3\) in the file and \(2, 4\) in"):
+    with pytest.raises(ValueError, match=r"weight is \(2, 3\) in the file and \(2, 4\) in"):
         checkpoint.load_weights(path, nn.Linear(4, 2), which="raw")
     with pytest.raises(ValueError, match="which: got 'best', expected 'ema' or 'raw'"):
         checkpoint.load_weights(path, other, which="best")

@@ -44,13 +44,13 @@ CASES: list[tuple[str, str]] = [
     ("[data]\nzzz = 3", r"zzz in \[data\] is unknown; known are path, key"),
     ("steps = 3", "steps is unknown|steps. is unknown"),
     ("training = 3", r"training = 3, expected a section \[training\]"),
-    ("[training]\nsteps = 3.5", r"\[training\] steps: got 3.5, expected a whole number"),
-    ("[training]\nsteps = true", r"\[training\] steps: got True, expected a whole number"),
-    ("[training]\nlearning_rate = '1'", r"learning_rate: got '1', expected a number"),
+    ("[training]\nsteps = 3.5", r"\[training\] steps: got 3.5, expected int"),
+    ("[training]\nsteps = true", r"\[training\] steps: got True, expected int"),
+    ("[training]\nlearning_rate = '1'", r"learning_rate: got '1', expected float"),
     ("[training]\nlearning_rate = nan", "learning_rate: got nan, expected a finite number"),
-    ("[training]\ncosine = 1", "cosine: got 1, expected true or false"),
+    ("[training]\ncosine = 1", "cosine: got 1, expected bool"),
     ("[training]\nloss = 'mse'", "loss: got 'mse', expected one of dsm, ssm"),
-    ("[noise]\nsigma_max = [1]", r"sigma_max: got \[1\], expected a number"),
+    ("[noise]\nsigma_max = [1]", r"sigma_max: got \[1\], expected float"),
     ("[data\n", "no TOML"),
 ]
 

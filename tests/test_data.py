@@ -7,9 +7,6 @@ import pickle
 import re
 import struct
 import sys
-import tracemalloc
-import warnings
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image
 
 from score_kernels.cli.data import Data, load
 
@@ -101,12 +98,6 @@ def png(values: np.ndarray, depth: int, colour: int) -> bytes:
         + chunk(b"IDAT", zlib.compress(rows))
         + chunk(b"IEND", b"")
     )
-
-
-def pfm(values: np.ndarray) -> bytes:
-    """A PFM, the bottom row first, little-endian."""
-    head = f"Pf\n{values.shape[1]} {values.shape[0]}\n-1.0\n"
-    return head.encode() + values[::-1].astype("<f4").tobytes()
 
 
 def put(path: Path, content: bytes) -> Path:
@@ -209,11 +200,9 @@ LOSSLESS: list[tuple[str, Callable[[np.ndarray], bytes], str]] = [
     ("tif", lambda a: encoded(a, "TIFF"), "grey"),
     ("tiff", lambda a: encoded(a, "TIFF", compression="tiff_lzw"), "rgb"),
     ("tif", lambda a: encoded(a.astype(np.uint16), "TIFF"), "grey16"),
-    ("tif", lambda a: encoded(a, "TIFF"), "float"),
     ("pgm", lambda a: encoded(a, "PPM"), "grey"),
     ("ppm", lambda a: encoded(a, "PPM"), "rgb"),
     ("pgm", lambda a: b"P5 9 7 65535\n" + a.astype(">u2").tobytes(), "grey16"),
-    ("pfm", lambda a: pfm(a), "float"),
 ]
 
 
@@ -222,15 +211,14 @@ def test_image_folder(
     tmp_path: Path, suffix: str, encode: Callable[[np.ndarray], bytes], kind: str
 ) -> None:
     size = (5, 7, 9, 3) if kind == "rgb" else (5, 7, 9)
-    dtype = {"grey16": "<u2", "float": "<f4"}.get(kind, "u1")
+    dtype = "<u2" if kind == "grey16" else "u1"
     written = random(size, dtype)
     for i, image in enumerate(written):
         put(tmp_path / f"{i}.{suffix}", encode(image))
     data = load(tmp_path)
     want = written.transpose(0, 3, 1, 2) if kind == "rgb" else written[:, None]
     assert_values(data, want.astype(KEPT[dtype]))
-    top = {"grey16": 65535, "float": float(written.max())}.get(kind, 255)
-    assert (data.low, data.high) == (written.min() if kind == "float" else 0, top)
+    assert (data.low, data.high) == (0, 65535 if kind == "grey16" else 255)
     assert data.names == tuple(f"{i}.{suffix}" for i in range(5))
 
 
@@ -252,14 +240,6 @@ def test_palettes_become_rgb(tmp_path: Path, form: str) -> None:
         picture.putpalette(palette.tobytes())
         put(tmp_path / f"{i}.{form.lower()}", encoded(picture, form))
     assert_values(load(tmp_path), palette[index].transpose(0, 3, 1, 2))
-
-
-def test_grey_gif_is_rgb_whatever_its_palette(tmp_path: Path) -> None:
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    few = random((16, 16)) // 100 * 100
-    put(tmp_path / "a.gif", encoded(ramp, "GIF"))
-    put(tmp_path / "b.gif", encoded(few, "GIF"))
-    assert_values(load(tmp_path), np.repeat(np.stack([ramp, few])[:, None], 3, 1))
 
 
 def test_jpeg_is_what_pillow_decodes(tmp_path: Path) -> None:
@@ -292,20 +272,16 @@ def test_order_subfolders_and_files_passed_over(tmp_path: Path) -> None:
     # Code points: capitals first, "/" before "0", no locale.
     assert data.names == tuple(names)
     assert_values(data, np.stack([images[name] for name in names])[:, None])
-    for words in (str(tmp_path), "7 images", "4 other files", "1 .csv", "2 .txt", "1 no suffix"):
-        assert words in data.source
+    assert data.source == f"{tmp_path} (7 images, 4 other files not read)"
     assert len(repr(data)) < 400 and "7 samples of shape (1, 3, 5)" in repr(data)
 
 
-def test_linked_folders_are_followed_and_loops_refused(tmp_path: Path) -> None:
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
     for i in range(2):
         put(tmp_path / "real" / f"{i}.png", encoded(random((3, 5)), "PNG"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "class").symlink_to(tmp_path / "real")
     assert load(tmp_path / "data").names == ("class/0.png", "class/1.png")
-    (tmp_path / "real" / "again").symlink_to(tmp_path / "data")
-    with pytest.raises(ValueError, match="again.*link to a folder that it is in"):
-        load(tmp_path / "data")
 
 
 def test_folder_of_idx_files(tmp_path: Path) -> None:
@@ -320,11 +296,8 @@ def test_folder_of_idx_files(tmp_path: Path) -> None:
     assert data.source.endswith("train-images-idx3-ubyte.gz") and data.names is None
     # With the same file unpacked beside it, there are two: the user has to say which.
     put(tmp_path / "train-images-idx3-ubyte", idx(train))
-    with pytest.raises(ValueError, match="2 IDX files named train-images.*name the file") as caught:
+    with pytest.raises(ValueError, match="2 files named train-images.*it holds t10k-images-idx3"):
         load(tmp_path)
-    for name in ("train-images-idx3-ubyte.gz", "train-images-idx3-ubyte,", "t10k-images"):
-        assert name in str(caught.value)
-    assert "labels" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", "<i2", "<u2"])
@@ -379,7 +352,7 @@ def test_as_a_data_set(tmp_path: Path) -> None:
     data = load(put(tmp_path / "x.npy", npy(random((11, 5, 7)))))
     assert len(list(data)) == 11
     assert torch.equal(data[3], data.scaled(torch.tensor([3]))[0])
-    assert torch.equal(data[-1], data.scaled(torch.tensor([10], dtype=torch.uint8))[0])
+    assert torch.equal(data[-1], data.scaled(torch.tensor([10]))[0])
     batches = list(torch.utils.data.DataLoader(data, batch_size=4))
     assert torch.equal(torch.cat(batches), data.scaled(torch.arange(11)))
     same = pickle.loads(pickle.dumps(data))
@@ -392,113 +365,67 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     path = put(tmp_path / "x.npy", npy(random((3, 5))))
     data = load(path)
     for call, error, match in [
-        (lambda: load(3), TypeError, "path: got int"),
-        (lambda: load(path, key=3), TypeError, "key: got int 3"),
-        (lambda: load(path, key="a"), ValueError, "key: got 'a' with .*x.npy, .*no .npz"),
+        (lambda: load(path, key="a"), ValueError, "x.npy: key: got 'a', .*no .npz"),
         (lambda: load(path, channels="middle"), ValueError, "channels: got 'middle'"),
         (lambda: load(path, channels="last"), ValueError, "x.npy: channels: got 'last' with shape"),
-        (lambda: data.scaled([1]), TypeError, "rows: got list"),
-        (lambda: data.scaled(torch.tensor([1.0])), TypeError, "rows: got dtype torch.float32"),
-        (lambda: data.scaled(torch.tensor([True])), TypeError, "rows: got dtype torch.bool"),
-        (lambda: data.scaled(torch.tensor(1)), ValueError, r"rows: got shape \(\)"),
-        (lambda: data.scaled(torch.tensor([3])), IndexError, "3"),
+        # torch says these in its own words, and no value is wrong in silence.
+        (lambda: data.scaled(torch.tensor([1.0])), RuntimeError, "int"),
+        (lambda: data.scaled(torch.tensor([True])), RuntimeError, "int"),
+        (lambda: data.scaled(torch.tensor([3])), IndexError, "out of range"),
         (lambda: data[3], IndexError, "3"),
-        (lambda: data.unscale(1.0), TypeError, "x: got float"),
-        (lambda: data.unscale(torch.tensor([1])), TypeError, "x: got dtype torch.int64"),
         (lambda: data.unscale(torch.tensor([torch.nan])), ValueError, "x: got NaN"),
     ]:
         with pytest.raises(error, match=match):
             call()
 
 
-def zip_of(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return stream.getvalue()
-
-
-def flipped(content: bytes, position: int) -> bytes:
-    return content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :]
-
-
-def npy_header(text: str) -> bytes:
-    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode()
-
-
-BAD_FILES: dict[str, tuple[Callable[[], bytes], str]] = {
-    "empty": (lambda: b"", "neither .npy, .npz nor IDX"),
-    "text": (lambda: b"hello, world", "neither .npy, .npz nor IDX"),
-    "one.png": (lambda: encoded(random((3, 5)), "PNG"), "name the folder"),
-    "magic": (lambda: b"\0\0\x07\2" + bytes(20), "magic number 00000702"),
-    "no-dims": (lambda: b"\0\0\x08\0" + bytes(20), "magic number 00000800"),
-    "long-idx": (lambda: idx(random((3, 5, 7))) + b"xy", "got 123 bytes, expected 121.*too long"),
-    "long.gz": (
-        lambda: gzip.compress(idx(random((3, 5, 7))) + b"xy"),
-        "got 123 bytes, expected 121.*too long",
-    ),
-    "short.gz": (
-        lambda: gzip.compress(idx(random((3, 5, 7)))[:-1]),
-        "got 120 bytes, expected 121.*truncated",
-    ),
-    "bomb.gz": (
-        lambda: gzip.compress(b"\0\0\x08\3" + struct.pack(">3I", *[2**32 - 1] * 3)),
-        r"at most \d+ bytes, expected \d+.*truncated",
-    ),
-    "huge-idx": (
-        lambda: b"\0\0\x08\3" + struct.pack(">3I", *[2**32 - 1] * 3),
-        r"got 16 bytes, expected \d+.*truncated",
-    ),
-    "labels": (lambda: idx(random((50,))), r"got shape \(50,\).*labels"),
-    "crc.gz": (lambda: flipped(gzip.compress(idx(random((3, 5, 7)))), -6), "CRC"),
-    "text.gz": (lambda: gzip.compress(b"hello, world"), "magic number 68656c6c"),
-    "tail.npy": (lambda: npy(random((3, 5))) + b"x", "got 144 bytes, expected 143.*too long"),
-    "object.npy": (lambda: npy(np.array([[1, "a"], [2, {}]], object)), "pickled objects are never"),
-    "complex.npy": (lambda: npy(np.ones((3, 5), complex)), "an array of complex128"),
-    "text.npy": (lambda: npy(np.array([["a", "b"]] * 3)), "an array of <U1"),
-    "dates.npy": (lambda: npy(np.zeros((3, 5), "M8[s]")), "an array of datetime64"),
-    "records.npy": (lambda: npy(np.zeros((3, 5), "i4,f4")), r"an array of \[\('f0'"),
-    "version.npy": (lambda: b"\x93NUMPY\3\0" + npy(random((3, 5)))[8:], r"version \(3, 0\)"),
-    "nothing.npy": (lambda: npy(np.zeros((3, 0, 5))), r"got shape \(3, 0, 5\).*no empty"),
-    "none.npy": (lambda: npy(np.zeros((0, 5))), r"got shape \(0, 5\).*at least 2 samples"),
-    "single.npy": (lambda: npy(random((1, 5))), r"got shape \(1, 5\).*at least 2 samples"),
-    "scalar.npy": (lambda: npy(np.array(3.0)), r"got shape \(\)"),
-    "negative.npy": (
-        lambda: npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (3, -5)}\n"),
-        r"got shape \(3, -5\)",
-    ),
-    "code.npy": (lambda: npy_header("__import__('os').abort()\n"), "broken .npy header"),
-    "brackets.npy": (lambda: npy_header("(" * 5000), "broken .npy header"),
-    "constant.npy": (lambda: npy(np.full((3, 5), 7)), "every value is 7"),
-    "same.npy": (lambda: npy(np.full((3, 5, 7), 9, np.uint8)), "every value is 9"),
-    "nan.npy": (lambda: npy(np.array([[1, 2], [3, 4], [5, np.nan]])), "sample 2 holds NaN"),
-    "inf-idx": (lambda: idx(np.array([[1, 2], [-np.inf, 4]]), ">f4"), "sample 1 holds NaN, inf"),
-    "wide.npy": (lambda: npy(np.array([[1, 1e300], [3, 4]])), "sample 0 .*beyond float32"),
-    "large.npy": (lambda: npy(np.array([[1, 2], [-(2**53) - 1, 4]])), "-9007199254740993 to 4"),
-    "unsigned.npy": (lambda: npy(np.array([[1, 2], [2**64 - 1, 4]], np.uint64)), r"2\*\*63"),
-    "two.npz": (
-        lambda: npz(b=random((3, 5)), a=random((3, 5))),
-        r"got 2 arrays \(a, b\).*choose one with key",
-    ),
-    "none.npz": (lambda: zip_of({}), "got 0 arrays"),
-    "other.npz": (lambda: zip_of({"data.pkl": b"cos\nsystem\n(S'true'\ntR."}), "got 0 arrays"),
-    "object.npz": (lambda: npz(a=np.array([[1, "a"], [2, {}]], object)), "pickled objects"),
-    "bzip.npz": (
-        lambda: zip_of({"a.npy": b"x"}, zipfile.ZIP_BZIP2),
-        "a: got compression method 12",
-    ),
-    "short.npz": (
-        lambda: zip_of({"a.npy": npy(random((3, 5)))[:-1]}),
-        "got 142 bytes, expected 143.*truncated",
-    ),
-    "sum.npz": (lambda: flipped(npz(a=random((90, 50))), 2000), "CRC-32"),
+DAMAGED: dict[str, Callable[[], bytes]] = {
+    "empty": lambda: b"",
+    "text": lambda: b"hello, world",
+    "short-idx": lambda: idx(random((3, 2, 5)))[:-1],
+    "header-idx": lambda: idx(random((3, 2, 5)))[:7],
+    "long-idx": lambda: idx(random((3, 2, 5))) + b"xy",
+    "short.gz": lambda: gzip.compress(idx(random((3, 2, 5))))[:-9],
+    "text.gz": lambda: gzip.compress(b"hello, world"),
+    "short.npy": lambda: npy(random((3, 2, 5)))[:-1],
+    "header.npy": lambda: npy(random((3, 2, 5)))[:50],
+    "short.npz": lambda: npz(a=random((3, 2, 5)))[:-1],
+    "flipped.npz": lambda: npz(True, a=random((90, 50))).replace(b"PK\1\2", b"PK\1\3"),
 }
 
 
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_are_named(tmp_path: Path, name: str) -> None:
-    make, match = BAD_FILES[name]
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str) -> None:
+    path = put(tmp_path / name, DAMAGED[name]())
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+BAD_ARRAYS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "one.png": (lambda: encoded(random((3, 5)), "PNG"), "of images, name their folder"),
+    "labels": (lambda: idx(random((50,))), r"got shape \(50,\)"),
+    "object.npy": (lambda: npy(np.array([[1, "a"], [2, {}]], object)), "Python objects"),
+    "object.npz": (lambda: npz(a=np.array([[1, "a"], [2, {}]], object)), "allow_pickle=False"),
+    "complex.npy": (lambda: npy(np.ones((3, 5), complex)), "an array of complex128"),
+    "text.npy": (lambda: npy(np.array([["a", "b"]] * 3)), "an array of <U1"),
+    "nothing.npy": (lambda: npy(np.zeros((3, 0, 5))), r"got shape \(3, 0, 5\)"),
+    "single.npy": (lambda: npy(random((1, 5))), r"got shape \(1, 5\).*N > 1"),
+    "scalar.npy": (lambda: npy(np.array(3.0)), r"got shape \(\)"),
+    "constant.npy": (lambda: npy(np.full((3, 5), 7)), "every value is 7"),
+    "nan.npy": (lambda: npy(np.array([[1, 2], [3, 4], [5, np.nan]])), "sample 2 holds NaN"),
+    "inf-idx": (lambda: idx(np.array([[1, 2], [-np.inf, 4]]), ">f4"), "sample 1 holds NaN, inf"),
+    "wide.npy": (lambda: npy(np.array([[1, 1e300], [3, 4]])), "sample 0 .*beyond float32"),
+    "large.npy": (lambda: npy(np.array([[1, 2], [-(2**53) - 1, 4]])), r"beyond 2\*\*53"),
+    "unsigned.npy": (lambda: npy(np.array([[1, 2], [2**64 - 1, 4]], np.uint64)), r"2\*\*53"),
+    "two.npz": (lambda: npz(b=random((3, 5)), a=random((3, 5))), "got arrays b, a, expected one"),
+    "none.npz": (lambda: npz(), "got arrays .none., expected one"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+def test_bad_arrays_are_named(tmp_path: Path, name: str) -> None:
+    make, match = BAD_ARRAYS[name]
     path = put(tmp_path / name, make())
     with pytest.raises(ValueError, match=f"(?s)^{re.escape(str(path))}: .*{match}"):
         load(path)
@@ -510,167 +437,29 @@ def test_missing_key_lists_what_is_there(tmp_path: Path) -> None:
         load(path, key="c")
 
 
-def test_a_zip_that_lies_about_its_size(tmp_path: Path) -> None:
-    shape = (2**40, 5)
-    head = npy_header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n")
-    content = bytearray(zip_of({"a.npy": head}, zipfile.ZIP_DEFLATED))
-    claim = struct.pack("<I", 2**32 - 2)
-    # The member's size, in its own header and in the directory.
-    content[22:26] = claim
-    at = content.index(b"PK\1\2")
-    content[at + 24 : at + 28] = claim
-    path = put(tmp_path / "x.npz", bytes(content))
-    with pytest.raises(ValueError, match="x.npz: .*truncated"):
-        load(path)
-
-
-SMALL_FILES: dict[str, Callable[[], bytes]] = {
-    "x-idx": lambda: idx(random((3, 2, 5))),
-    "x.gz": lambda: gzip.compress(idx(random((3, 2, 5)))),
-    "x.npy": lambda: npy(random((3, 2, 5))),
-    "f.npy": lambda: npy(random((3, 2, 5), "<f8")),
-    "x.npz": lambda: npz(a=random((3, 2, 5))),
-    "c.npz": lambda: npz(True, a=random((3, 2, 5))),
-}
-
-
-@pytest.mark.parametrize("name", SMALL_FILES)
-def test_every_truncation_is_an_error(tmp_path: Path, name: str) -> None:
-    content = SMALL_FILES[name]()
-    load(put(tmp_path / name, content))
-    for length in range(len(content)):
-        path = put(tmp_path / name, content[:length])
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            load(path)
-
-
-@pytest.mark.parametrize("name", SMALL_FILES)
-def test_damaged_bytes_never_raise_anything_else(tmp_path: Path, name: str) -> None:
-    content = SMALL_FILES[name]()
-    refused = 0
-    for position in range(len(content)):
-        damaged = bytearray(content)
-        damaged[position] ^= int(RNG.integers(1, 256))
-        path = put(tmp_path / name, bytes(damaged))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                load(path)
-            except ValueError as error:
-                assert str(path) in str(error)
-                refused += 1
-    assert refused
-
-
-def _turned() -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return exif
-
-
-# How many bytes at the end of such a file hold nothing of the image: a PNG's checksum of its empty
-# last chunk, a JPEG's end marker, a GIF's end markers, the padding of a BMP's last row, and the
-# place of a TIFF's next directory.
-SMALL_IMAGES: dict[str, tuple[Callable[[], bytes], int]] = {
-    "grey.png": (lambda: encoded(random((5, 7)), "PNG"), 4),
-    "rgb.png": (lambda: encoded(random((5, 7, 3)), "PNG", exif=_turned()), 4),
-    "deep.png": (lambda: png(random((5, 7), ">u2"), 16, 0), 4),
-    "x.jpg": (lambda: encoded(random((5, 7, 3)), "JPEG", exif=_turned()), 2),
-    "progressive.jpg": (lambda: encoded(random((25, 17, 3)), "JPEG", progressive=True), 2),
-    "x.gif": (lambda: encoded(random((5, 7)), "GIF"), 2),
-    "x.bmp": (lambda: encoded(random((5, 7, 3)), "BMP"), 3),
-    "lossless.webp": (lambda: encoded(random((5, 7, 3)), "WEBP", lossless=True), 0),
-    "lossy.webp": (lambda: encoded(random((5, 7, 3)), "WEBP", exif=_turned()), 0),
-    "raw.tif": (lambda: encoded(random((5, 7, 3)), "TIFF"), 0),
-    "lzw.tif": (lambda: encoded(random((5, 7)), "TIFF", compression="tiff_lzw"), 4),
-    "x.ppm": (lambda: encoded(random((5, 7, 3)), "PPM"), 0),
-    "x.pfm": (lambda: pfm(random((5, 7), "<f4")), 0),
-}
-
-
-@pytest.mark.parametrize("name", SMALL_IMAGES)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_truncation_of_an_image_is_an_error(tmp_path: Path, name: str) -> None:
-    make, idle = SMALL_IMAGES[name]
-    content = make()
-    whole = put(tmp_path / f"a-{name}", content)
-    cut = put(tmp_path / f"b-{name}", content)
-    want = load(tmp_path)
-    for length in range(len(content)):
-        cut.write_bytes(content[:length])
-        if length < len(content) - idle:
-            with pytest.raises(ValueError, match=re.escape(str(cut))):
-                load(tmp_path)
-        else:
-            try:
-                assert torch.equal(load(tmp_path).values, want.values)
-            except ValueError as error:
-                assert str(cut) in str(error)
-    assert whole.exists()
-
-
-@pytest.mark.parametrize("name", SMALL_IMAGES)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_images_never_raise_anything_else(tmp_path: Path, name: str) -> None:
-    make, _ = SMALL_IMAGES[name]
-    content = make()
-    put(tmp_path / f"a-{name}", content)
-    for position in RNG.permutation(len(content))[:150]:
-        damaged = bytearray(content)
-        damaged[position] ^= int(RNG.integers(1, 256))
-        put(tmp_path / f"b-{name}", bytes(damaged))
-        try:
-            load(tmp_path)
-            # A PNG has checksums of everything but its last chunk's.
-            assert not name.endswith(".png") or position >= len(content) - 12
-        except ValueError as error:
-            assert f"b-{name}" in str(error)
-
-
 BAD_IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
-    "empty.png": (lambda: b"", "got 0 bytes, expected a whole image"),
-    "text.png": (lambda: b"words", "got 5 bytes, expected a whole image"),
-    "script.png": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 3\n", "a whole image"),
+    "empty.png": (lambda: b"", "cannot identify image file"),
+    "text.png": (lambda: b"words", "cannot identify image file"),
+    "short.png": (lambda: encoded(random((3, 5)), "PNG")[:-25], "."),
+    "short.jpg": (lambda: encoded(random((50, 50, 3)), "JPEG")[:-500], "truncated"),
     "rgba.png": (lambda: encoded(random((3, 5, 4)), "PNG"), r"transparency \(mode RGBA\)"),
-    "la.png": (
-        lambda: encoded(Image.fromarray(random((3, 5, 4))).convert("LA"), "PNG"),
-        r"transparency \(mode LA\).*im.convert",
-    ),
-    "key.png": (
-        lambda: encoded(random((3, 5)), "PNG", transparency=7),
-        r"transparency \(mode L\)",
-    ),
+    "key.png": (lambda: encoded(random((3, 5)), "PNG", transparency=7), r"transparency \(mode L\)"),
     "clear.gif": (lambda: encoded(random((3, 5)), "GIF", transparency=1), "transparency"),
     "cmyk.jpg": (
         lambda: encoded(Image.fromarray(random((3, 5, 3))).convert("CMYK"), "JPEG"),
         "got mode CMYK.*convert",
     ),
-    "lab.tif": (lambda: encoded(Image.new("LAB", (5, 3)), "TIFF"), "got mode LAB"),
-    "deep.png": (lambda: png(random((3, 5, 3), ">u2"), 16, 2), "16-bit colour"),
-    "deep.ppm": (lambda: b"P6 5 3 65535\n" + random((90,)).tobytes(), "16-bit colour"),
-    "plain.pgm": (lambda: b"P2 2 1 255\n12 250\n", "plain text"),
+    "float.tif": (lambda: encoded(random((3, 5), "<f4"), "TIFF"), "got mode F"),
     "int.tif": (
         lambda: encoded(np.arange(15, dtype=np.int32).reshape(3, 5) * -9999, "TIFF"),
-        "got pixels from -139986 to 0, expected 0 to 65535",
+        "got mode I, expected .*16-bit grey",
     ),
-    "moving.gif": (
-        lambda: encoded(
-            Image.fromarray(random((3, 5))),
-            "GIF",
-            save_all=True,
-            append_images=[Image.fromarray(random((3, 5)))],
-        ),
-        "got 2 frames",
+    "size.png": (
+        lambda: encoded(random((5, 3)), "PNG"),
+        r"got \(1, 5, 3\) uint8, expected \(1, 3, 5\) uint8 as in 0.png",
     ),
-    "moving.png": (
-        lambda: encoded(
-            Image.fromarray(random((3, 5))),
-            "PNG",
-            save_all=True,
-            append_images=[Image.fromarray(random((3, 5)))],
-        ),
-        "got 2 frames",
-    ),
+    "kind.png": (lambda: encoded(random((3, 5, 3)), "PNG"), r"got \(3, 3, 5\) uint8"),
+    "deep.png": (lambda: png(random((3, 5), ">u2"), 16, 0), r"got \(1, 3, 5\) int32"),
 }
 
 
@@ -683,77 +472,16 @@ def test_bad_images_are_named(tmp_path: Path, name: str) -> None:
         load(tmp_path)
 
 
-def test_mixed_sizes(tmp_path: Path) -> None:
-    sizes = [(3, 5)] * 3 + [(5, 3)] + [(3, 5)] + [(5, 3), (3, 5, 3)]
-    for i, size in enumerate(sizes):
-        put(tmp_path / f"{i}.png", encoded(random(size), "PNG"))
-    with pytest.raises(ValueError) as caught:
-        load(tmp_path)
-    assert str(tmp_path / "3.png") in str(caught.value)
-    for words in ("got 1x5x3 uint8", "expected 1x3x5 uint8 as in 0.png"):
-        assert words in str(caught.value)
-    assert "4 of 1x3x5 uint8, 2 of 1x5x3 uint8, 1 of 3x3x5 uint8" in str(caught.value)
-
-
-def test_mixed_depths(tmp_path: Path) -> None:
-    put(tmp_path / "0.png", encoded(random((3, 5)), "PNG"))
-    put(tmp_path / "1.png", png(random((3, 5), ">u2"), 16, 0))
-    with pytest.raises(
-        ValueError, match="1.png: got 1x3x5 int32, expected 1x3x5 uint8 as in 0.png"
-    ):
-        load(tmp_path)
-
-
-def test_constant_images(tmp_path: Path) -> None:
-    for i in range(3):
-        put(tmp_path / f"{i}.png", encoded(np.full((3, 5), 7, np.uint8), "PNG"))
-    with pytest.raises(ValueError, match=f"{tmp_path}: every value is 7"):
-        load(tmp_path)
-
-
-def test_nan_pixels_name_the_image(tmp_path: Path) -> None:
-    for i in range(4):
-        image = random((3, 5), "<f4")
-        image[1, 2] = np.nan if i >= 2 else 0
-        put(tmp_path / f"{i}.tif", encoded(image, "TIFF"))
-    with pytest.raises(ValueError, match=r"sample 2 \(2.tif\) holds NaN"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize("limit", [20, 40])
-def test_decompression_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    for i in range(2):
-        put(tmp_path / f"{i}.png", encoded(random((5, 9)), "PNG"))
-    # 45 pixels: a warning of Pillow's above the limit, an error above twice that.
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ValueError, match="0.png: Image size .45 pixels. exceeds limit"):
-        load(tmp_path)
-
-
-def test_half_images_are_refused_whatever_the_caller_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    content = encoded(random((50, 50, 3)), "JPEG")
-    put(tmp_path / "0.jpg", content)
-    put(tmp_path / "1.jpg", content[:-500])
-    with pytest.raises(ValueError, match="1.jpg: .*truncated"):
-        load(tmp_path)
-    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
-
-
 @pytest.mark.parametrize(
     "files, match",
     [
-        ({}, "is an empty folder"),
-        ({".hidden.png": b""}, "is an empty folder"),
-        ({"a.txt": b"words", "b/c.TXT": b"", "d": b""}, r"none of its 3 files .*2 .txt, 1 no suff"),
-        ({"labels-idx1": idx(random((5,)))}, "none of its 1 files"),
-        ({"train-labels": gzip.compress(idx(random((5,))))}, "none of its 1 files"),
-        ({"images-idx3": idx(random((5, 3, 7)))}, "0 IDX files .*It holds images-idx3"),
-        ({"x.npy": npy(random((5, 3)))}, "0 IDX files .*It holds x.npy"),
+        ({}, "it holds nothing"),
+        ({".hidden.png": b""}, "it holds nothing"),
+        ({"a.txt": b"words", "b/c.TXT": b""}, "0 files named train-images.*it holds a.txt, b/c"),
+        ({"images-idx3": idx(random((5, 3, 7)))}, "0 files .*it holds images-idx3"),
         ({"train-images": gzip.compress(idx(random((5, 3))))[:-9]}, "end-of-stream"),
         ({"a.png": encoded(random((3, 5)), "PNG")}, r"got 1 image \(a.png\)"),
+        ({f"{i}.png": encoded(np.full((3, 5), 7, np.uint8), "PNG") for i in "ab"}, "value is 7"),
     ],
 )
 def test_bad_folders_are_named(tmp_path: Path, files: dict[str, bytes], match: str) -> None:
@@ -766,10 +494,9 @@ def test_bad_folders_are_named(tmp_path: Path, files: dict[str, bytes], match: s
 def test_image_folders_take_no_key(tmp_path: Path) -> None:
     for i in range(2):
         put(tmp_path / f"{i}.png", encoded(random((3, 5)), "PNG"))
-    with pytest.raises(ValueError, match="key: got 'a' with .* a folder of images"):
-        load(tmp_path, key="a")
-    with pytest.raises(ValueError, match="channels: got 'last' with .* a folder of images"):
-        load(tmp_path, channels="last")
+    for options in ({"key": "a"}, {"channels": "last"}):
+        with pytest.raises(ValueError, match="got key or channels, expected none for a folder"):
+            load(tmp_path, **options)
 
 
 def test_missing_and_forbidden_files(tmp_path: Path) -> None:
@@ -787,15 +514,6 @@ def test_missing_and_forbidden_files(tmp_path: Path) -> None:
             load(tmp_path)
 
 
-def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="x.png: is neither a file nor a folder"):
-        load(tmp_path / "x.png")
-    put(tmp_path / "0.png", encoded(random((3, 5)), "PNG"))
-    with pytest.raises(ValueError, match="x.png: is not a file"):
-        load(tmp_path)
-
-
 def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = tmp_path / "images"
     for i in range(2):
@@ -807,47 +525,10 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(load(path)) == 3
 
 
-@pytest.mark.parametrize("name", ["x", "x.npy", "last.npy", "fortran.npy", "x.npz", "x.gz"])
-def test_array_files_are_held_once(tmp_path: Path, name: str) -> None:
-    shape = (300, 128, 128, 3) if name == "last.npy" else (300, 3, 128, 128)
-    values = random(shape)
-    make = {"x": idx, "x.npz": lambda a: npz(True, a=a), "x.gz": lambda a: gzip.compress(idx(a), 1)}
-    content = make.get(name, npy)(np.asfortranarray(values) if name == "fortran.npy" else values)
-    path = put(tmp_path / name, content)
-    del content
-    data, peak = peak_of(path)
-    # Beside the samples: pieces of 1 MiB, as read and as joined, and decompression.
-    assert values.nbytes <= peak < values.nbytes + 4 * 2**20
-    assert_values(data, np.moveaxis(values, 3, 1) if name == "last.npy" else values)
-
-
-def test_images_are_held_once(tmp_path: Path) -> None:
-    values = random((40, 256, 256, 3))
-    for i, image in enumerate(values):
-        put(tmp_path / f"{i:02}.png", encoded(image, "PNG", compress_level=0))
-    _, peak = peak_of(tmp_path)
-    # Beside the samples: a file, and its image as Pillow hands it over, joined and as an array.
-    assert values.nbytes <= peak < values.nbytes + 6 * values[0].nbytes
-
-
-def peak_of(path: Path) -> tuple[Data, int]:
-    load_once = put(path.parent / "warm.npy", npy(random((3, 5))))
-    load(load_once)
-    load_once.unlink()
-    tracemalloc.start()
-    try:
-        data = load(path)
-        return data, tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for i in range(3):
-        put(tmp_path / "images" / f"{i}.png", encoded(random((3, 5)), "PNG"))
-    path = put(tmp_path / "x.gz", gzip.compress(idx(random((3, 5)))))
-    load(tmp_path / "images"), load(path)
+        put(tmp_path / f"{i}.png", encoded(random((3, 5)), "PNG"))
+    load(tmp_path)
     assert capfd.readouterr() == ("", "")
-    load(tmp_path / "images", progress=True), load(path, progress=True)
-    shown = capfd.readouterr().err
-    assert shown.count("reading") >= 2 and "3/3" in shown
+    load(tmp_path, progress=True)
+    assert "3/3" in capfd.readouterr().err

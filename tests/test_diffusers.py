@@ -224,7 +224,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         score_of(net, FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match="scheduler: got rescale_betas_zero_snr"):
         from_scheduler(DDPMScheduler(rescale_betas_zero_snr=True))
-    with pytest.raises(ValueError, match="scheduler: got prediction_type 'other', expected one of"):
+    with pytest.raises(ValueError, match="prediction_type: got 'other', expected one of"):
         score_of(net, DDPMScheduler(prediction_type="other"))
     learned = score_of(unet(predicted=2), DDPMScheduler(variance_type="learned_range"))
     with pytest.raises(ValueError, match=r"kind: got 'epsilon' of .*\(2, 2, 8, 8\).*variances too"):
@@ -237,10 +237,6 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             FusedDDPMScheduler(variance_type=variance).step(x, 3, x)
     with pytest.raises(ValueError, match="prediction_type: got 'other', expected"):
         FusedDDPMScheduler(prediction_type="other").step(x, 3, x)
-    with pytest.raises(ValueError, match="timesteps: got none, expected a call of set_timesteps"):
-        chain = FusedScoreSdeVeScheduler()
-        chain.timesteps = None
-        chain.step_correct(x, x)
     with pytest.raises(TypeError, match="got dtype torch.float16, expected torch.float32"):
         FusedDDPMScheduler().step(x.half(), 3, x.half())
 

@@ -228,8 +228,6 @@ GOOD = torch.zeros(4, 3)
         ({"reduction": "max"}, ValueError, "reduction: got 'max'"),
         ({"weighting": math.nan}, ValueError, "weighting: got nan"),
         ({"weighting": "sigma"}, TypeError, "weighting: got str"),
-        ({"weighting": torch.tensor([1.0, 1.0, math.nan, 1.0])}, ValueError, "weighting: .*nan"),
-        ({"weighting": torch.tensor([1.0, -1.0, 1.0, 1.0])}, ValueError, "weighting: .*-1.0"),
         ({"weighting": torch.ones(3)}, ValueError, r"weighting: got shape \(3,\)"),
         ({"net": lambda x, s: x[:, :1]}, ValueError, r"net: got shape \(4, 1\)"),
         ({"net": lambda x, s: x.double()}, TypeError, "net: got dtype torch.float64"),

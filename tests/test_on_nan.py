@@ -1,4 +1,4 @@
-"""Chains that diverge: what is reported, where they stop, and what looking costs."""
+"""Chains that diverge: what is reported, where they stop, and what checking costs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Faulty:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         score = -x / (1 + sigma.view(-1, 1) ** 2)
-        # A call is recognised by its state, so that doing it again gives the same.
+        # A call is recognised by its state, so that repeating it gives the same.
         if self.calls == self.call:
             self.marks.append(x.clone())
         self.calls += 1
@@ -47,13 +47,13 @@ def test_level_step_and_sample_are_named(step: int, value: float) -> None:
     sigma = f"{float(SIGMAS[step // 3]):g}"
     message = (
         rf"x: sample {2**40 + 3} is not finite after step {step} \(level {step // 3}, sigma = "
-        rf"{sigma}\), 1 of 5 samples in all; score returned what is not finite, from a state of up"
+        rf"{sigma}\), 1 of 5 samples in all; the score is not finite, from a state of up"
     )
     with pytest.raises(FloatingPointError, match=message.replace("+", r"\+")):
         sampler(Faulty(step, value=value), first_sample=2**40)
 
 
-def test_the_denoising_is_looked_at() -> None:
+def test_the_denoising_is_checked() -> None:
     with pytest.raises(FloatingPointError, match="not finite after the denoising at the end"):
         sampler(Faulty(STEPS))
 
@@ -75,26 +75,28 @@ def test_stopping_gives_the_last_state_seen_to_be_finite(step: int) -> None:
     if done:
         assert torch.equal(x, states[done - 1])
     with pytest.warns(RuntimeWarning, match="is not finite after"):
-        film = sampler(Faulty(step), on_nan="stop", record_every=20)
-    assert torch.equal(film[-1], x) and len(film) == done // 20 + 1
-    for i, frame in enumerate(film[:-1]):
+        trajectory = sampler(Faulty(step), on_nan="stop", record_every=20)
+    assert torch.equal(trajectory[-1], x) and len(trajectory) == done // 20 + 1
+    for i, frame in enumerate(trajectory[:-1]):
         assert torch.equal(frame, states[20 * i + 19])
 
 
-def test_ignoring_is_as_without_looking() -> None:
+def test_ignoring_is_as_without_checking() -> None:
     x = sampler(Faulty(60), on_nan="ignore")
     assert x[3].isnan().any() and x[[0, 1, 2, 4]].isfinite().all()
     assert torch.equal(sampler(Faulty(10**9), on_nan="ignore"), sampler(Faulty(10**9)))
 
 
-def test_a_score_that_is_no_function_is_told_so() -> None:
+def test_a_score_that_is_not_deterministic_is_named() -> None:
     calls = [0]
 
     def score(x: Tensor, sigma: Tensor) -> Tensor:
         calls[0] += 1
         return x * (math.nan if calls[0] == 70 else -1.0)
 
-    with pytest.raises(FloatingPointError, match="steps 50 to 99, but finite when they were done"):
+    with pytest.raises(
+        FloatingPointError, match="steps 50 to 99, but finite when they were repeated"
+    ):
         sampler(score)
 
 
@@ -106,24 +108,24 @@ def test_a_score_that_is_no_function_is_told_so() -> None:
         partial(sk.euler_maruyama, sde=VE(0.1, 10.0), steps=60),
     ],
 )
-def test_every_kind_of_step_is_done_again(make: Any) -> None:
+def test_every_kind_of_step_is_repeated(make: Any) -> None:
     with pytest.raises(FloatingPointError, match="x: sample 3 is not finite after step .*level"):
         make(Faulty(41), (ROWS, 3), seed=2)
 
 
-def test_looks_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waits for the device: three in 120 steps, and one at each end."""
-    looks = []
+    waits = []
     for name in ("__bool__", "__float__", "item", "cpu"):
         wait = getattr(Tensor, name)
 
-        def look(t: Tensor, wait: Any = wait) -> Any:
-            looks.append(1)
+        def counted(t: Tensor, wait: Any = wait) -> Any:
+            waits.append(1)
             return wait(t)
 
-        monkeypatch.setattr(Tensor, name, look)
+        monkeypatch.setattr(Tensor, name, counted)
     sampler(lambda x, sigma: -x)
-    assert len(looks) == 4
+    assert len(waits) == 4
 
 
 def test_large_finite_numbers_are_finite() -> None:
@@ -134,7 +136,7 @@ def test_large_finite_numbers_are_finite() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"on_nan": "never"}, "on_nan: got 'never', expected 'raise', 'stop' or 'ignore'"),
+        ({"on_nan": "never"}, "on_nan: got 'never', expected one of 'raise', 'stop', 'ignore'"),
         (
             {
                 "known": torch.tensor([math.inf, 0.0, 0.0]),

@@ -13,15 +13,15 @@ SIGMAS = geometric_sigmas(10.0, 0.01, 7)
 
 
 class Linear(nn.Module):
-    """x W, times what else it is told."""
+    """x W, times its level."""
 
     def __init__(self, size: int = 3) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.randn(size, size))
 
-    def forward(self, x: Tensor, told: Tensor | None = None, *, shift: float = 0.0) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor | None = None, *, shift: float = 0.0) -> Tensor:
         out = x @ self.w + shift
-        return out if told is None else out * told[:, None].float()
+        return out if level is None else out * level[:, None].float()
 
 
 @pytest.mark.parametrize("divide", [True, False])

@@ -1,4 +1,4 @@
-"""Presets against the published table, in the units of the papers' code (form B)."""
+"""Presets against the published table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from score_kernels.diffusion.sigmas import (
     sigma_ratio,
 )
 
-# Name: D, sigma_1, L, T, epsilon of form B, iterations, Adam's learning rate, batch.
+# Name: D, sigma_1, L, T, epsilon, iterations, Adam's learning rate, batch.
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "ncsn-cifar10": (3072, 1, 10, 100, 2e-5, 200_000, 1e-3, 128),
     "ncsn-mnist": (784, 1, 10, 100, 2e-5, 200_000, 1e-3, 128),
@@ -46,7 +46,7 @@ def test_numbers_are_the_published_ones(name: str) -> None:
     assert (p.name, p.dim, p.steps_per_level) == (name, dim, steps)
     assert (p.iterations, p.learning_rate, p.batch) == (iterations, rate, batch)
     assert p.sigmas.equal(geometric_sigmas(sigma_max, 0.01, levels))
-    # Form A: alpha = 2 x that of form B.
+    # x + (alpha/2) score + sqrt(alpha) z; the papers' alpha is half of that.
     assert p.step_size == 2 * epsilon
     assert p.network_calls == levels * steps
     assert "arXiv" in p.source and p.source in p.why and str(p) == p.why
@@ -83,14 +83,11 @@ def test_presets_sample(name: str) -> None:
 @pytest.mark.parametrize(
     "name, match",
     [
-        ("cifar10", "name: got 'cifar10', expected one of ncsn-cifar10, .*ncsnv2-ffhq256"),
-        ("ncsnv2-cifar", "did you mean 'ncsnv2-cifar10'"),
-        ("NCSN-MNIST", "did you mean|expected one of"),
+        ("cifar10", "name: got 'cifar10', expected one of 'ncsn-cifar10', .*'ncsnv2-ffhq256'"),
         ("", "name: got ''"),
-        (3, "name: got 3"),
     ],
 )
-def test_unknown_names_are_answered_with_the_known(name: Any, match: str) -> None:
+def test_unknown_names_are_answered_with_the_known(name: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         preset(name)
 

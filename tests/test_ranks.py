@@ -14,9 +14,10 @@ import ranks
 import torch
 from test_commands import SETTINGS
 
-from score_kernels import Trainer, cli, training
+from score_kernels import Trainer
+from score_kernels.cli import main as cli
 from score_kernels.networks import MLPScore
-from score_kernels.training import checkpoint
+from score_kernels.training import checkpoint, trainer
 from score_kernels.training.distributed import Ranks
 
 HERE = Path(__file__).parent
@@ -119,9 +120,9 @@ def test_a_rank_that_dies_is_started_again_by_torchrun(
 
 
 def test_the_ranks_must_share_out_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "current", lambda: Ranks(0, 5))
+    monkeypatch.setattr(trainer, "current", lambda: Ranks(0, 5))
     net = MLPScore(4, 16)
-    message = "accumulate: got 1, expected it to divide, times the 5 ranks, batch_size = 24"
+    message = "accumulate: got 1, expected accumulate x 5 ranks to divide batch_size = 24"
     with pytest.raises(ValueError, match=message):
         Trainer(net, [1.0], torch.optim.SGD(net.parameters()), batch_size=24)
 

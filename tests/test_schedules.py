@@ -34,7 +34,7 @@ from score_kernels.diffusion.sigmas import (
 def test_ratios_are_equal_and_ends_exact(largest: float, smallest: float, levels: int) -> None:
     sigmas = geometric_sigmas(largest, smallest, levels)
     assert sigmas.dtype == torch.float32 and sigmas.shape == (levels,)
-    torch.testing.assert_close(levels[[0, -1]], torch.tensor([largest, smallest]))
+    torch.testing.assert_close(sigmas[[0, -1]], torch.tensor([largest, smallest]))
     ratio = sigmas[:-1].double() / sigmas[1:].double()
     want = (largest / smallest) ** (1 / (levels - 1))
     torch.testing.assert_close(ratio, torch.full_like(ratio, want), rtol=1e-6, atol=0)
@@ -147,7 +147,7 @@ def test_level_count_is_the_nearest() -> None:
 
 
 def test_variance_ratio_is_that_of_a_chain() -> None:
-    """The variance of a chain towards a single data point, step by step, in form A."""
+    """The variance of a chain towards a single data point, step by step."""
     generator = random.Random(4)
     for _ in range(50):
         ratio, steps = 1 + generator.expovariate(3), generator.randint(1, 40)
@@ -215,8 +215,8 @@ def test_suggested_schedules(data: Tensor) -> None:
     dim = data[0].numel()
     flat = data.double().reshape(len(data), -1)
     ends = schedule.sigmas[[0, -1]].tolist()
-    spread = (flat.amax(0) - flat.amin(0)).max().item()
-    want = [max_pairwise_distance(data), 0.01 * spread]
+    data_range = (flat.amax(0) - flat.amin(0)).max().item()
+    want = [max_pairwise_distance(data), 0.01 * data_range]
     # float32 levels.
     assert ends == pytest.approx(want, rel=tolerances.FP32_RELATIVE)
     ratio = (want[0] / want[1]) ** (1 / (len(schedule.sigmas) - 1))
@@ -294,7 +294,6 @@ RATIOS = ((1.0, "ratio: got 1.0"), (0.5, "ratio: got 0.5"), (math.nan, "ratio: g
         *((level_count, (2, 1, ratio), ValueError, match) for ratio, match in RATIOS),
         *((best_step_size, (ratio, 1, 5), ValueError, match) for ratio, match in RATIOS),
         *((variance_ratio, (0.1, ratio, 1, 5), ValueError, match) for ratio, match in RATIOS),
-        (best_step_size, (1e60, 1, 5), ValueError, "ratio: got 1e"),
         (best_step_size, (1.1, 0, 5), ValueError, "sigma_min: got 0"),
         (best_step_size, (1.1, 1, 0), ValueError, "steps_per_level: got 0"),
         (variance_ratio, (4.0, 1.1, 1, 5), ValueError, "step_size: got 4.0, expected less than 4"),

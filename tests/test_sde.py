@@ -13,15 +13,17 @@ KINDS = [VE(), VE(0.1, 3.0), VP(), VP(2.0, 2.0), SubVP(), SubVP(0.5, 7.0)]
 each_kind = pytest.mark.parametrize("sde", KINDS, ids=lambda s: type(s).__name__)
 
 
-def slope(f: object, t: Tensor, h: float = 1e-5) -> Tensor:
+def derivative(f: object, t: Tensor, h: float = 1e-5) -> Tensor:
     return (f(t + h) - f(t - h)) / (2 * h)  # type: ignore[operator]
 
 
 @each_kind
 def test_mean_and_variance_solve_their_equations(sde: SDE) -> None:
     """m' = f m, (std^2)' = 2 f std^2 + g^2; central differences are good to about h^2."""
-    torch.testing.assert_close(slope(sde.mean, T), sde.drift(T) * sde.mean(T), rtol=1e-6, atol=1e-7)
-    variance = slope(lambda t: sde.std(t).square(), T)
+    torch.testing.assert_close(
+        derivative(sde.mean, T), sde.drift(T) * sde.mean(T), rtol=1e-6, atol=1e-7
+    )
+    variance = derivative(lambda t: sde.std(t).square(), T)
     want = 2 * sde.drift(T) * sde.std(T).square() + sde.diffusion(T)
     torch.testing.assert_close(variance, want, rtol=1e-5, atol=1e-7)
 
@@ -56,10 +58,8 @@ def test_what_is_refused() -> None:
         VE(3.0, 2.0)
     with pytest.raises(ValueError, match="beta_min: got 0"):
         VP(0)
-    for values in ([0.5, 0.6], [1.0, 0.5], [0.5, 0.0]):
-        with pytest.raises(ValueError, match="alphas_bar: got values from"):
+    for values in ([0.5, 0.6], [1.0, 0.5], [0.5, 0.0], []):
+        with pytest.raises(ValueError, match="alphas_bar: got values that begin with"):
             DDPMSchedule(values)
     with pytest.raises(TypeError, match="alphas_bar: got float 0.5, expected a tensor or"):
         DDPMSchedule(0.5)
-    with pytest.raises(ValueError, match="alphas_bar: got none"):
-        DDPMSchedule([])

@@ -48,7 +48,7 @@ def everything(trainer: Trainer) -> list[Tensor]:
     tensors = [t for state in states for t in state.values()]
     for state in trainer.optimizer.state_dict()["state"].values():
         tensors += [torch.as_tensor(v) for v in state.values()]
-    return [*tensors, trainer.losses, *trainer.level_losses, trainer._levels]
+    return [*tensors, trainer.losses, *trainer.level_losses, trainer._level_sums]
 
 
 def same(a: Trainer, b: Trainer) -> bool:
@@ -155,17 +155,17 @@ def test_parts_of_a_batch_see_the_batch_s_noise() -> None:
 
 def test_the_order_of_the_data() -> None:
     """Every sample once an epoch, batches always full, epochs ordered anew and by the seed."""
-    batches = Batches(data(), 8, 5, 0, ())
+    batches = Batches(data(), 8, 5, 0, (), torch.arange(8))
     stream = torch.cat([batches.rows(t) for t in range(37)])
     epochs = stream.view(8, 37)
     for epoch in epochs:
         assert torch.equal(epoch.sort().values, torch.arange(37))
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 8
-    assert torch.equal(Batches(data(), 5, 5, 0, ()).rows(3), stream[15:20])
+    assert torch.equal(Batches(data(), 5, 5, 0, (), torch.arange(5)).rows(3), stream[15:20])
     assert not torch.equal(permutation(37, 6, 0), epochs[0])
     assert [batches.epoch(t) for t in (0, 4, 5, 37)] == [0, 0, 1, 8]
     # A batch larger than the data spans several epochs.
-    large = Batches(data(3), 8, 5, 0, ())
+    large = Batches(data(3), 8, 5, 0, (), torch.arange(8))
     assert sorted(large.rows(0).tolist()) == sorted([0, 1, 2] * 2 + large.rows(0)[6:].tolist())
     # Uniform: where sample 0 lands in 3000 permutations of 10.
     places = torch.stack([permutation(10, 7, e) for e in range(3000)]).eq(0).nonzero()[:, 1]
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_is_named_and_not_saved(tmp_path: Path) -> Non
                     out = torch.where(sigma[:, None] > 1, math.inf, out)
                 return out
 
-        trainer.net = trainer._parallel = Poisoned(trainer.net)
+        trainer.net = trainer._model = Poisoned(trainer.net)
         trainer._average = torch.optim.swa_utils.AveragedModel(trainer.net)
         return trainer
 
@@ -332,7 +332,7 @@ def test_callback_bar_and_tensorboard(
     assert Writer.scalars["loss"] == [5, 10] and Writer.scalars["loss_by_level"] == [1, 2]
     assert Writer.scalars["learning_rate"] == [5, 10] and "closed" in Writer.scalars
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard"):
+    with pytest.raises(ImportError, match="tensorboard"):
         fit(make(), data(), 10, tensorboard=tmp_path)
 
 
@@ -347,8 +347,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         (make(batch_size=16), "batch_size = 8 there and 16 here"),
         (make(rate=1e-4), "optimizer ="),
         (make(loss="ssm"), "loss = dsm there and ssm here"),
-        (make(lambda: MLPScore(3, 20)), r"layers.0.weight has shape \(16, 3\) in the file and"),
-        (make(lambda: MLPScore(3, 16, depth=3)), "layers.2.weight is not in the file"),
+        (make(lambda: MLPScore(3, 20)), r"layers.0.weight is \(16, 3\) in the file and"),
+        (make(lambda: MLPScore(3, 16, depth=3)), "layers.2.weight is missing in the file"),
     ]
     for trainer, words in others:
         weights = copy.deepcopy(trainer.net.state_dict())
@@ -366,10 +366,10 @@ def test_what_is_refused() -> None:
     net = MLPScore(3, 8)
     optimizer = torch.optim.Adam(net.parameters())
     for options, error, words in (
-        ({"loss": "mse"}, ValueError, "loss: got 'mse', expected 'dsm', 'ssm' or a function"),
-        ({"loss": 3}, TypeError, "loss: got int"),
+        ({"loss": "mse"}, ValueError, "loss: got 'mse', expected one of 'dsm', 'ssm' or a fun"),
+        ({"loss": 3}, ValueError, "loss: got 3"),
         ({"batch_size": 0}, ValueError, "batch_size: got 0"),
-        ({"accumulate": 3}, ValueError, "accumulate: got 3, expected it to divide batch_size"),
+        ({"accumulate": 3}, ValueError, "accumulate: got 3, expected accumulate x 1 ranks"),
         ({"ema_decay": 1.0}, ValueError, "ema_decay: got 1.0"),
         ({"clip_norm": -1}, ValueError, "clip_norm: got -1"),
         ({"precision": "half"}, ValueError, "precision: got 'half'"),

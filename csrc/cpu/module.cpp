@@ -1,5 +1,7 @@
 // score_kernels._cpu: the kernels of the best instruction set this processor has, on raw pointers.
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <optional>
 #include <vector>
 
@@ -37,24 +39,18 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
-const Isa* best_isa() {
-  for (const Isa& isa : kIsas)
-    if (isa.supported()) return &isa;
-  return nullptr;
-}
-
-std::atomic<const Isa*> current{best_isa()};
+// The best, until set_isa.
+std::atomic<const Isa*> current{std::find_if(std::begin(kIsas), std::end(kIsas),
+                                             [](const Isa& isa) { return isa.supported(); })};
 
 void set_isa(const std::string& name) {
-  std::string known;
-  for (const Isa& isa : kIsas) {
-    if (!isa.supported()) continue;
-    if (name == isa.name) {
+  for (const Isa& isa : kIsas)
+    if (isa.supported() && name == isa.name) {
       current = &isa;
       return;
     }
-    known += known.empty() ? isa.name : std::string(", ") + isa.name;
-  }
+  std::string known;
+  for (const std::string& isa : supported_isas()) known += (known.empty() ? "" : ", ") + isa;
   throw py::value_error("isa: got '" + name + "', expected one of: " + known);
 }
 

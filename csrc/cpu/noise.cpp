@@ -1,4 +1,6 @@
 // Materialised noise: words, normals, uniforms, random signs.
+#include <type_traits>
+
 #include "tile.h"
 
 namespace sk {
@@ -6,22 +8,17 @@ namespace SK_ISA {
 
 namespace {
 
-template <class Map>
-void fill_floats(const FillArgs& args) {
-  float* out = static_cast<float*>(args.out);
+template <class Map, class T>
+void fill_with(const FillArgs& args) {
+  T* out = static_cast<T*>(args.out);
   for_each_tile(args.rows, args.elements, [&](const Tile& tile) {
     alignas(64) float values[kTileBuffer];
     fill_tile<Map>(values, args.key, args.elements, tile);
-    memcpy(out + tile.offset, values, tile.count * sizeof(float));
-  });
-}
-
-void fill_words(const FillArgs& args) {
-  int64_t* out = static_cast<int64_t*>(args.out);
-  for_each_tile(args.rows, args.elements, [&](const Tile& tile) {
-    alignas(64) float values[kTileBuffer];
-    fill_tile<WordMap>(values, args.key, args.elements, tile);
-    for (uint64_t i = 0; i < tile.count; ++i) out[tile.offset + i] = to_bits(values[i]);
+    for (uint64_t i = 0; i < tile.count; ++i)
+      if constexpr (std::is_same_v<T, float>)
+        out[tile.offset + i] = values[i];
+      else
+        out[tile.offset + i] = to_bits(values[i]);
   });
 }
 
@@ -30,13 +27,13 @@ void fill_words(const FillArgs& args) {
 void fill(const FillArgs& args) {
   switch (args.kind) {
     case Kind::kWords:
-      return fill_words(args);
+      return fill_with<WordMap, int64_t>(args);
     case Kind::kNormal:
-      return fill_floats<NormalMap>(args);
+      return fill_with<NormalMap, float>(args);
     case Kind::kUniform:
-      return fill_floats<UniformMap>(args);
+      return fill_with<UniformMap, float>(args);
     case Kind::kRademacher:
-      return fill_floats<RademacherMap>(args);
+      return fill_with<RademacherMap, float>(args);
   }
 }
 

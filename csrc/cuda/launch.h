@@ -30,8 +30,6 @@ class DeviceGuard {
   ~DeviceGuard() {
     if (before_ != device_) cudaSetDevice(before_);
   }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0, device_;

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels.backends import reference
+from score_kernels.backends.reference import Reference, apart
 from score_kernels.noise import Key
 
 # The numbers of sk::Kind and sk::Dtype in csrc/args.h.
@@ -37,20 +37,18 @@ KERNELS = {
 }
 
 
-class CompiledBackend:
+class CompiledBackend(Reference):
     """The functions of a Backend over `kernels`, a module that takes addresses.
 
     A subclass says on which device and stream a tensor's kernels run (the module's last arguments),
-    in how many chunks rows are summed, and in which dtype the gradient of a half-precision score is
-    written.
+    and in which dtype the gradient of a half-precision score is written.
     """
 
-    name: str
-    capturable: bool
     device_type: str
 
     def __init__(self, module: str) -> None:
         self.kernels: Any = None
+        self.on_cpu = self.device_type == "cpu"
         self._why: str | None = None
         try:
             self.kernels = importlib.import_module(module)
@@ -58,7 +56,8 @@ class CompiledBackend:
             self._why = f"{module} was not built or does not load ({error})"
         for function, kernel in KERNELS.items():
             if self.kernels is not None and not hasattr(self.kernels, kernel):
-                setattr(self, function, getattr(reference.backend, function))
+                setattr(self, function, getattr(super(), function))
+        self._affine_step: Any = getattr(self.kernels, "affine_step", None)
 
     def unavailable(self) -> str | None:
         return self._why
@@ -75,32 +74,35 @@ class CompiledBackend:
     def device_and_stream(self, device: torch.device) -> tuple[int, ...]:
         return ()
 
-    def partials(self, elements: int) -> int:
-        return 1
-
     def gradient_dtype(self, score: torch.dtype) -> torch.dtype:
         return torch.float32
 
     def fill(self, out: Tensor, kind: str, key: Key) -> None:
-        where = self.device_and_stream(out.device)
+        where = () if self.on_cpu else self.device_and_stream(out.device)
         self.kernels.fill(out.data_ptr(), *_sizes(out), KINDS[kind], *key, *where)
 
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
     ) -> None:
-        rows = x.shape[0]
-        self.kernels.affine_step(
-            out.data_ptr(),
-            x.data_ptr(),
-            score.data_ptr(),
+        source, at = x.data_ptr(), score.data_ptr()
+        target, rows, count = source, x.shape[0], x.numel()
+        if out is not x:
+            target = out.data_ptr()
+        elif at != source and -8 * count < at - source < 8 * count:
+            score = apart(x, score)
+            at = score.data_ptr()
+        self._affine_step(
+            target,
+            source,
+            at,
             DTYPES[score.dtype],
             rows,
-            x.numel() // rows if rows else 0,
+            count // rows if rows else 0,
             a,
             b,
             c,
             *key,
-            *self.device_and_stream(x.device),
+            *(() if self.on_cpu else self.device_and_stream(x.device)),
         )
 
     def table_step(
@@ -115,6 +117,8 @@ class CompiledBackend:
         mask: Tensor | None = None,
     ) -> None:
         lines, columns = table.shape
+        # The kernel may read the score and what is known after it has written x.
+        score, known = apart(out, score), None if known is None else apart(out, known, same=True)
         self.kernels.table_step(
             out.data_ptr(),
             x.data_ptr(),
@@ -189,9 +193,10 @@ class CompiledBackend:
         self, kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key
     ) -> Tensor:
         # The kernel does not visit samples without elements: their sums are 0.
-        new = torch.empty if a.numel() else torch.zeros
-        out = new((4, a.shape[0]), dtype=torch.float32, device=a.device)
-        self._probe(out, kind, a, key, a=a, b=b, differences=differences)
+        new = a.new_empty if a.numel() else a.new_zeros
+        shape, half = (4, a.shape[0]), a.dtype is not torch.float32
+        out = new(shape, dtype=torch.float32) if half else new(shape)
+        self._probe(out, kind, a, key, a, b, differences)
         return out
 
     def probe_scale(self, kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
@@ -210,14 +215,13 @@ class CompiledBackend:
         kind: str,
         batch: Tensor,
         key: Key,
-        *,
         a: Tensor | None = None,
         b: Tensor | None = None,
         differences: bool = False,
         factor: Tensor | None = None,
         x: Tensor | None = None,
     ) -> None:
-        partial = None if a is None else self._workspace(a, 4)
+        partial = None if a is None or self.on_cpu else self._workspace(a, 4)
         self.kernels.probe(
             out.data_ptr(),
             _address(partial),
@@ -230,13 +234,15 @@ class CompiledBackend:
             _address(x),
             *_sizes(batch),
             *key,
-            *self.device_and_stream(out.device),
+            *(() if self.on_cpu else self.device_and_stream(out.device)),
         )
 
     def _workspace(self, batch: Tensor, sums: int) -> Tensor | None:
         """Where a kernel of two stages leaves the sums of the chunks of each row."""
+        if self.on_cpu:
+            return None
         rows, elements = _sizes(batch)
-        chunks = self.partials(elements)
+        chunks = self.kernels.partials(elements)
         if chunks <= 1:
             return None
         return batch.new_empty((sums, rows, chunks), dtype=torch.float32)
@@ -297,9 +303,6 @@ class Cuda(CompiledBackend):
 
     def device_and_stream(self, device: torch.device) -> tuple[int, ...]:
         return device.index, torch.cuda.current_stream(device).cuda_stream
-
-    def partials(self, elements: int) -> int:
-        return self.kernels.partials(elements)
 
     def gradient_dtype(self, score: torch.dtype) -> torch.dtype:
         return score

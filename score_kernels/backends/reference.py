@@ -2,7 +2,7 @@
 
 It gives the contract's bits without an fma: noise is computed in fp64 with every step rounded to
 fp32, which csrc/noise.h's coefficients make exact, and the fp32 update emulates fma exactly. An
-fp64 state is updated in plain fp64. Slow: some hundred torch operations a call, in pieces that
+fp64 state is updated in plain fp64. Slow: some hundred torch operations a call, in chunks that
 keep the temporaries small.
 """
 
@@ -34,41 +34,51 @@ COS = ("0x1p+0", "-0x1.3bd3bp+0", "0x1.03bd9ap-2", "-0x1.55020cp-6", "0x1.c2939a
 SIN = ("0x1.921fb4p+0", "-0x1.4abba2p-1", "0x1.466504p-4", "-0x1.31fbf4p-8", "0x1.3912a8p-13")
 TWO_LN2 = float.fromhex("-0x1.62e43p-23")
 
-# Blocks of four elements a piece: some megabytes of temporaries.
-_PIECE = 1 << 15
+# Blocks of four elements a chunk: some megabytes of temporaries.
+_CHUNK = 1 << 15
 
 
 class Reference:
-    """Plain torch on any device."""
+    """Plain torch on any device, and the base of the other backends.
+
+    A backend overrides what it has kernels for; for everything else it falls back to this. Tensors
+    come checked by ``score_kernels.ops``: contiguous, on one device.
+    """
 
     name = "reference"
+    # Whether its steps can be part of a CUDA graph.
     capturable = False
 
     def unavailable(self) -> str | None:
+        """Why the backend cannot be used on this machine, or None."""
         return None
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the backend cannot serve a state of this device and dtype, or None."""
         return None
 
     def describe(self) -> str:
+        """One line for ``score-kernels info``."""
         return "plain torch on any device, float32 and float64"
 
     def fill(self, out: Tensor, kind: str, key: Key) -> None:
+        """Noise of a kind: "words" into int64, "normal", "uniform", "rademacher" into fp32."""
         # MPS has no fp64: its noise is made on the CPU and moved.
         home = torch.device("cpu") if out.device.type == "mps" else out.device
         rows, elements = out.shape[0], math.prod(out.shape[1:])
         blocks = -(-elements // 4)
         values = torch.empty((rows, blocks * 4), dtype=out.dtype, device=home)
         flat = values.view(-1, 4)
-        for piece in _pieces(rows * blocks, _PIECE):
-            index = torch.arange(piece.start, piece.stop, dtype=torch.int64, device=home)
+        for chunk in _chunks(rows * blocks, _CHUNK):
+            index = torch.arange(chunk.start, chunk.stop, dtype=torch.int64, device=home)
             words = _philox(index % blocks, key[3] + index // blocks, key)
-            flat[piece] = _MAPS[kind](words)
+            flat[chunk] = _MAPS[kind](words)
         out.copy_(values[:, :elements].reshape(out.shape))
 
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
     ) -> None:
+        """out = a x + b score + c z; out may be x, and the score overlap it; c = 0: no noise."""
         # Coefficients enter an fp32 kernel rounded to fp32, once.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.table_step(out, x, score, torch.tensor([[a, b, c]], dtype=dtype), None, key)
@@ -84,8 +94,15 @@ class Reference:
         known: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> None:
+        """affine_step with (a, b, c) = table[step] and draw + step, read where the tensors are.
+
+        table [lines, 3], step int64 without dimensions; without it the table has one line for all
+        samples or one for each. With known, and mask (bool), the table has five columns, and out
+        is table[., 3] known + table[., 4] z where mask is true, whatever x and score are there.
+        """
         if x.numel() == 0:
             return
+        score, known = apart(out, score), None if known is None else apart(out, known, same=True)
         home = torch.device("cpu") if x.device.type == "mps" else x.device
         lines = table.to(home).double()
         if step is not None:
@@ -97,37 +114,40 @@ class Reference:
         fma = _fma if x.dtype == torch.float32 else _plain_fma
         product = _round if x.dtype == torch.float32 else torch.Tensor.double
         elements = x.numel() // x.shape[0]
-        for piece in _pieces(x.numel(), 4 * _PIECE):
-            row = torch.arange(piece.start, piece.stop, device=home) // elements
-            # One line for all is not spread out.
+        for chunk in _chunks(x.numel(), 4 * _CHUNK):
+            row = torch.arange(chunk.start, chunk.stop, device=home) // elements
+            # One line for all is not repeated.
             k = lines[row if len(lines) > 1 else slice(None)].unbind(1)
 
-            def take(values: Tensor, piece: slice = piece) -> Tensor:
-                return values.reshape(-1)[piece].to(home).double()
+            def take(values: Tensor, chunk: slice = chunk) -> Tensor:
+                return values.reshape(-1)[chunk].to(home).double()
 
-            def noisy(value: Tensor, spread: Tensor, piece: slice = piece) -> Tensor:
+            def noisy(value: Tensor, scale: Tensor, chunk: slice = chunk) -> Tensor:
                 if z is None:
                     return value
-                return torch.where(spread == 0, value, fma(spread, z[piece].double(), value))
+                return torch.where(scale == 0, value, fma(scale, z[chunk].double(), value))
 
             value = noisy(fma(k[1], take(score), product(k[0] * take(x))), k[2])
             if known is not None and mask is not None:
                 given = noisy(product(k[3] * take(known)), k[4])
-                value = torch.where(mask.reshape(-1)[piece].to(home), given, value)
-            out.view(-1)[piece] = value.to(x.dtype).to(x.device)
+                value = torch.where(mask.reshape(-1)[chunk].to(home), given, value)
+            out.view(-1)[chunk] = value.to(x.dtype).to(x.device)
 
     def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
+        """x + sigma z; sigma [B] float32."""
         z = _normal_like(x, key)
-        spread = _per_sample(sigma, x)
+        sigma = _per_sample(sigma, x)
         if x.dtype == torch.float64:
-            return x + spread.double() * z.double()
+            return x + sigma.double() * z.double()
         home = "cpu" if x.device.type == "mps" else x.device
-        result = _fma(spread.to(home).double(), z.to(home).double(), x.to(home).double())
+        result = _fma(sigma.to(home).double(), z.to(home).double(), x.to(home).double())
         return result.float().to(x.device)
 
     def dsm_loss(
         self, score: Tensor, sigma: Tensor, weight: Tensor | None, key: Key, with_gradient: bool
     ) -> tuple[Tensor, Tensor]:
+        """[B] losses 1/2 weight sum (sigma score + z)^2 and, if asked for, their gradient by an
+        fp32 score (else an empty tensor); sigma and weight [B] float32."""
         residual = _residual(score, sigma, key)
         factor = 0.5 if weight is None else 0.5 * weight
         loss = (
@@ -144,12 +164,15 @@ class Reference:
     def dsm_gradient(
         self, score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, key: Key
     ) -> Tensor:
+        """upstream weight sigma (sigma score + z) in the score's dtype; upstream [B] float32."""
         scale = upstream * (sigma if weight is None else sigma * weight)
         return (_per_sample(scale, score) * _residual(score, sigma, key)).to(score.dtype)
 
     def probe_sums(
         self, kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key
     ) -> Tensor:
+        """[4, B]: v.v, v.a, v.b (0 without b) and a.a over each sample, for a probe v of a kind,
+        "normal" or "rademacher"; with differences, of (a + b) / 2 and a - b in place of a and b."""
         wide = torch.float32 if a.device.type == "mps" else torch.float64
         rows, elements = a.shape[0], math.prod(a.shape[1:])
         v = _noise_like(kind, a, key).to(wide).reshape(rows, elements)
@@ -161,15 +184,28 @@ class Reference:
         return sums.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
 
     def probe_scale(self, kind: str, factor: Tensor, shape: tuple[int, ...], key: Key) -> Tensor:
+        """factor v; factor [B] float32, or float64, which the result then has."""
         like = factor.new_empty(()).expand(shape)
         return _per_sample(factor, like) * _noise_like(kind, like, key).to(factor.dtype)
 
     def probe_shift(self, kind: str, x: Tensor, factor: Tensor, key: Key) -> Tensor:
+        """[2, B, ...]: x + factor v and x - factor v; factor [B] of x's dtype."""
         shift = self.probe_scale(kind, factor, tuple(x.shape), key)
         return torch.stack([x + shift, x - shift])
 
 
 backend = Reference()
+
+
+def apart(out: Tensor, value: Tensor, same: bool = False) -> Tensor:
+    """A tensor to read while `out` is written: itself, or a copy where the two overlap.
+
+    Elements of `out` itself may be read before they are written, unless `same` says otherwise.
+    """
+    distance = value.data_ptr() - out.data_ptr()
+    if distance == 0 and value.dtype == out.dtype and not same:
+        return value
+    return value.clone() if -value.nbytes < distance < out.nbytes else value
 
 
 def _residual(score: Tensor, sigma: Tensor, key: Key) -> Tensor:
@@ -194,7 +230,7 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
-def _pieces(count: int, size: int) -> Iterator[slice]:
+def _chunks(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Noise levels and sampling steps; the data are in [-1, 1]. Keys that are not set are chosen
-    from the data by the techniques of NCSNv2 (arXiv 2006.09011), and the run says why."""
+    """Noise levels and sampling steps, for data in [-1, 1].
+
+    Keys that are not set are chosen from the data by the techniques of NCSNv2 (arXiv 2006.09011),
+    and the run prints why."""
 
     sigma_max: float | None = _key(None, "largest level; not set: the data's largest distance")
     sigma_min: float | None = _key(None, "smallest level; not set: a hundredth of the range")
@@ -90,26 +93,17 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a training; see the sections' own docstrings and :func:`to_toml`."""
+    """All settings of a training, by section; see :func:`to_toml`."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-
-_SECTIONS: dict[str, Any] = {
-    "data": DataConfig,
-    "network": NetworkConfig,
-    "noise": NoiseConfig,
-    "training": TrainingConfig,
-    "sampling": SamplingConfig,
-}
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    noise: NoiseConfig = NoiseConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
 
 
 def load(path: str | os.PathLike[str]) -> Config:
-    """The settings of a TOML file; what it leaves out has its default.
+    """The settings of a TOML file; keys that it leaves out have their defaults.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -128,26 +122,22 @@ def load(path: str | os.PathLike[str]) -> Config:
 
 def from_dict(tables: dict[str, Any], source: str) -> Config:
     """Settings from nested dictionaries, checked as :func:`load` does; source is for messages."""
-    made: dict[str, Any] = {}
+    defaults, sections = vars(Config()), {}
     for name, table in tables.items():
-        if name not in _SECTIONS:
-            raise ValueError(f"config {source}: [{name}] is unknown{_closest(name, _SECTIONS)}")
+        _check_known(f"config {source}: [{name}]", name, defaults)
         if not isinstance(table, dict):
             raise ValueError(f"config {source}: {name} = {table!r}, expected a section [{name}]")
-        known = {f.name: f for f in dataclasses.fields(_SECTIONS[name])}
+        keys = {key.name: key for key in dataclasses.fields(defaults[name])}
         checked = {}
         for key, value in table.items():
-            if key not in known:
-                raise ValueError(
-                    f"config {source}: {key} in [{name}] is unknown{_closest(key, known)}"
-                )
-            checked[key] = _checked(f"config {source}: [{name}] {key}", known[key], value)
-        made[name] = _SECTIONS[name](**checked)
-    return Config(**made)
+            _check_known(f"config {source}: {key} in [{name}]", key, keys)
+            checked[key] = _checked(f"config {source}: [{name}] {key}", keys[key], value)
+        sections[name] = dataclasses.replace(defaults[name], **checked)
+    return Config(**sections)
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """The way back of :func:`from_dict`; keys that are not set are left out."""
+    """The inverse of :func:`from_dict`; keys that are not set are left out."""
     return {
         section: {key: value for key, value in table.items() if value is not None}
         for section, table in dataclasses.asdict(config).items()
@@ -157,13 +147,13 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 def to_toml(config: Config) -> str:
     """The text of a file with these settings; every key with its meaning, unset ones commented."""
     lines = ["# Settings of `score-kernels train`. Every key may be left out.", ""]
-    for section in dataclasses.fields(config):
-        table = getattr(config, section.name)
-        lines.append(f"[{section.name}]")
+    for section, table in vars(config).items():
+        lines.append(f"[{section}]")
         for key in dataclasses.fields(table):
             value, choices = getattr(table, key.name), key.metadata["choices"]
-            words = key.metadata["words"] + (f" ({', '.join(choices)})" if choices else "")
-            lines.append(f"# {words}")
+            lines.append(
+                "# " + key.metadata["words"] + (f" ({', '.join(choices)})" if choices else "")
+            )
             # A JSON string, number or truth value is TOML's too.
             text = f"{key.name} = {json.dumps(value, ensure_ascii=False)}"
             lines.append(text if value is not None else f"# {key.name} =")
@@ -171,29 +161,22 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _checked(name: str, key: dataclasses.Field, value: Any) -> Any:
+def _check_known(where: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise ValueError(f"{where} is unknown; {hint}")
+
+
+def _checked(where: str, key: dataclasses.Field, value: Any) -> Any:
     # Annotations are strings here: "int", "float | None", ...
-    wanted = str(key.type).split(" | ")[0]
-    if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
+    wanted, choices = str(key.type).split(" | ")[0], key.metadata["choices"]
+    if wanted == "float" and type(value) is int:
         value = float(value)
     if type(value).__name__ != wanted:
-        raise ValueError(f"{name}: got {value!r}, expected {_TYPES[wanted]}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name}: got {value}, expected a finite number")
-    choices = key.metadata["choices"]
+        raise ValueError(f"{where}: got {value!r}, expected {wanted}")
+    if wanted == "float" and not math.isfinite(value):
+        raise ValueError(f"{where}: got {value}, expected a finite number")
     if choices and value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+        raise ValueError(f"{where}: got {value!r}, expected one of {', '.join(choices)}")
     return value
-
-
-_TYPES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a text in quotes",
-}
-
-
-def _closest(name: str, known: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"

@@ -16,19 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["draw_losses", "figure", "logarithmic", "require", "save_sheet", "sheet"]
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
-# Smaller images are enlarged by a whole factor, pixels staying squares.
+# Smaller sheets are enlarged by a whole factor to about this size.
 _SMALLEST_SHEET = 600
 
 
 def require(extra: str = "images") -> None:
-    """Raise one clear ImportError where Pillow or Matplotlib are missing, before any work is done.
-
-    Args:
-        extra: the package's extra that the message tells to install.
-
-    Raises:
-        ImportError: with the command that installs them.
-    """
+    """Raise an ImportError that names the package's extra, without Pillow or Matplotlib."""
     try:
         import matplotlib  # noqa: F401
         import PIL  # noqa: F401
@@ -68,13 +61,7 @@ def sheet(images: Tensor, columns: int | None = None, line: float = 0.2) -> Tens
 
 
 def save_sheet(path: str | os.PathLike[str], images: Tensor, columns: int | None = None) -> None:
-    """Write :func:`sheet` as a PNG, small images enlarged by a whole factor.
-
-    Raises:
-        ImportError: without Pillow.
-        OSError: the file cannot be written.
-        ValueError: images is not ``[N, C, H, W]``.
-    """
+    """Write :func:`sheet` as a PNG, small images enlarged by a whole factor."""
     require()
     from PIL import Image
 
@@ -92,7 +79,7 @@ def draw_losses(
     held_out: tuple[Sequence[int], Sequence[float]] | None = None,
     label: str = "denoising loss per sample",
 ) -> None:
-    """The loss at every step with its running mean, on a logarithmic axis where all are above 0.
+    """The loss at every step and its running mean; logarithmic where all are above 0.
 
     Args:
         path: the PNG to write.
@@ -100,10 +87,6 @@ def draw_losses(
         zero_network: the loss of a network that always answers 0, drawn as a line.
         held_out: (steps, losses) on data that training does not see.
         label: of the vertical axis.
-
-    Raises:
-        ImportError: without Matplotlib.
-        OSError: the file cannot be written.
     """
     require()
     plot = figure(8, 4.5)
@@ -117,9 +100,8 @@ def draw_losses(
     axes.plot(steps[::every], loss[::every], color=BLUE, alpha=0.25, linewidth=0.7)
     axes.plot(steps[window - 1 :: every], mean[::every], color=BLUE, label="training, running mean")
     if held_out is not None:
-        axes.plot(
-            *held_out, color=ORANGE, marker="o", markersize=4, label="held out, averaged weights"
-        )
+        name = "held out, averaged weights"
+        axes.plot(*held_out, color=ORANGE, marker="o", markersize=4, label=name)
     if zero_network is not None:
         axes.axhline(zero_network, color=GREY, linestyle="--", linewidth=1)
         axes.annotate(
@@ -148,7 +130,7 @@ def figure(width: float, height: float) -> Figure:
 
 
 def logarithmic(axes: Any, low: float, high: float) -> None:
-    """Make the vertical axis a logarithmic one from low to high, with plain numbers."""
+    """A logarithmic vertical axis from low to high, with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     axes.set_yscale("log")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import score_kernels
+from score_kernels import checks
 from score_kernels.cli import config, data, plots
 from score_kernels.cli.config import Config
 from score_kernels.cli.trained import draw_samples, network, read_about
@@ -21,28 +21,24 @@ from score_kernels.training.distributed import Ranks, joined
 
 __all__ = ["train"]
 
-CHECKPOINT = "checkpoint.pt"
-# What may differ when a training is resumed, by section.
+# Settings that a resumed training may have other values of.
 _MAY_DIFFER = {
-    "data": {"path"},
-    "training": {"device", "save_every"},
-    "sampling": {"count", "every"},
+    *("data.path", "training.device", "training.save_every", "sampling.count", "sampling.every"),
 }
 _REPORT_EVERY = 50
 
 
 def train(settings: Config, out: Path, *, resume: bool = False, progress: bool = True) -> Trainer:
-    """Train a network on files and write to a folder: ``checkpoint.pt``, ``config.toml`` (all
-    settings), ``loss.png`` and ``samples.png`` (a sheet of samples of the averaged weights).
+    """Train a network on files, and write to a folder.
 
-    Under torchrun the ranks share each batch (see :class:`score_kernels.Trainer`) and the first one
-    writes; started again by torchrun it goes on from the checkpoint.
-
-    Sizes, channels and ranges are the data's; for the network values are scaled to [-1, 1].
+    Written are ``checkpoint.pt``, ``config.toml`` (all settings), ``loss.png`` and, of images,
+    ``samples.png`` (a sheet of samples of the averaged weights). For the network values are scaled
+    to [-1, 1]. Under torchrun the ranks share each batch (see :class:`score_kernels.Trainer`) and
+    the first one writes; restarted by torchrun, training goes on from the checkpoint.
 
     Args:
         settings: see :mod:`score_kernels.cli.config`.
-        out: the folder, made if it is not there.
+        out: the folder, made where it is missing.
         resume: go on from the checkpoint in it, with the bits of a training never stopped.
         progress: whether to show progress bars (on stderr).
 
@@ -52,74 +48,69 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
     Raises:
         FileExistsError: there is a checkpoint in the folder and resume is False.
         ImportError: without Pillow or Matplotlib.
-        OSError, ValueError: the data, the settings or the checkpoint are not usable. The message
+        OSError, ValueError: the data, the settings or the checkpoint cannot be used. The message
             names the file, and nothing is overwritten.
     """
     plots.require()
     with joined(settings.training.device) as ranks:
-        return _train(settings, out, ranks, resume=resume, progress=progress)
+        return _train(settings, out, ranks, resume, progress)
 
 
-def _train(settings: Config, out: Path, ranks: Ranks, *, resume: bool, progress: bool) -> Trainer:
-    shown = progress and ranks.first
-    path = out / CHECKPOINT
+def _train(settings: Config, out: Path, ranks: Ranks, resume: bool, progress: bool) -> Trainer:
+    path, shown = out / "checkpoint.pt", progress and ranks.first
+    training, sheet = settings.training, settings.sampling
     # After a rank has died torchrun starts all of them again, with the same command.
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if path.exists() and not resume:
-        raise FileExistsError(f"{path} exists; go on from it with --resume, or name another --out")
     earlier = read_about(path) if path.exists() else None
+    if earlier and not resume:
+        raise FileExistsError(f"{path} exists; go on from it with --resume, or name another --out")
     if settings.data.path is None:
         raise ValueError("data: got none, expected a path: --data PATH or path = in [data]")
     source = data.load(settings.data.path, key=settings.data.key, progress=shown)
-    if earlier is None:
-        about = _describe(settings, source, shown)
-    else:
-        about = earlier
-        _check_same(path, earlier, settings, source)
-    trainer = _trainer(settings, about, ranks.device(settings.training.device))
+    about = earlier or _describe(settings, source, shown)
+    _check_same(path, about, settings, source)
+    checks.device("device", training.device)
+    trainer = _trainer(settings, about, ranks.device(training.device))
     if ranks.first:
         print(f"{source}\n{about['schedule']['why']}")
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
-    count, every = settings.sampling.count, settings.sampling.every
-    drawn = [0]
+    # A network that answers 0 has half a unit of denoising loss for each number of a sample.
+    zero_network = math.prod(source.shape) / 2 if training.loss == "dsm" else None
+    plotted = 0
 
-    def draw(name: str) -> None:
-        if count and len(source.shape) == 3:
-            x = draw_samples(trainer.ema, about, count, seed=settings.training.seed, progress=shown)
+    def draw_sheet(name: str) -> None:
+        if sheet.count and len(source.shape) == 3:
+            x = draw_samples(trainer.ema, about, sheet.count, seed=training.seed, progress=shown)
             plots.save_sheet(out / name, x)
 
-    def watch(trainer: Trainer) -> None:
-        if not ranks.first:
-            return
+    def report(trainer: Trainer) -> None:
+        nonlocal plotted
         # As often as the checkpoint: a picture costs as much as some steps of a small network.
-        last = trainer.step == settings.training.steps
-        if last or trainer.step - drawn[-1] >= settings.training.save_every:
-            drawn.append(trainer.step)
-            plots.draw_losses(
-                out / "loss.png", trainer.losses, zero_network=_zero_network(settings, source)
-            )
-        if every and trainer.step % every == 0:
-            draw(f"samples-{trainer.step:08d}.png")
+        if trainer.step == training.steps or trainer.step - plotted >= training.save_every:
+            plotted = trainer.step
+            plots.draw_losses(out / "loss.png", trainer.losses, zero_network=zero_network)
+        if sheet.every and trainer.step % sheet.every == 0:
+            draw_sheet(f"samples-{trainer.step:08d}.png")
 
     trainer.fit(
         source,
-        settings.training.steps,
+        training.steps,
         checkpoint=path,
         resume=resume,
-        save_every=settings.training.save_every,
-        report_every=math.gcd(_REPORT_EVERY, every) if every else _REPORT_EVERY,
-        callback=watch,
+        save_every=training.save_every,
+        report_every=math.gcd(_REPORT_EVERY, sheet.every) if sheet.every else _REPORT_EVERY,
+        callback=report if ranks.first else None,
         progress=progress,
     )
     if ranks.first:
-        draw("samples.png")
+        draw_sheet("samples.png")
         print(f"Trained to step {trainer.step}; written to {out}")
     return trainer
 
 
 def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, Any]:
-    """What `sample` has to know, and a resumed training to compare; saved in the checkpoint."""
+    """What `sample` needs and a resumed training compares; saved in the checkpoint."""
     x = source.scaled(torch.arange(len(source)))
     noise = settings.noise
     schedule = suggest_schedule(
@@ -138,12 +129,10 @@ def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, 
         "version": score_kernels.__version__,
         "config": config.to_dict(settings),
         "data": {
-            "count": len(source),
-            "shape": list(source.shape),
+            **_identity(source),
             "dtype": str(source.values.dtype).removeprefix("torch."),
             "low": source.low,
             "high": source.high,
-            "crc32": _checksum(source.values),
             # Around 0, as the networks want it.
             "std": float(torch.linalg.vector_norm(x)) / math.sqrt(x.numel()),
         },
@@ -156,23 +145,22 @@ def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, 
     }
 
 
+def _identity(source: data.Data) -> dict[str, Any]:
+    crc32 = zlib.crc32(source.values.numpy().data)
+    return {"count": len(source), "shape": list(source.shape), "crc32": crc32}
+
+
 def _check_same(path: Path, about: dict[str, Any], settings: Config, source: data.Data) -> None:
     """A resumed training has the settings and the data that it began with."""
     before, now = about["config"], config.to_dict(settings)
-    free = {section: set(keys) for section, keys in _MAY_DIFFER.items()}
-    if not settings.training.cosine:
-        free["training"].add("steps")
+    free = _MAY_DIFFER if settings.training.cosine else {*_MAY_DIFFER, "training.steps"}
     differ = [
         f"[{section}] {key} was {before[section].get(key)} and is {now[section].get(key)}"
         for section in now
         for key in sorted(before[section].keys() | now[section].keys())
-        if key not in free.get(section, ()) and before[section].get(key) != now[section].get(key)
+        if f"{section}.{key}" not in free and before[section].get(key) != now[section].get(key)
     ]
-    values = source.values
-    if (
-        list(values.shape) != [about["data"]["count"], *about["data"]["shape"]]
-        or _checksum(values) != about["data"]["crc32"]
-    ):
+    if about["data"] | _identity(source) != about["data"]:
         differ.append(f"the data, {source.source}, are not those it began with")
     if differ:
         raise ValueError(f"checkpoint {path}: cannot be resumed: {'; '.join(differ)}")
@@ -180,11 +168,10 @@ def _check_same(path: Path, about: dict[str, Any], settings: Config, source: dat
 
 def _trainer(settings: Config, about: dict[str, Any], device: torch.device) -> Trainer:
     training = settings.training
-    # Only the network's start is drawn from torch's global generator; leave that as it was.
+    # The initial weights alone are drawn from torch's global generator: leave that as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        net = network(about)
-    net.to(device)
+        net = network(about).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=training.learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR
     return Trainer(
@@ -203,11 +190,3 @@ def _trainer(settings: Config, about: dict[str, Any], device: torch.device) -> T
         seed=training.seed,
         about=about,
     )
-
-
-def _checksum(values: Tensor) -> int:
-    return zlib.crc32(values.contiguous().numpy().data)
-
-
-def _zero_network(settings: Config, source: data.Data) -> float | None:
-    return math.prod(source.shape) / 2 if settings.training.loss == "dsm" else None

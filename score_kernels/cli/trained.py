@@ -1,4 +1,4 @@
-"""What a checkpoint of ``train`` says about itself, and the network and samples it stands for."""
+"""The contents of a checkpoint of ``train``, and the network and samples that they describe."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from score_kernels.networks import ConvScore, MLPScore
 from score_kernels.sampling import annealed_langevin
 from score_kernels.training import checkpoint
 
-__all__ = ["draw_samples", "network", "read_about", "stored"]
+__all__ = ["draw_samples", "empty_data", "network", "read_about"]
 
 
 def read_about(path: Path) -> dict[str, Any]:
+    """The settings, data and noise levels of a training, from its checkpoint."""
     about = checkpoint.read(path).get("about")
     if not isinstance(about, dict) or not {"config", "data", "schedule"} <= about.keys():
         raise ValueError(f"checkpoint {path}: not written by score-kernels train")
@@ -25,16 +26,14 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def network(about: dict[str, Any]) -> nn.Module:
-    settings = config.from_dict(
-        {"network": about["config"]["network"]}, "of the checkpoint"
-    ).network
+    """The untrained network."""
+    tables = {"network": about["config"]["network"]}
+    settings = config.from_dict(tables, "of the checkpoint").network
     shape, std = about["data"]["shape"], about["data"]["std"]
-    kind = settings.kind
-    if kind == "auto":
-        kind = "conv" if len(shape) == 3 else "mlp"
-    if kind == "mlp":
+    images = len(shape) == 3
+    if settings.kind == "mlp" or (settings.kind == "auto" and not images):
         return MLPScore(math.prod(shape), settings.width, depth=settings.depth, data_std=std)
-    if len(shape) != 3:
+    if not images:
         raise ValueError(f"network kind: got conv for samples of shape {shape}, expected mlp")
     return ConvScore(shape[0], settings.width, levels=settings.depth, data_std=std)
 
@@ -48,7 +47,7 @@ def draw_samples(
     first: int = 0,
     progress: bool = False,
 ) -> Tensor:
-    """In [-1, 1] or near it, on the CPU."""
+    """Samples of annealed Langevin dynamics, in [-1, 1] or near it, on the CPU."""
     schedule = about["schedule"]
     return annealed_langevin(
         net,
@@ -63,8 +62,8 @@ def draw_samples(
     ).cpu()
 
 
-def stored(about: dict[str, Any]) -> data.Data:
-    """The data's range and type, without the data."""
-    described = about["data"]
-    empty = torch.empty(0, *described["shape"], dtype=getattr(torch, described["dtype"]))
-    return data.Data(empty, described["low"], described["high"], "a checkpoint")
+def empty_data(about: dict[str, Any]) -> data.Data:
+    """The range and type of the training data, without samples."""
+    found = about["data"]
+    values = torch.empty(0, *found["shape"], dtype=getattr(torch, found["dtype"]))
+    return data.Data(values, found["low"], found["high"], "a checkpoint")

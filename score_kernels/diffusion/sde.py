@@ -1,9 +1,8 @@
-"""The diffusions of score-based models, ``dx = f(t) x dt + g(t) dw`` (Song et al. 2021, arXiv
-2011.13456), and how each looks to a score of this library.
+"""Diffusions ``dx = f(t) x dt + g(t) dw`` (Song et al. 2021, arXiv 2011.13456) and DDPM's chain.
 
-A sample ``x_0`` becomes ``x_t = m(t) x_0 + std(t) z``. A score of this library is told data plus
+A sample ``x_0`` becomes ``x_t = m(t) x_0 + std(t) z``. A score of this library is that of data plus
 noise, ``score(y, sigma)`` with ``y = x_t / m(t)`` and ``sigma(t) = std(t) / m(t)``; so one score
-serves all of them, and ``grad log p_t(x_t) = score(x_t / m, sigma) / m``.
+serves all diffusions, and ``grad log p_t(x_t) = score(x_t / m, sigma) / m``.
 
 Methods take and return tensors of any shape, elementwise; in float64 they are exact to a few ulps.
 """
@@ -27,11 +26,11 @@ class SDE(ABC):
 
     @abstractmethod
     def mean(self, t: Tensor) -> Tensor:
-        """m(t), what is left of the data."""
+        """m(t), the factor of the data."""
 
     @abstractmethod
     def std(self, t: Tensor) -> Tensor:
-        """std(t), the noise's standard deviation."""
+        """std(t), the standard deviation of the noise."""
 
     @abstractmethod
     def drift(self, t: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ class SDE(ABC):
         """The time at which ``std / m`` is sigma."""
 
     def sigma(self, t: Tensor) -> Tensor:
-        """``std(t) / m(t)``, the noise level in the data's own scale."""
+        """``std(t) / m(t)``, the noise level in units of the data."""
         return self.std(t) / self.mean(t)
 
 
@@ -55,9 +54,6 @@ class VE(SDE):
 
     Args:
         sigma_min, sigma_max: noise levels at times 0 and 1, ``0 < sigma_min < sigma_max``.
-
-    Raises:
-        TypeError, ValueError: they are not.
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
@@ -87,22 +83,19 @@ class VP(SDE):
 
     Args:
         beta_min, beta_max: beta at times 0 and 1, above 0.
-
-    Raises:
-        TypeError, ValueError: they are not.
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         self.beta_min = checks.positive("beta_min", beta_min)
         self.beta_max = checks.positive("beta_max", beta_max)
-        self._slope = self.beta_max - self.beta_min
+        self._rise = self.beta_max - self.beta_min
 
     def beta(self, t: Tensor) -> Tensor:
         """beta(t)."""
-        return self.beta_min + self._slope * t
+        return self.beta_min + self._rise * t
 
     def _integral(self, t: Tensor) -> Tensor:
-        return t * (self.beta_min + 0.5 * self._slope * t)
+        return t * (self.beta_min + 0.5 * self._rise * t)
 
     def mean(self, t: Tensor) -> Tensor:
         return (-0.5 * self._integral(t)).exp()
@@ -117,11 +110,11 @@ class VP(SDE):
         return self.beta(t)
 
     def time(self, sigma: Tensor) -> Tensor:
-        return self._when(sigma.square().log1p())
+        return self._time_of(sigma.square().log1p())
 
-    def _when(self, integral: Tensor) -> Tensor:
-        # The root of slope/2 t^2 + beta_min t = integral, in the form that does not cancel.
-        root = (self.beta_min**2 + 2 * self._slope * integral).sqrt()
+    def _time_of(self, integral: Tensor) -> Tensor:
+        # The root of rise/2 t^2 + beta_min t = integral, in the form that does not cancel.
+        root = (self.beta_min**2 + 2 * self._rise * integral).sqrt()
         return 2 * integral / (self.beta_min + root)
 
 
@@ -136,12 +129,13 @@ class SubVP(VP):
 
     def time(self, sigma: Tensor) -> Tensor:
         # m = (sqrt(sigma^2 + 4) - sigma) / 2 = exp(-asinh(sigma / 2)).
-        return self._when(2 * (sigma / 2).asinh())
+        return self._time_of(2 * (sigma / 2).asinh())
 
 
 class DDPMSchedule:
-    """A chain of DDPM (Ho et al. 2020, arXiv 2006.11239):
-    ``x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) z`` for the steps ``i = 0 .. N - 1``.
+    """DDPM's timesteps, ``x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) z`` for ``i = 0 .. N - 1``.
+
+    Ho et al. 2020, arXiv 2006.11239.
 
     Args:
         alphas_bar: ``[N]``, products of ``1 - beta``, strictly decreasing inside (0, 1).
@@ -149,20 +143,15 @@ class DDPMSchedule:
     Attributes:
         alphas_bar: as given, float64 on the CPU.
         sigmas: ``[N]`` float64, ``sqrt((1 - abar) / abar)``, increasing.
-
-    Raises:
-        TypeError: alphas_bar is not a tensor or sequence of numbers.
-        ValueError: alphas_bar do not decrease or are not inside (0, 1).
     """
 
     def __init__(self, alphas_bar: Any) -> None:
         values = torch.tensor(checks.numbers_of("alphas_bar", alphas_bar), dtype=torch.float64)
-        if not len(values):
-            raise ValueError("alphas_bar: got none, expected at least one")
-        if not (0 < values[-1] and values[0] < 1 and bool((values.diff() < 0).all())):
+        inside = (0 < values) & (values < 1)
+        if not len(values) or not inside.all() or not (values.diff() < 0).all():
             raise ValueError(
-                f"alphas_bar: got values from {float(values[0])} to {float(values[-1])}, expected "
-                "strictly decreasing ones inside (0, 1)"
+                f"alphas_bar: got values that begin with {values[:3].tolist()}, expected strictly "
+                "decreasing ones inside (0, 1)"
             )
         self.alphas_bar = values
         self.sigmas = ((1 - values) / values).sqrt()
@@ -171,20 +160,20 @@ class DDPMSchedule:
 
     @classmethod
     def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> DDPMSchedule:
-        """DDPM's own: beta from `first` to `last` in a straight line."""
+        """DDPM's own: `steps` betas from `first` to `last`, equally spaced."""
         betas = torch.linspace(first, last, steps, dtype=torch.float64)
         return cls((-betas).log1p().cumsum(0).exp())
 
     @classmethod
     def cosine(cls, steps: int = 1000, offset: float = 0.008) -> DDPMSchedule:
-        """Nichol and Dhariwal 2021, arXiv 2102.09672, betas at most 0.999."""
+        """Of Nichol and Dhariwal 2021, arXiv 2102.09672; betas at most 0.999."""
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         level = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
         betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
         return cls((-betas).log1p().cumsum(0).exp())
 
     def index(self, sigma: Tensor) -> Tensor:
-        """The step whose level is nearest to sigma, by ratio: int64, sigma's shape."""
-        # The table moves once: a copy at every call would have to be waited for.
+        """The timestep whose level is nearest to sigma, by ratio: int64, sigma's shape."""
+        # Moved only once: every copy to the device would be waited for.
         self._middles = self._middles.to(sigma.device)
         return torch.searchsorted(self._middles, sigma.double().log().contiguous())

@@ -1,8 +1,7 @@
-"""Training objectives of score networks."""
+"""Denoising score matching: noisy data, a network and the fused loss."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,11 @@ from torch import Tensor
 
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
-from score_kernels.ops._dispatch import PLAIN, modes_active, transforms_active
+from score_kernels.ops._dispatch import modes_active, transforms_active
 
 __all__ = ["dsm_loss"]
 
-# The levels of the last call, as they came and as a table: a schedule of thousands is not looked
-# through at every step of a training.
+# The sigmas of the last call and their table: a schedule of thousands is checked once.
 _checked: tuple[Tensor, Tensor] | None = None
 
 
@@ -62,35 +60,42 @@ def dsm_loss(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: both noise and seed are given, sigmas do not decrease, labels are out of range,
-            a weight is not finite, or the network returns another shape. Under ``torch.compile``
-            the values of tensors are not looked at.
+            or the network returns another shape. ``torch.compile`` looks at no tensor's values.
     """
     checks.function("net", net)
-    checks.flag("return_per_level", return_per_level)
     checks.state("x", x)
-    table = _table(sigmas, x)
-    levels = table.shape[0]
     checks.reduction(reduction)
-    batch = x.shape[0]
-    if not batch:
+    if not len(x):
         raise ValueError("x: got a batch of 0, expected at least one sample")
+    table = _table(sigmas, x.device)
     noise = resolve(noise, seed)
     if labels is None:
-        labels = draw_labels(batch, levels, noise, x.device)
+        labels = draw_labels(len(x), len(table), noise, x.device)
     else:
-        _check_labels(labels, x, levels)
+        _check_labels(labels, x, len(table))
     sigma = table[labels]
-    weight = _weight(weighting, sigma, x)
+    if isinstance(weighting, Tensor):
+        checks.per_sample("weighting", weighting, x)
+        weight: Tensor | None = weighting
+    else:
+        power = checks.number("weighting", weighting)
+        weight = None if power == 2.0 else sigma ** (power - 2.0)
     each = denoising_losses(net, x, sigma, noise, weight, conditions)
     loss = each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
-    return (loss, per_level(each.detach(), labels, levels)) if return_per_level else loss
+    if not return_per_level:
+        return loss
+    sums, counts = (
+        torch.zeros(len(table), dtype=each.dtype, device=x.device).index_add_(0, labels, values)
+        for values in (each.detach(), torch.ones_like(each))
+    )
+    return loss, sums / counts
 
 
 def draw_labels(batch: int, levels: int, noise: NoiseKey, device: torch.device) -> Tensor:
     """The noise level of each sample of a batch, uniform: ``[B]`` int64."""
+    words = ops.words((batch,), noise.for_purpose(Purpose.DSM_LEVEL), device=device)
     # floor(word * L / 2^32), exact in 64-bit integers.
-    words = ops.words((batch, 1), noise.for_purpose(Purpose.DSM_LEVEL), device=device)
-    return words[:, 0] * levels >> 32
+    return words * levels >> 32
 
 
 def denoising_losses(
@@ -108,62 +113,35 @@ def denoising_losses(
     return ops.dsm_loss_from_score(score, sigma, key, weight=weight)
 
 
-def _table(sigmas: Any, x: Tensor) -> Tensor:
+def _table(sigmas: Any, device: torch.device) -> Tensor:
     """The noise levels as float32 on x's device, checked."""
     global _checked
     if not isinstance(sigmas, Tensor):
-        return torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32).to(x.device)
+        return torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32, device=device)
     if torch.compiler.is_compiling():
-        return sigmas.to(x.device, torch.float32)
-    # Tensors made under a transform or a mode are not for later calls.
-    lasting = type(sigmas) in PLAIN and not (transforms_active() or modes_active())
+        return sigmas.to(device, torch.float32)
     # Read once: another thread may replace it.
-    known = _checked
-    if lasting and known is not None:
-        before, table = known
-        same = sigmas.dtype == before.dtype and sigmas.device == before.device
-        if same and table.device == x.device and torch.equal(sigmas, before):
+    if (checked := _checked) is not None:
+        seen, table = checked
+        same = (seen.dtype, seen.device, table.device) == (sigmas.dtype, sigmas.device, device)
+        if same and torch.equal(seen, sigmas):
             return table
-    table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32).to(x.device)
-    if lasting:
+    table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32, device=device)
+    # Tensors made under a transform or a mode do not outlive it.
+    if not (transforms_active() or modes_active()):
         _checked = sigmas.detach().clone(), table
     return table
-
-
-def _weight(weighting: float | Tensor, sigma: Tensor, x: Tensor) -> Tensor | None:
-    """lambda(sigma) / sigma^2 per sample, None for ones."""
-    if not isinstance(weighting, Tensor):
-        power = checks.number("weighting", weighting)
-        return None if power == 2.0 else sigma ** (power - 2.0)
-    checks.per_sample("weighting", weighting, x)
-    if not torch.compiler.is_compiling():
-        low, high = (float(v) for v in torch.aminmax(weighting.detach()))
-        if not (low >= 0 and high < math.inf):
-            raise ValueError(
-                f"weighting: got values from {low} to {high}, expected finite ones of at least 0"
-            )
-    return weighting
-
-
-def per_level(each: Tensor, labels: Tensor, levels: int) -> Tensor:
-    """Each level's mean loss ``[L]``, nan where a level has no sample."""
-    total, count = (
-        torch.zeros(levels, dtype=each.dtype, device=each.device).index_add_(0, labels, v)
-        for v in (each, torch.ones_like(each))
-    )
-    return total / count
 
 
 def _check_labels(labels: Any, x: Tensor, levels: int) -> None:
     checks.instance("labels", labels, Tensor, "a tensor of level indices")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
-    if labels.shape != x.shape[:1]:
+    if labels.shape != x.shape[:1] or labels.device != x.device:
         raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, expected [B] = {tuple(x.shape[:1])}"
+            f"labels: got shape {tuple(labels.shape)} on {labels.device}, expected [B] = "
+            f"{tuple(x.shape[:1])} on {x.device}"
         )
-    if labels.device != x.device:
-        raise ValueError(f"labels: got device {labels.device}, expected that of x, {x.device}")
     if torch.compiler.is_compiling():
         return
     low, high = (int(v) for v in torch.aminmax(labels))

@@ -1,11 +1,10 @@
-"""Sliced and exact score matching: objectives that need no noisy data, only a differentiable score.
+"""Sliced and exact score matching: losses that need only a differentiable score, no noisy data.
 
 Both estimate ``E[ tr(grad s) + 1/2 ||s||^2 ]`` (Hyvarinen 2005).
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -19,15 +18,13 @@ from score_kernels.noise import NoiseKey, Purpose, resolve
 
 __all__ = ["exact_score_loss", "sliced_score_loss"]
 
-_METHODS = ("double_backward", "jvp", "finite_difference")
-# One purpose a probe, from Purpose.SSM_PROBE on.
-_MOST_PROBES = 64
-# The method found for a score that cannot do the first one.
-_found: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_METHODS = ("auto", "double_backward", "jvp", "finite_difference")
+# Scores whose gradient was found to have no derivative.
+_no_double_backward: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class _NoDoubleBackward(Exception):
-    """A network's gradient has no derivative."""
+class _NoDoubleBackward(RuntimeError):
+    """The gradient of a score has no derivative."""
 
 
 def exact_score_loss(
@@ -50,16 +47,15 @@ def exact_score_loss(
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
-    call = _caller(score, x, sigma)
+    call = _score_at(score, _check(score, x, sigma))
     training = torch.is_grad_enabled()
     with torch.enable_grad():
         leaf = x if x.requires_grad else x.detach().requires_grad_()
-        value = call(leaf)
-        rows = value.reshape(x.shape[0], math.prod(x.shape[1:]))
+        rows = call(leaf).reshape(len(x), -1)
         loss = 0.5 * rows.square().sum(1)
         for d in range(rows.shape[1]):
-            (slope,) = torch.autograd.grad(rows[:, d].sum(), leaf, create_graph=True)
-            loss = loss + slope.reshape(rows.shape)[:, d]
+            (grad,) = torch.autograd.grad(rows[:, d].sum(), leaf, create_graph=True)
+            loss = loss + grad.reshape(rows.shape)[:, d]
         mean = loss.mean()
     return mean if training else mean.detach()
 
@@ -88,10 +84,10 @@ def sliced_score_loss(
     - "double_backward": the gradient of ``v . s``, differentiated again in training.
     - "jvp": forward-mode differentiation along v.
     - "finite_difference": ``v . (s(x + h v) - s(x - h v)) / (2 h)`` (Pang et al. 2020, arXiv
-      2007.03317); s becomes the mean of the two, which are one batch of 2 B except on a CPU. Its
-      error is of the order of h^2.
-    - "auto": double_backward; where the network's gradient has no derivative (flash attention),
-      jvp, and where it has no forward mode either, finite_difference. It warns once per score.
+      2007.03317), with an error of the order of h^2; s becomes the mean of the two, which are one
+      batch of 2 B except on a CPU.
+    - "auto": double_backward, or finite_difference where the network's gradient has no derivative
+      (flash attention). It warns once per score.
 
     Args:
         score: ``score(x)``, or ``score(x, sigma)`` with sigma ``[B]`` when sigma is given. Samples
@@ -114,199 +110,128 @@ def sliced_score_loss(
 
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
-        RuntimeError: the method cannot be done on this network, or finite differences got scores
-            in half precision; the message names the way out.
+        RuntimeError: this network lacks the derivative that the method needs, or finite differences
+            got scores in half precision.
     """
-    call = _caller(score, x, sigma)
+    level = _check(score, x, sigma)
+    call = _score_at(score, level)
     noise = resolve(noise, seed)
     probes = checks.count("probes", probes, least=1)
-    if probes > _MOST_PROBES:
-        raise ValueError(f"probes: got {probes}, expected at most {_MOST_PROBES}")
+    if probes > 64:
+        raise ValueError(f"probes: got {probes}, expected at most 64")
     fd_step = checks.positive("fd_step", fd_step)
-    if method not in ("auto", *_METHODS):
-        raise ValueError(f"method: got {method!r}, expected auto, {', '.join(_METHODS)}")
+    checks.choice("method", method, _METHODS)
     checks.reduction(reduction)
     keys = [noise.for_purpose(Purpose.SSM_PROBE + i) for i in range(probes)]
-
-    def run(method: str) -> Tensor:
-        if method == "double_backward":
-            return _by_double_backward(call, x, keys, probe, variance_reduced)
-        if method == "jvp":
-            return _by_jvp(call, x, keys, probe, variance_reduced)
-        return _by_differences(score, x, sigma, keys, probe, variance_reduced, fd_step)
-
-    each = _first_that_works(run, score) if method == "auto" else _explained(run, method)
+    kind: dict[str, Any] = {"probe": probe, "variance_reduced": variance_reduced}
+    used = method
+    if method == "auto":
+        used = "finite_difference" if score in _no_double_backward else "double_backward"
+    if used == "double_backward":
+        try:
+            losses = _by_double_backward(call, x, keys, kind)
+        except _NoDoubleBackward:
+            if method != "auto":
+                raise
+            used = "finite_difference"
+            _no_double_backward.add(score)
+            warnings.warn(
+                "sliced_score_loss: the gradient of this score has no derivative; using "
+                f"method={used!r}",
+                stacklevel=2,
+            )
+    if used == "jvp":
+        losses = _by_jvp(call, x, keys, kind)
+    elif used == "finite_difference":
+        losses = _by_finite_difference(score, x, level, fd_step, keys, kind)
+    each = losses[0] if probes == 1 else torch.stack(losses).mean(0)
     return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
 
 
-def _first_that_works(run: Callable[[str], Tensor], score: Any) -> Tensor:
-    known = _found.get(score)
-    if known is not None:
-        return run(known)
-    try:
-        return run("double_backward")
-    except _NoDoubleBackward as missing:
-        reason = str(missing)
-    try:
-        loss, method = run("jvp"), "jvp"
-    except torch.cuda.OutOfMemoryError:
-        raise
-    # What torch raises where forward mode is missing: its functions the first, others' the second.
-    except (NotImplementedError, RuntimeError) as missing_too:
-        reason = f"{reason}; in forward mode: {missing_too}"
-        loss, method = run("finite_difference"), "finite_difference"
-    _found[score] = method
-    warnings.warn(
-        f"sliced_score_loss: the gradient of this score has no derivative ({reason}); "
-        f"using method={method!r}",
-        stacklevel=3,
-    )
-    return loss
-
-
-def _explained(run: Callable[[str], Tensor], method: str) -> Tensor:
-    try:
-        return run(method)
-    except _NoDoubleBackward as error:
-        raise RuntimeError(
-            f"method: got 'double_backward', but the gradient of this score has no derivative "
-            f"({error}); use method='finite_difference', 'jvp' or 'auto', or, for attention, "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-        ) from None
-    except NotImplementedError as error:
-        if method != "jvp":
-            raise
-        raise RuntimeError(
-            "method: got 'jvp', but this score has no forward-mode derivative; use "
-            f"method='finite_difference' or 'auto' ({error})"
-        ) from error
-
-
 def _by_double_backward(
-    call: Callable[[Tensor], Tensor],
-    x: Tensor,
-    keys: list[NoiseKey],
-    probe: str,
-    variance_reduced: bool,
-) -> Tensor:
+    call: Callable[[Tensor], Tensor], x: Tensor, keys: list[NoiseKey], kind: dict[str, Any]
+) -> list[Tensor]:
     training = torch.is_grad_enabled()
     losses = []
     with torch.enable_grad():
         leaf = x if x.requires_grad else x.detach().requires_grad_()
         value = call(leaf)
-        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-        ones = x.new_ones(x.shape[0], dtype=wide)
-        for i, key in enumerate(keys):
-            v = ops.probe_scale(ones, value.shape, key, probe=probe).to(value.dtype)
-            (slope,) = torch.autograd.grad(
-                value, leaf, v, create_graph=training, retain_graph=training or i + 1 < len(keys)
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        ones = x.new_ones(len(x), dtype=dtype)
+        for key in keys:
+            v = ops.probe_scale(ones, value.shape, key, probe=kind["probe"]).to(value.dtype)
+            retain = training or key is not keys[-1]
+            (grad,) = torch.autograd.grad(
+                value, leaf, v, create_graph=training, retain_graph=retain
             )
-            if training and i == 0:
-                _require_derivative(slope)
-            losses.append(_reduce(slope, value, key, probe, variance_reduced))
-        each = _mean(losses)
-    return each if training else each.detach()
-
-
-def _by_jvp(
-    call: Callable[[Tensor], Tensor],
-    x: Tensor,
-    keys: list[NoiseKey],
-    probe: str,
-    variance_reduced: bool,
-) -> Tensor:
-    ones = x.new_ones(x.shape[0])
-    losses = []
-    # torch stores a tangent with the strides of x: where elements of x share memory, so would its.
-    x = x.contiguous()
-    for key in keys:
-        v = ops.probe_scale(ones, x.shape, key, probe=probe)
-        value, slope = torch.func.jvp(call, (x,), (v,))[:2]
-        losses.append(_reduce(slope, value, key, probe, variance_reduced))
-    return _mean(losses)
-
-
-def _by_differences(
-    score: Callable[..., Tensor],
-    x: Tensor,
-    sigma: Tensor | float | None,
-    keys: list[NoiseKey],
-    probe: str,
-    variance_reduced: bool,
-    fd_step: float,
-) -> Tensor:
-    level = _levels(sigma, x)
-    step = torch.full(x.shape[:1], fd_step, dtype=x.dtype, device=x.device)
-    step = step if level is None else step * level.to(x.dtype)
-    one = _caller(score, x, sigma)
-    # On a CPU two batches of B stay in the cache longer than one of 2 B (1.7-2.4 times a denoising
-    # step against 2.1-2.7); elsewhere fewer and larger kernels are better.
-    both = None
-    if x.device.type != "cpu":
-        twice = None if level is None else torch.cat([level, level])
-        both = _caller(score, torch.cat([x, x]), twice)
-    losses = []
-    for key in keys:
-        pair = ops.fd_pair(x, step, key, probe=probe)
-        above, below = map(one, pair.chunk(2)) if both is None else both(pair).chunk(2)
-        if above.dtype.itemsize < 4:
-            raise RuntimeError(
-                f"method: finite differences got scores of {above.dtype}, whose rounding drowns "
-                "the difference, expected torch.float32; leave autocast for the score or use "
-                "method='double_backward' or 'jvp'"
-            )
-        losses.append(
-            ops.fd_reduce(above, below, step, key, probe=probe, variance_reduced=variance_reduced)
-        )
-    return _mean(losses)
-
-
-def _mean(losses: list[Tensor]) -> Tensor:
-    """Over the probes."""
-    return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
-
-
-def _reduce(
-    slope: Tensor, value: Tensor, key: NoiseKey, probe: str, variance_reduced: bool
-) -> Tensor:
-    value = value.to(slope.dtype)
-    return ops.ssm_reduce(slope, value, key, probe=probe, variance_reduced=variance_reduced)
+            if training and key is keys[0]:
+                _require_derivative(grad)
+            losses.append(ops.ssm_reduce(grad, value.to(grad.dtype), key, **kind))
+    return losses if training else [loss.detach() for loss in losses]
 
 
 def _require_derivative(gradient: Tensor) -> None:
-    """Walk the gradient's own graph for a function that autograd could not differentiate."""
+    """Search a gradient's graph for a function that autograd cannot differentiate."""
     seen, queue = set(), [gradient.grad_fn]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        kind = type(node).__name__
-        if kind in ("NotImplemented", "Error", "DelayedError"):
-            raise _NoDoubleBackward(f"its graph has a node {kind}")
+        if type(node).__name__ in ("NotImplemented", "Error", "DelayedError"):
+            raise _NoDoubleBackward(
+                "method: got 'double_backward', but the gradient of this score has no derivative; "
+                "use method='finite_difference', 'jvp' or 'auto', or, for attention, "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            )
         queue += [following for following, _ in node.next_functions]
 
 
-def _levels(sigma: Tensor | float | None, x: Tensor) -> Tensor | None:
-    if sigma is None:
-        return None
-    if isinstance(sigma, Tensor):
-        checks.per_sample("sigma", sigma, x)
-        return sigma
-    level = checks.noise_level("sigma", sigma)
-    return torch.full(x.shape[:1], level, dtype=torch.float32, device=x.device)
+def _by_jvp(
+    call: Callable[[Tensor], Tensor], x: Tensor, keys: list[NoiseKey], kind: dict[str, Any]
+) -> list[Tensor]:
+    # A tangent gets the strides of x, which must not overlap.
+    x = x.contiguous()
+    losses = []
+    for key in keys:
+        v = ops.probe_scale(x.new_ones(len(x)), x.shape, key, probe=kind["probe"])
+        value, grad = torch.func.jvp(call, (x,), (v,))[:2]
+        losses.append(ops.ssm_reduce(grad, value.to(grad.dtype), key, **kind))
+    return losses
 
 
-def _caller(
-    score: Callable[..., Tensor], x: Tensor, sigma: Tensor | float | None
-) -> Callable[[Tensor], Tensor]:
-    """score as a function of x alone, its result checked."""
-    checks.function("score", score)
-    checks.state("x", x)
-    checks.noise_shape(x.shape)
-    if not x.numel():
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one element")
-    level = _levels(sigma, x)
+def _by_finite_difference(
+    score: Callable[..., Tensor],
+    x: Tensor,
+    level: Tensor | None,
+    fd_step: float,
+    keys: list[NoiseKey],
+    kind: dict[str, Any],
+) -> list[Tensor]:
+    step = torch.full(x.shape[:1], fd_step, dtype=x.dtype, device=x.device)
+    if level is not None:
+        step = step * level.to(x.dtype)
+    # Two batches of B stay in a CPU's cache longer than one of 2 B; a GPU wants fewer launches.
+    calls = 2 if x.device.type == "cpu" else 1
+    if calls == 1 and level is not None:
+        level = level.repeat(2)
+    losses = []
+    for key in keys:
+        pair = ops.fd_pair(x, step, key, probe=kind["probe"])
+        values = [_score_at(score, level)(y) for y in pair.chunk(calls)]
+        above, below = values if calls == 2 else values[0].chunk(2)
+        if above.dtype.itemsize < 4:
+            raise RuntimeError(
+                f"method: finite differences got scores of {above.dtype}, whose rounding drowns "
+                "the difference, expected torch.float32; leave autocast for the score or use "
+                "method='double_backward' or 'jvp'"
+            )
+        losses.append(ops.fd_reduce(above, below, step, key, **kind))
+    return losses
+
+
+def _score_at(score: Callable[..., Tensor], level: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The score at given noise levels as a function of x alone, its result checked."""
 
     def call(y: Tensor) -> Tensor:
         value = score(y) if level is None else score(y, level)
@@ -314,3 +239,17 @@ def _caller(
         return value
 
     return call
+
+
+def _check(score: Any, x: Any, sigma: Any) -> Tensor | None:
+    """Checks the arguments of both losses. Returns the noise levels ``[B]``."""
+    checks.function("score", score)
+    checks.state("x", x)
+    if not x.numel():
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one element")
+    if isinstance(sigma, Tensor):
+        checks.per_sample("sigma", sigma, x)
+    elif sigma is not None:
+        level = checks.noise_level("sigma", sigma)
+        sigma = torch.full(x.shape[:1], level, dtype=torch.float32, device=x.device)
+    return sigma

@@ -41,7 +41,7 @@ def direct(*tensors: Tensor | None) -> bool:
         return False
     grad = _is_grad_enabled()
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN or (grad and t.requires_grad)):
+        if t is not None and (type(t) not in PLAIN or (grad and t.requires_grad) or t.is_neg()):
             return False
     return True
 
@@ -88,7 +88,7 @@ def register(
     tensors = [i for i, a in enumerate(op.default._schema.arguments) if "Tensor" in str(a.type)]
 
     def call(*arguments: Any) -> Any:
-        if direct(*(arguments[i] for i in tensors)):
+        if direct(*[arguments[i] for i in tensors]):
             return implementation(*arguments)
         return op(*arguments[:-1], *arguments[-1])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from score_kernels import checks
-from score_kernels.backends import choose
+from score_kernels.backends import choose, registry
 from score_kernels.noise import Key, NoiseKey
 from score_kernels.ops._dispatch import (
     KEY_SCHEMA,
@@ -166,32 +166,37 @@ def _check_part(
 
 
 def _check_step(x: Tensor, score: Tensor, noise: NoiseKey) -> None:
-    # Only what is not plainly right is checked by name: that takes a third of a small step.
-    if not (
-        type(noise) is NoiseKey
-        and type(x) is type(score) is Tensor
-        and x.dtype is _FLOAT32
-        and score.dtype in _SCORES
-        and x.is_cpu
-        and score.is_cpu
-        and (shape := x.shape)
-        and shape == score.shape
-        and x.numel() <= 1 << 34
-        and noise[3] < 1 << 55
-    ):
-        checks.state("x", x)
-        checks.score_like(x, score)
-        check_key(noise, "x", x)
+    checks.state("x", x)
+    checks.score_like(x, score)
+    check_key(noise, "x", x)
 
 
 def _step_in_place(
     x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey
 ) -> Tensor:
-    _check_step(x, score, noise)
-    if direct(x, score):
-        _affine_step_(x, score, a, b, c, noise)
+    if not direct(x, score):
+        _check_step(x, score, noise)
+        return apply(_AffineStepInPlace, x, score, a, b, c, noise)
+    # What is plainly right is not checked by name: that takes a third of a small step.
+    if (
+        x.dtype is _FLOAT32
+        and score.dtype in _SCORES
+        and x.is_cpu
+        and score.is_cpu
+        and x.shape == score.shape
+        and 1 < x.numel() <= 1 << 34
+        and type(noise) is NoiseKey
+        and noise[3] < 1 << 55
+        and x.is_contiguous()
+        and score.is_contiguous()
+    ):
+        backend = registry.cpu_float32 or registry.choose_cpu_float32()
+        backend.affine_step(x, x, score, a, b, c, noise)
+        _increment_version((x,))
         return x
-    return apply(_AffineStepInPlace, x, score, a, b, c, noise)
+    _check_step(x, score, noise)
+    _affine_step_(x, score, a, b, c, noise)
+    return x
 
 
 class _AffineStep(torch.autograd.Function):
@@ -236,16 +241,6 @@ class _AffineStepInPlace(_AffineStep):
         ctx.mark_dirty(inputs[0])
 
 
-def readable(x: Tensor, score: Tensor) -> Tensor:
-    """A score to read while the state x is written: contiguous, and x itself or apart from it."""
-    if not score.is_contiguous():
-        return score.contiguous()
-    distance = score.data_ptr() - x.data_ptr()
-    if distance == 0 and score.dtype == x.dtype:
-        return score
-    return score.clone() if -score.nbytes < distance < x.nbytes else score
-
-
 def _shares_elements(x: Tensor) -> bool:
     """Whether two indices of x may lead to one element in memory, as after `expand`."""
     reach = 1
@@ -266,7 +261,7 @@ def _affine_step(x: Tensor, score: Tensor, a: float, b: float, c: float, key: Ke
 def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key) -> None:
     step = choose(x.device, x.dtype).affine_step
     if x.is_contiguous() and not (x.numel() == 1 and x.is_neg()):
-        step(x, x, readable(x, score), a, b, c, key)
+        step(x, x, score.contiguous(), a, b, c, key)
         _increment_version((x,))
         return
     if _shares_elements(x):
@@ -290,10 +285,8 @@ def _table_step_(
 ) -> None:
     if step is not None and step.is_cpu and not 0 <= int(step) < len(table):
         raise ValueError(f"step: got {int(step)}, expected 0 <= step < {len(table)}")
-    # The kernel reads known after it has written x.
-    known = None if known is None else readable(x, known.clone() if known is x else known)
     step_by_table = choose(x.device, x.dtype).table_step
-    step_by_table(x, x, readable(x, score), table, step, key, known, mask)
+    step_by_table(x, x, score.contiguous(), table, step, key, known, mask)
     _increment_version((x,))
 
 

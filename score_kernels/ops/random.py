@@ -11,7 +11,7 @@ from torch import Tensor
 from score_kernels import checks
 from score_kernels.backends import choose
 from score_kernels.noise import Key, NoiseKey
-from score_kernels.ops._dispatch import KEY_SCHEMA, register
+from score_kernels.ops._dispatch import KEY_SCHEMA, direct, register
 
 __all__ = ["normal", "rademacher", "uniform", "words"]
 
@@ -81,29 +81,41 @@ def rademacher(
 def _fill(
     kind: str, shape: Sequence[int], noise: NoiseKey, dtype: torch.dtype, device: Device
 ) -> Tensor:
-    checks.instance("noise", noise, NoiseKey, "a NoiseKey")
-    filled = _OPS[kind](shape, device, noise)
+    if type(noise) is not NoiseKey:
+        checks.instance("noise", noise, NoiseKey, "a NoiseKey")
+    filled = (_FILLS if direct() else _OPS)[kind](shape, device, noise)
     return filled if filled.dtype is dtype else filled.to(dtype)
 
 
-def _register(kind: str) -> Callable[..., Any]:
+def _filler(kind: str) -> Callable[..., Tensor]:
     dtype = torch.int64 if kind == "words" else torch.float32
 
     def fill(shape: Sequence[int], device: Device, key: Key) -> Tensor:
-        # Without a device torch.empty finds the default one faster than torch.get_default_device.
-        out = torch.empty(shape, dtype=dtype, device=device)
+        # A third faster than with dtype and device; it also finds the default device.
+        out = torch.empty(shape) if device is None else torch.empty(shape, device=device)
+        if out.dtype is not dtype:
+            out = torch.empty(shape, dtype=dtype, device=device)
         if not out.dim() or out.numel() > 1 << 34:
             checks.noise_shape(shape)
-        checks.sample_range(key[3], out.shape[0])
+        if key[3] >= 1 << 55:
+            checks.sample_range(key[3], out.shape[0])
         if not out.is_meta:
             choose(out.device, torch.float32).fill(out, kind, key)
         return out
+
+    return fill
+
+
+def _register(kind: str) -> Callable[..., Tensor]:
+    dtype = torch.int64 if kind == "words" else torch.float32
 
     def fake(shape: list[int], device: torch.device | None, *_: Any) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     schema = f"{kind}(SymInt[] shape, Device? device, {KEY_SCHEMA}) -> Tensor"
-    return register(schema, fill, fake)
+    return register(schema, _FILLS[kind], fake)
 
 
-_OPS = {kind: _register(kind) for kind in ("words", "normal", "uniform", "rademacher")}
+_KINDS = ("words", "normal", "uniform", "rademacher")
+_FILLS = {kind: _filler(kind) for kind in _KINDS}
+_OPS = {kind: _register(kind) for kind in _KINDS}

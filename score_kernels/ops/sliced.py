@@ -7,7 +7,7 @@ variance), normals ("gaussian"), or a point of the sphere of radius sqrt(D) ("sp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def probe_dot(s: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tenso
     """
     _check_probe("s", s, noise, probe)
     if direct(s):
-        return _dot(s, noise, probe)
+        return _dot(_probe_sums, s, noise, probe)
     if transformed():
         return sums(probe_like(s, noise, probe) * wide(s))
     return apply(_Dot, s, noise, probe)
@@ -112,10 +112,10 @@ def ssm_reduce(
     _check_probe("s", s, noise, probe)
     _check_like("g", g, "s", s)
     if direct(g, s):
-        return _reduce(g, s, noise, probe, variance_reduced)
+        return _objective(_probe_sums, s, g, None, noise, probe, variance_reduced)
     if transformed():
         return _formula(wide(g), wide(s), noise, probe, variance_reduced)
-    return apply(_Reduce, g, s, noise, probe, variance_reduced)
+    return apply(_Objective, s, g, None, noise, probe, variance_reduced)
 
 
 def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tensor:
@@ -173,12 +173,12 @@ def fd_reduce(
     _check_like("below", below, "above", above)
     checks.per_sample("step", step, above, state_dtype(above))
     if direct(above, below, step):
-        return _difference(above, below, step, noise, probe, variance_reduced)
+        return _objective(_probe_sums, above, below, step, noise, probe, variance_reduced)
     if transformed():
         above, below = wide(above), wide(below)
         g = (above - below) / expand_like(2 * step, above)
         return _formula(g, 0.5 * (above + below), noise, probe, variance_reduced)
-    return apply(_Difference, above, below, step, noise, probe, variance_reduced)
+    return apply(_Objective, above, below, step, noise, probe, variance_reduced)
 
 
 def _formula(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -> Tensor:
@@ -188,9 +188,10 @@ def _formula(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -
 
 def _check_like(name: str, value: Tensor, other: str, like: Tensor) -> None:
     checks.score(name, value)
-    got, expected = (f"{tuple(t.shape)}, {t.dtype} on {t.device}" for t in (value, like))
-    if got != expected:
-        raise ValueError(f"{name}: got shape {got}, expected that of {other}, {expected}")
+    same_device = value.is_cpu and like.is_cpu or value.device == like.device
+    if value.shape != like.shape or value.dtype is not like.dtype or not same_device:
+        got, wanted = (f"shape {tuple(t.shape)} of {t.dtype} on {t.device}" for t in (value, like))
+        raise ValueError(f"{name}: got {got}, expected that of {other}, {wanted}")
 
 
 def _check_probe(name: str, values: Tensor, noise: NoiseKey, probe: str) -> None:
@@ -200,16 +201,38 @@ def _check_probe(name: str, values: Tensor, noise: NoiseKey, probe: str) -> None
         checks.choice("probe", probe, _KINDS)
 
 
-def _sums(
-    a: Tensor, b: Tensor | None, noise: NoiseKey, probe: str, differences: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """v.a, v.b and a.a per sample; with differences of (a + b) / 2 and a - b."""
-    vv, va, vb, aa = _sums_op(_KINDS[probe], a, b, differences, noise).unbind(0)
-    elements = math.prod(a.shape[1:])
-    if probe == "sphere" and elements:
-        radius = (elements / vv).sqrt()
-        va, vb = radius * va, radius * vb
-    return va, vb, aa
+# The op of the sums or, where the dispatcher is bypassed, its implementation.
+Sums = Callable[[str, Tensor, Tensor | None, bool, Key], Tensor]
+
+
+def _dot(sums_of: Sums, s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+    return _along(sums_of(_KINDS[probe], s, None, False, noise), 1, s, probe)
+
+
+def _along(sums: Tensor, index: int, like: Tensor, probe: str) -> Tensor:
+    """A sum of the kernel's probe with something, for the probe asked for."""
+    along = sums.select(0, index)
+    if probe != "sphere" or not like.numel():
+        return along
+    return along * (math.prod(like.shape[1:]) / sums.select(0, 0)).sqrt()
+
+
+def _objective(
+    sums_of: Sums,
+    a: Tensor,
+    b: Tensor,
+    step: Tensor | None,
+    noise: NoiseKey,
+    probe: str,
+    reduced: bool,
+) -> Tensor:
+    """ssm_reduce of s = a and g = b or, with a step, fd_reduce of above = a and below = b."""
+    sums = sums_of(_KINDS[probe], a, b, step is not None, noise)
+    along = _along(sums, 2, a, probe)
+    if step is not None:
+        along = along / (2 * step)
+    squares = sums.select(0, 3) if reduced else _along(sums, 1, a, probe).square()
+    return along.add(squares, alpha=0.5)
 
 
 def _factor(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
@@ -221,17 +244,8 @@ def _factor(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Ten
     return g * (math.prod(shape[1:]) / vv).sqrt()
 
 
-def _dot(s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
-    return _sums(s, None, noise, probe)[0].clone()
-
-
 def _scale(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
     return _scale_op(_KINDS[probe], _factor(g, shape, noise, probe), shape, noise)
-
-
-def _reduce(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -> Tensor:
-    vs, vg, ss = _sums(s, g, noise, probe)
-    return vg + 0.5 * (ss if reduced else vs.square())
 
 
 def _pair(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
@@ -239,26 +253,11 @@ def _pair(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
     return _shift_op(_KINDS[probe], x, factor, noise).flatten(0, 1)
 
 
-def _difference(
-    above: Tensor, below: Tensor, step: Tensor, noise: NoiseKey, probe: str, reduced: bool
-) -> Tensor:
-    vs, vg, ss = _sums(above, below, noise, probe, differences=True)
-    return vg / (2 * step) + 0.5 * (ss if reduced else vs.square())
-
-
-def _grad_of_half_square(grad: Tensor, s: Tensor, ctx: Any) -> Tensor:
-    """Of ``1/2 ||s||^2``, or of ``1/2 (v . s)^2``, by s."""
-    if ctx.variance_reduced:
-        return grad.view(-1, *[1] * (s.dim() - 1)) * s
-    along = probe_dot(s, ctx.noise, probe=ctx.probe)
-    return probe_scale(grad * along, s.shape, ctx.noise, probe=ctx.probe)
-
-
 class _Dot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
         ctx.shape, ctx.dtype, ctx.noise, ctx.probe = tuple(s.shape), s.dtype, noise, probe
-        return _dot(s, noise, probe)
+        return _dot(_sums_op, s, noise, probe).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -277,21 +276,34 @@ class _Scale(torch.autograd.Function):
         return probe_dot(grad, ctx.noise, probe=ctx.probe), None, None, None
 
 
-class _Reduce(torch.autograd.Function):
+class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, s: Tensor, noise: NoiseKey, probe: str, variance_reduced: bool
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        step: Tensor | None,
+        noise: NoiseKey,
+        probe: str,
+        reduced: bool,
     ) -> Tensor:
-        ctx.noise, ctx.probe, ctx.variance_reduced = noise, probe, variance_reduced
-        ctx.save_for_backward(s)
-        return _reduce(g, s, noise, probe, variance_reduced)
+        ctx.noise, ctx.probe, ctx.reduced = noise, probe, reduced
+        ctx.save_for_backward(a, None if step is None else b, step)
+        return _objective(_sums_op, a, b, step, noise, probe, reduced)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (s,) = ctx.saved_tensors
-        to_g = probe_scale(grad, s.shape, ctx.noise, probe=ctx.probe)
-        to_s = _grad_of_half_square(grad, s, ctx)
-        return to_g.to(s.dtype), to_s.to(s.dtype), None, None, None
+        a, b, step = ctx.saved_tensors
+        s = a if step is None else 0.25 * (a + b)
+        if ctx.reduced:
+            to_s = grad.view(-1, *[1] * (s.dim() - 1)) * s
+        else:
+            along = probe_dot(s, ctx.noise, probe=ctx.probe)
+            to_s = probe_scale(grad * along, s.shape, ctx.noise, probe=ctx.probe)
+        scale = grad if step is None else grad / (2 * step)
+        to_g = probe_scale(scale, s.shape, ctx.noise, probe=ctx.probe)
+        to_a, to_b = (to_s, to_g) if step is None else (to_s + to_g, to_s - to_g)
+        return to_a.to(a.dtype), to_b.to(a.dtype), None, None, None, None
 
 
 class _Pair(torch.autograd.Function):
@@ -303,30 +315,6 @@ class _Pair(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         above, below = grad.chunk(2)
         return above + below, None, None, None
-
-
-class _Difference(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        above: Tensor,
-        below: Tensor,
-        step: Tensor,
-        noise: NoiseKey,
-        probe: str,
-        variance_reduced: bool,
-    ) -> Tensor:
-        ctx.noise, ctx.probe, ctx.variance_reduced = noise, probe, variance_reduced
-        ctx.save_for_backward(above, below, step)
-        return _difference(above, below, step, noise, probe, variance_reduced)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        above, below, step = ctx.saved_tensors
-        to_g = probe_scale(grad / (2 * step), above.shape, ctx.noise, probe=ctx.probe)
-        to_s = _grad_of_half_square(grad, 0.25 * (above + below), ctx)
-        to = above.dtype
-        return (to_s + to_g).to(to), (to_s - to_g).to(to), None, None, None, None
 
 
 def _probe_sums(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key) -> Tensor:

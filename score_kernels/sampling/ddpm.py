@@ -16,10 +16,11 @@ from typing_extensions import Unpack
 
 from score_kernels import checks
 from score_kernels.diffusion.sde import DDPMSchedule
-from score_kernels.sampling.engine import Options, run
-from score_kernels.sampling.steps import Phase, Score
+from score_kernels.sampling.engine import Options, Phase, Score, run
 
 __all__ = ["ddim", "ddpm"]
+
+_SCHEDULE = "a score_kernels.diffusion.sde.DDPMSchedule"
 
 
 def ddpm(
@@ -52,21 +53,15 @@ def ddpm(
     Raises:
         TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
-    checks.instance(
-        "schedule", schedule, DDPMSchedule, "a score_kernels.diffusion.sde.DDPMSchedule"
-    )
-    if variance not in ("small", "large"):
-        raise ValueError(f"variance: got {variance!r}, expected 'small' or 'large'")
-    kept = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar])
-    # Of step i: beta_i / abar_{i-1}.
-    large = ((1 - kept[1:] / kept[:-1]) / kept[:-1]).sqrt().tolist()
+    checks.instance("schedule", schedule, DDPMSchedule, _SCHEDULE)
+    checks.choice("variance", variance, ("small", "large"))
     plan = _plan(schedule.sigmas.flip(0).tolist(), eta=1.0)
     if variance == "large":
-        plan = [
-            Phase(p.sigma, 1.0, p.b, c if p.c else 0.0, after=p.after)
-            for p, c in zip(plan, reversed(large), strict=True)
-        ]
-    return run(score, shape_or_init, plan, scale=_prior(plan), **options)
+        abar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar])
+        noise = ((1 - abar[1:] / abar[:-1]) / abar[:-1]).sqrt().flip(0).tolist()
+        for phase, c in zip(plan[:-1], noise, strict=False):
+            phase.c = c
+    return run("ddpm", score, shape_or_init, plan, _prior(plan), **options)
 
 
 def ddim(
@@ -89,20 +84,14 @@ def ddim(
 
     Args:
         score, shape_or_init, schedule, options: as in :func:`ddpm`.
-        steps: how many of the N levels, spread evenly over their indices; the last is level 0.
+        steps: how many of the N levels, spaced evenly over their indices; the last is level 0.
         eta: 0 to 1.
 
-    Returns:
-        Samples ``[B, ...]``, or the recorded states y.
-
-    Raises:
-        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    Returns, Raises:
+        As :func:`ddpm`.
     """
-    checks.instance(
-        "schedule", schedule, DDPMSchedule, "a score_kernels.diffusion.sde.DDPMSchedule"
-    )
-    steps = checks.count("steps", steps, least=1)
-    levels = len(schedule.sigmas)
+    checks.instance("schedule", schedule, DDPMSchedule, _SCHEDULE)
+    steps, levels = checks.count("steps", steps, least=1), len(schedule.sigmas)
     if steps > levels:
         raise ValueError(f"steps: got {steps}, expected at most the schedule's {levels}")
     eta = checks.not_negative("eta", eta)
@@ -110,7 +99,7 @@ def ddim(
         raise ValueError(f"eta: got {eta}, expected a number from 0 to 1")
     chosen = torch.linspace(levels - 1, 0, steps, dtype=torch.float64).round().long()
     plan = _plan(schedule.sigmas[chosen].tolist(), eta)
-    return run(score, shape_or_init, plan, scale=_prior(plan), **options)
+    return run("ddim", score, shape_or_init, plan, _prior(plan), **options)
 
 
 def _plan(levels: list[float], eta: float) -> list[Phase]:
@@ -119,7 +108,7 @@ def _plan(levels: list[float], eta: float) -> list[Phase]:
     for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
         c = eta * following * math.sqrt(1 - (following / sigma) ** 2)
         b = sigma**2 - sigma * math.sqrt(following**2 - c**2)
-        plan.append(Phase(sigma, 1.0, b, c, after=(following, 1.0)))
+        plan.append(Phase(sigma, 1.0, b, c, next_level=(following, 1.0)))
     return plan
 
 

@@ -7,20 +7,29 @@ The noise of step ``t`` of a chain is draw ``t`` of the chain's key, and rows ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from score_kernels import checks, ops
-from score_kernels.backends import choose
-from score_kernels.noise import NoiseKey, Purpose, fresh_seed
-from score_kernels.sampling.steps import Network, Phase, Score, Steps, Update
-from score_kernels.sampling.watch import Watch
+from score_kernels.backends import Backend, choose
+from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
+from score_kernels.sampling import graph
+from score_kernels.sampling.inpainting import known_elements
+from score_kernels.sampling.monitor import CHECK_EVERY, DivergenceMonitor
 
-__all__ = ["Options", "Progress", "run"]
+__all__ = ["Options", "Phase", "PreStep", "Progress", "Score", "ScoreModel", "State", "run"]
+
+Score = Callable[..., Tensor]
 
 
 class Options(TypedDict, total=False):
@@ -28,39 +37,41 @@ class Options(TypedDict, total=False):
 
     Attributes:
         seed: 64 bits, names all noise of the run; default: drawn from torch's default generator,
-            so that ``torch.manual_seed`` rules it.
+            which ``torch.manual_seed`` seeds.
         first_sample: global index of row 0. Rows are the same bits however a run is split into
             batches, if score treats rows independently.
-        init: how a shape is filled: "normal", of the largest noise level, or "uniform" on [0, 1],
-            as the authors' code of NCSN does.
+        init: how a shape is filled: "normal", with the standard deviation of the largest noise
+            level, or "uniform" on [0, 1], as the authors' code of NCSN does.
         first_step: resume: the index of the first step to do, when shape_or_init is the state after
             that many steps of a run with the same seed.
+        aux: resume a sampler that has auxiliary tensors: those of `Progress` after that step.
         callback: called with a `Progress` after each update step.
-        record_every: return, on the CPU, ``[n, B, ...]``: the state after every so many steps and,
-            last, the result.
+        record_every: return the trajectory, on the CPU, ``[n, B, ...]``: x after every so many
+            steps and, last, the result.
         progress: show a progress bar.
         device: where to start from a shape; default: torch's default device.
         cuda_graph: capture one call of score and one update as a CUDA graph and replay it for every
-            step: for small networks, whose time goes into launches. The noise is the same bits.
+            step: for small networks, which spend their time on launches. The bits are the same.
             score must do the same work on the same memory at every call, whatever sigma holds, and
             not wait for the device.
         conditions: further keyword arguments of score at every call: classes, say.
         guidance: ``guidance(x, sigma)``, in x's shape, is added to every score: the gradient of a
             log likelihood of what was observed, say. Enable gradients inside where it needs them.
         known, mask: inpainting (Song and Ermon 2019, arXiv 1907.05600, appendix B): where mask is
-            true the state is kept at known, with noise of the level that the chain is at, and
-            exactly known at the end. Both are broadcast to the state's shape; mask is bool.
-        on_nan: what to do about a state that is not finite, which is looked for every 50 steps and
-            at the end: "raise" (the default) a FloatingPointError that names level, step and the
-            first such sample; "stop" there with a warning, and return the last state that was seen
-            to be finite; or "ignore" it. To find the step, those since the last look are done again
-            with the same noise from a copy of the state, which all but "ignore" keep.
+            true, x is known plus noise of the chain's current level, and exactly known at the end.
+            Both are broadcast to the state's shape; mask is bool.
+        on_nan: what to do when the state is not finite, which is checked every 50 steps and at the
+            end: "raise" (the default) a FloatingPointError that names level, step and the first
+            such sample; "stop" there with a warning, and return the last state seen to be finite;
+            or "ignore" it. To find the step, those since the last check are repeated with the same
+            noise from a copy of the state, which all but "ignore" keep.
     """
 
     seed: int | None
     first_sample: int
     init: str
     first_step: int
+    aux: Mapping[str, Tensor] | None
     callback: Callable[[Progress], object] | None
     record_every: int | None
     progress: bool
@@ -75,158 +86,394 @@ class Options(TypedDict, total=False):
 
 @dataclass(slots=True)
 class Progress:
-    """What a callback sees after each update step. One object serves a whole chain.
+    """The argument of a callback after each update step. One object serves a whole chain.
 
     Attributes:
         step: index of the step just done, from 0 for the chain's first.
         level: index of its noise level.
         sigma: that noise level (``nan`` for Langevin dynamics without one).
         x: the state itself, ``[B, ...]``; it changes with the next step, so copy what you keep.
+        aux: the sampler's auxiliary tensors by name, which change too.
     """
 
     step: int
     level: int
     sigma: float
     x: Tensor
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class State:
+    """What a chain carries from step to step: x and auxiliary tensors, all changed in place.
+
+    Attributes:
+        x: ``[B, ...]``.
+        aux: tensors ``[B, ...]`` by name, such as a momentum or the last score.
+    """
+
+    x: Tensor
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+    def clone(self) -> State:
+        return State(self.x.clone(), {name: value.clone() for name, value in self.aux.items()})
+
+    def copy_(self, other: State) -> None:
+        self.x.copy_(other.x)
+        for name, value in other.aux.items():
+            self.aux[name].copy_(value)
+
+
+@dataclass(slots=True)
+class Phase:
+    """`steps` equal steps ``x <- a x + b score + c z`` at one noise level, one kernel each.
+
+    Attributes:
+        sigma: the level that is passed to the score; nan: none is.
+        a, b, c: see above.
+        steps: their number.
+        mean: the score is called at ``x / mean``: m(t) of :mod:`score_kernels.diffusion.sde`.
+        next_level: noise level and mean of the state after a step, where a step changes them.
+        pre_step: what a step does before its kernel, where one call of the score is not all.
+    """
+
+    sigma: float
+    a: float = 1.0
+    b: float = 0.0
+    c: float = 0.0
+    steps: int = 1
+    mean: float = 1.0
+    next_level: tuple[float, float] | None = None
+    pre_step: PreStep | None = None
+
+    @property
+    def end(self) -> tuple[float, float]:
+        """Noise level and mean of the state after a step."""
+        return self.next_level or (self.sigma, self.mean)
+
+    def coefficients(self) -> tuple[float, ...]:
+        """a, b and c, and the factors of known elements and of their noise after a step."""
+        sigma, mean = self.end
+        # Langevin dynamics without noise levels adds none to known elements.
+        return self.a, self.b, self.c, mean, 0.0 if math.isnan(sigma) else mean * sigma
+
+
+class PreStep(Protocol):
+    """What a step does before its kernel; key names the step's noise.
+
+    It may write to x and to the auxiliary tensors of the state, and returns the score for the
+    kernel and, if samples have step sizes of their own, factors r of the step size, ``[B]`` or
+    ``[1]``: the kernel then does ``x <- a x + r b score + sqrt(r) c z``.
+    """
+
+    def __call__(
+        self, model: ScoreModel, backend: Backend, state: State, key: Key
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+class ScoreModel:
+    """A score at a noise level, as kernels take it: guided, checked, contiguous."""
+
+    def __init__(
+        self,
+        score: Score,
+        x: Tensor,
+        conditions: Mapping[str, Any] | None = None,
+        guidance: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        checks.function("score", score)
+        if guidance is not None:
+            checks.function("guidance", guidance)
+        self.score = score
+        self.conditions = {} if conditions is None else checks.keywords("conditions", conditions)
+        self.guidance = guidance
+        self.sigma = x.new_empty(x.shape[0], dtype=torch.float32)
+        self.level: tuple[float, float] | None = None
+        # Whether the score takes sigma, and what x is multiplied by (a tensor in a CUDA graph).
+        self.pass_sigma = True
+        self.scale: float | Tensor | None = None
+        self.shape, self.device = x.shape, x.device
+        # The dtype of scores that kernels can read as they are.
+        self.dtype: torch.dtype | None = None
+
+    def set_level(self, sigma: float, mean: float = 1.0) -> None:
+        """Move to a noise level, if the model is not there yet."""
+        if self.level != (sigma, mean):
+            self.level = sigma, mean
+            self.pass_sigma = not math.isnan(sigma)
+            self.sigma.fill_(sigma)
+            self.scale = None if mean == 1.0 else 1 / mean
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The score at x."""
+        seen = x if self.scale is None else x * self.scale
+        if self.pass_sigma:
+            value = self.score(seen, self.sigma, **self.conditions)
+        else:
+            value = self.score(seen, **self.conditions)
+        if self.guidance is not None:
+            checks.score_like(x, value)
+            added = self.guidance(seen, self.sigma)
+            checks.score_like(x, added, "guidance")
+            value = value + added
+        # Checked in full only where it is not like the last one.
+        if (
+            type(value) is Tensor
+            and value.dtype is self.dtype
+            and value.shape == self.shape
+            and value.device == self.device
+            and value.is_contiguous()
+        ):
+            return value
+        checks.score_like(x, value)
+        # What torch's derivatives may give: zeros without memory, and lazy negations.
+        score = torch.zeros_like(x) if value._is_zerotensor() else value.resolve_neg().contiguous()
+        self.dtype = value.dtype if score is value else None
+        return score
+
+
+class Chain:
+    """The steps of a plan, by number, in place on a state.
+
+    With denoise, one more step ends it: ``x <- x / m + sigma^2 score(x / m, sigma)``.
+    """
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        backend: Backend,
+        x: Tensor,
+        plan: list[Phase],
+        noise: NoiseKey,
+        known: tuple[Tensor, Tensor] | None,
+        denoise: bool,
+    ) -> None:
+        self.model, self.backend, self.known = model, backend, known
+        self.key, self.dtype = noise, x.dtype
+        # Of each phase: the number of steps up to its end.
+        self.ends = list(accumulate(phase.steps for phase in plan))
+        self.steps = self.ends[-1]
+        self.plan = plan
+        if denoise:
+            sigma, mean = plan[-1].end
+            last = Phase(sigma, 1 / mean, sigma**2, mean=mean, next_level=(0.0, 1.0))
+            self.plan = [*plan, last]
+            self.ends.append(self.steps + 1)
+        self.plain = known is None and all(phase.pre_step is None for phase in plan)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The coefficients of the phases on the device: ``[phases, 3]``, with known elements 5."""
+        columns = 3 if self.known is None else 5
+        rows = [phase.coefficients()[:columns] for phase in self.plan]
+        return torch.tensor(rows, dtype=self.dtype).to(self.model.device)
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, ...]:
+        return self.table.split(1)
+
+    def phase_of(self, t: int) -> int:
+        """The index of step t's phase."""
+        return bisect_right(self.ends, t)
+
+    def advance(self, state: State, t: int, stop: int) -> None:
+        """Do the steps from t up to and without stop."""
+        x, model, step = state.x, self.model, self.backend.affine_step
+        seed, purpose, _, first_sample = self.key
+        index = self.phase_of(t)
+        while t < stop:
+            phase, end = self.plan[index], min(stop, self.ends[index])
+            model.set_level(phase.sigma, phase.mean)
+            a, b, c = phase.a, phase.b, phase.c
+            for done in range(t, end):
+                key = (seed, purpose, done, first_sample)
+                if self.plain:
+                    step(x, x, model(x), a, b, c, key)
+                else:
+                    self._step(state, index, key)
+                # A score that is itself a gradient may have saved x: let autograd notice.
+                increment_version(x)
+            t, index = end, index + 1
+
+    def _step(self, state: State, index: int, key: Key) -> None:
+        """A step with known elements, or of more than a call of the score and an affine step."""
+        phase, x = self.plan[index], state.x
+        factors = None
+        if phase.pre_step is None:
+            score = self.model(x)
+        else:
+            score, factors = phase.pre_step(self.model, self.backend, state, key)
+        if factors is None and self.known is None:
+            self.backend.affine_step(x, x, score, phase.a, phase.b, phase.c, key)
+            return
+        row = self.rows[index]
+        if factors is not None:
+            # Of a, b and c, and of known elements and their noise.
+            ones = torch.ones_like(factors)
+            columns = [ones, factors, factors.sqrt(), ones, ones]
+            row = torch.stack(columns[: row.shape[1]], 1) * row
+        known, mask = self.known or (None, None)
+        self.backend.table_step(x, x, score, row, None, key, known, mask)
+
+    def start(self, x: Tensor) -> None:
+        """Bring known elements to the noise level of the first phase."""
+        if self.known is not None:
+            first = Phase(self.plan[0].sigma, mean=self.plan[0].mean)
+            row = x.new_tensor([first.coefficients()])
+            key = self.key.for_purpose(Purpose.KNOWN)
+            self.backend.table_step(x, x, x, row, None, key, *self.known)
+
+    def finish(self, x: Tensor) -> None:
+        """Make known elements exact."""
+        if self.known is not None:
+            torch.where(self.known[1], self.known[0], x, out=x)
 
 
 def run(
+    sampler: str,
     score: Score,
     shape_or_init: Sequence[int] | Tensor,
     plan: list[Phase],
-    *,
     scale: float,
+    *,
     denoise: bool = False,
-    seed: int | None = None,
-    first_sample: int = 0,
-    init: str = "normal",
-    first_step: int = 0,
-    callback: Callable[[Progress], object] | None = None,
-    record_every: int | None = None,
-    progress: bool = False,
-    device: torch.device | str | None = None,
-    cuda_graph: bool = False,
-    conditions: Mapping[str, Any] | None = None,
-    guidance: Callable[[Tensor, Tensor], Tensor] | None = None,
-    known: Tensor | None = None,
-    mask: Tensor | None = None,
-    on_nan: str = "raise",
+    init_aux: Callable[[Tensor, NoiseKey], dict[str, Tensor]] | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Run a plan from the prior of standard deviation `scale`, or from a state; see `Options`.
 
     With `denoise` it ends with ``x + sigma^2 score(x, sigma)``, sigma that of the last phase's end
-    and x in the data's scale.
+    and x in the data's scale. `init_aux(x, key)` makes the auxiliary tensors at the chain's start;
+    `sampler` is the name of the function for an error.
     """
-    checks.function("score", score)
-    flags = {"denoise": denoise, "progress": progress, "cuda_graph": cuda_graph}
-    for name, value in flags.items():
-        checks.flag(name, value)
-    if on_nan not in ("raise", "stop", "ignore"):
-        raise ValueError(f"on_nan: got {on_nan!r}, expected 'raise', 'stop' or 'ignore'")
-    seed = fresh_seed() if seed is None else seed
-    noise = NoiseKey(seed, purpose=Purpose.LANGEVIN, first_sample=first_sample)
+    for name in options:
+        if name not in Options.__annotations__:
+            raise TypeError(f"{sampler}: got an unexpected keyword argument {name!r}")
+    denoise = checks.flag("denoise", denoise)
+    progress = checks.flag("progress", options.get("progress", False))
+    cuda_graph = checks.flag("cuda_graph", options.get("cuda_graph", False))
+    on_nan = checks.choice("on_nan", options.get("on_nan", "raise"), ("raise", "stop", "ignore"))
+    callback, record_every = options.get("callback"), options.get("record_every")
+    if callback is not None:
+        checks.function("callback", callback)
     total = sum(phase.steps for phase in plan)
-    first_step = checks.count("first_step", first_step, least=0)
+    if total > 2**32:
+        raise ValueError(f"steps: got {total} steps in all, expected at most 2**32, one draw each")
+    first_step = checks.count("first_step", options.get("first_step", 0), least=0)
     if first_step > total:
         raise ValueError(
             f"first_step: got {first_step}, expected at most the chain's {total} steps"
         )
-    if total > 2**32:
-        raise ValueError(f"steps: got {total} steps in all, expected at most 2**32, one draw each")
-    if callback is not None:
-        checks.function("callback", callback)
-    every = (
-        total + 1 if record_every is None else checks.count("record_every", record_every, least=1)
+    if first_step and not isinstance(shape_or_init, Tensor):
+        raise ValueError(
+            f"first_step: got {first_step} with a shape, expected the state after "
+            "that many steps as shape_or_init"
+        )
+    every = total + 1
+    if record_every is not None:
+        every = checks.count("record_every", record_every, least=1)
+    seed = options.get("seed")
+    noise = NoiseKey(
+        fresh_seed() if seed is None else seed,
+        purpose=Purpose.LANGEVIN,
+        first_sample=options.get("first_sample", 0),
     )
     with torch.no_grad():
-        x = _start(shape_or_init, scale, init, noise, device)
-        if first_step and not isinstance(shape_or_init, Tensor):
-            raise ValueError(
-                f"first_step: got {first_step} with a shape, expected the state after "
-                "that many steps as shape_or_init"
-            )
-        network = Network(score, x, conditions, guidance)
-        update = Update(choose(x.device, x.dtype), x, plan, known, mask)
-        steps = Steps(network, update, plan, noise, denoise)
+        x = _start(shape_or_init, scale, noise, options)
+        state = State(x, {} if init_aux is None else init_aux(x, noise))
+        _resume(state.aux, options.get("aux"), first_step)
+        model = ScoreModel(score, x, options.get("conditions"), options.get("guidance"))
+        known = known_elements(x, options.get("known"), options.get("mask"))
+        chain = Chain(model, choose(x.device, x.dtype), x, plan, noise, known, denoise)
         if not first_step:
-            update.start(x, noise.for_purpose(Purpose.KNOWN))
-        before = first_step // every
-        frames = 0 if record_every is None else total // every - before + 1
-        film = x.new_empty((frames, *x.shape), device="cpu")
-        seen = Progress(step=0, level=-1, sigma=math.nan, x=x)
-        step = steps.captured(x, first_step) if cuda_graph else steps
-        watch = None if on_nan == "ignore" else Watch(steps, x, first_step, stop=on_nan == "stop")
-        done = total
-        for t, index in _steps(plan, first_step, progress):
-            step(x, t, index)
-            if watch is not None and watch.due(t + 1) and not watch.finite(x, t + 1):
-                done = watch.done
-                break
+            chain.start(x)
+        advance = graph.replayed(chain, state, first_step) if cuda_graph else chain.advance
+        monitor = None
+        if on_nan != "ignore":
+            monitor = DivergenceMonitor(chain, state, first_step, stop=on_nan == "stop")
+        skipped = first_step // every
+        frames = 0 if record_every is None else total // every - skipped + 1
+        trajectory = x.new_empty((frames, *x.shape), device="cpu") if frames else x
+        seen = Progress(step=0, level=-1, sigma=math.nan, x=x, aux=state.aux)
+        bar = None
+        if progress:
+            bar = tqdm(total=total, initial=first_step, unit="step", desc="sampling")
+        t = first_step
+        check = total + 1 if monitor is None else t + CHECK_EVERY
+        while t < total:
+            # Up to the next step after which something is to be done.
+            stop = min(total, check, t - t % every + every)
+            if callback is not None or bar is not None:
+                stop = t + 1
+            advance(state, t, stop)
+            t = stop
+            if monitor is not None and t == check:
+                check += CHECK_EVERY
+                if not monitor.finite(state, t):
+                    t = monitor.done
+                    break
             if callback is not None:
-                seen.step, seen.level, seen.sigma = t, index, plan[index].sigma
+                seen.step, seen.level = t - 1, chain.phase_of(t - 1)
+                seen.sigma = plan[seen.level].sigma
                 callback(seen)
-            if (t + 1) % every == 0:
-                film[(t + 1) // every - before - 1].copy_(x)
+            if t % every == 0:
+                trajectory[t // every - skipped - 1].copy_(x)
+            if bar is not None:
+                bar.update()
         else:
-            steps.end(x)
-            if watch is not None and not watch.finite(x, total + 1):
-                done = watch.done
+            if denoise:
+                chain.advance(state, total, total + 1)
+            chain.finish(x)
+            if monitor is not None and not monitor.finite(state, total + denoise):
+                t = monitor.done
+        if bar is not None:
+            bar.close()
         if record_every is None:
             return x
-        last = done // every - before
-        film[last].copy_(x)
-        return film[: last + 1]
-
-
-def _steps(plan: list[Phase], first_step: int, progress: bool) -> Iterator[tuple[int, int]]:
-    """(step, index of its phase) from first_step on."""
-
-    def pairs() -> Iterator[tuple[int, int]]:
-        start = 0
-        for index, phase in enumerate(plan):
-            for t in range(max(start, first_step), start + phase.steps):
-                yield t, index
-            start += phase.steps
-
-    if not progress:
-        return pairs()
-    from tqdm.auto import tqdm
-
-    total = sum(phase.steps for phase in plan)
-    bar: Iterable[tuple[int, int]] = tqdm(
-        pairs(), total=total, initial=first_step, unit="step", desc="sampling"
-    )
-    return iter(bar)
+        last = t // every - skipped
+        trajectory[last].copy_(x)
+        return trajectory[: last + 1]
 
 
 def _start(
-    shape_or_init: Sequence[int] | Tensor,
-    scale: float,
-    init: str,
-    noise: NoiseKey,
-    device: torch.device | str | None,
+    shape_or_init: Sequence[int] | Tensor, scale: float, noise: NoiseKey, options: Options
 ) -> Tensor:
+    """The state that a chain starts from."""
+    device = checks.device("device", options.get("device"))
     if isinstance(shape_or_init, Tensor):
         checks.state("shape_or_init", shape_or_init)
         checks.noise_shape(shape_or_init.shape)
         checks.sample_range(noise.first_sample, shape_or_init.shape[0])
-        wanted = checks.device("device", device) or shape_or_init.device
-        if wanted.type != shape_or_init.device.type or (
-            wanted.index is not None and wanted.index != shape_or_init.device.index
-        ):
+        here = shape_or_init.device
+        if device and (device.type != here.type or device.index not in (None, here.index)):
             raise ValueError(
-                f"device: got {device} with a state on {shape_or_init.device}, "
-                "expected the state's device or none"
+                f"device: got {device} with a state on {here}, expected the state's device or none"
             )
         if shape_or_init.is_meta:
             raise ValueError("shape_or_init: got a tensor on meta, expected one with values")
         return shape_or_init.detach().clone(memory_format=torch.contiguous_format)
-    home = checks.device("device", device)
-    if (home or torch.get_default_device()).type == "meta":
+    if (device or torch.get_default_device()).type == "meta":
         raise ValueError("device: got meta, expected one that computes")
     prior = noise.for_purpose(Purpose.PRIOR)
-    if init == "normal":
-        return ops.normal(shape_or_init, prior, device=home).mul_(scale)
-    if init == "uniform":
-        return ops.uniform(shape_or_init, prior, device=home)
-    raise ValueError(f"init: got {init!r}, expected 'normal' or 'uniform'")
+    if checks.choice("init", options.get("init", "normal"), ("normal", "uniform")) == "uniform":
+        return ops.uniform(shape_or_init, prior, device=device)
+    return ops.normal(shape_or_init, prior, device=device).mul_(scale)
+
+
+def _resume(made: dict[str, Tensor], aux: Mapping[str, Tensor] | None, first_step: int) -> None:
+    """Give the auxiliary tensors the values that they are resumed with."""
+    if aux is None and made and first_step:
+        raise ValueError(
+            f"aux: got none with first_step {first_step}, expected Progress.aux after that many "
+            f"steps: {', '.join(made)}"
+        )
+    values = made if aux is None else checks.keywords("aux", aux)
+    if values.keys() != made.keys():
+        raise ValueError(f"aux: got {sorted(values)}, expected {sorted(made)}")
+    for name, value in values.items():
+        checks.instance(f"aux[{name!r}]", value, Tensor, "a tensor")
+        if value.shape != made[name].shape:
+            raise ValueError(
+                f"aux[{name!r}]: got shape {tuple(value.shape)}, expected {tuple(made[name].shape)}"
+            )
+        made[name].copy_(value)

@@ -1,4 +1,4 @@
-"""Scores made of scores, and noise between noises."""
+"""Scores made of scores, and noise between two noises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from score_kernels import checks
-from score_kernels.sampling.steps import Score
+from score_kernels.sampling.engine import Score
 
 __all__ = ["classifier_free", "slerp_noise"]
 
@@ -30,27 +30,26 @@ def classifier_free(
         A score ``(x, sigma)`` for any sampler.
 
     Raises:
-        TypeError, ValueError: an argument or, when called, what score returns is of the wrong kind,
-            or scale is not a finite number.
+        TypeError, ValueError: an argument is of the wrong kind or, when called, what score returns.
     """
     checks.function("score", score)
     scale = checks.number("scale", scale)
     cond, uncond = checks.keywords("cond", cond), checks.keywords("uncond", uncond)
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        values = score(x, sigma, **cond), score(x, sigma, **uncond)
-        for value in values:
-            checks.score_like(x, value)
-        return (1 + scale) * values[0] - scale * values[1]
+        with_condition, without = score(x, sigma, **cond), score(x, sigma, **uncond)
+        checks.score_like(x, with_condition)
+        checks.score_like(x, without)
+        return (1 + scale) * with_condition - scale * without
 
     return guided
 
 
 def slerp_noise(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
-    """Noise on the way from one noise to another: ``cos(w) a + sin(w) b``, ``w = pi/2 share``.
+    """Noise between two noises: ``cos(w) a + sin(w) b``, ``w = pi/2 share``.
 
-    Standard normals stay standard normals at every share, as they would not on a straight line.
-    Starting points of samplers without noise of their own (DDIM, the probability flow).
+    Standard normals stay standard normals at every share, as they would not on a straight line:
+    starting points of samplers without noise of their own (DDIM, the probability flow).
 
     Args:
         a, b: two noises of one shape ``[...]``, of one standard deviation.
@@ -64,14 +63,12 @@ def slerp_noise(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
     """
     for name, value in (("a", a), ("b", b), ("shares", shares)):
         checks.score(name, value)
-    if b.device != a.device:
-        raise ValueError(f"b: got device {b.device}, expected that of a, {a.device}")
-    if shares.is_meta and not a.is_meta:
-        raise ValueError("shares: got a tensor on meta, expected one with values")
-    if a.shape != b.shape or shares.dim() != 1:
+    if b.shape != a.shape or b.device != a.device:
         raise ValueError(
-            f"b: got shape {tuple(b.shape)} and shares of {tuple(shares.shape)}, expected a's, "
-            f"{tuple(a.shape)}, and [K]"
+            f"b: got shape {tuple(b.shape)} on {b.device}, expected that of a, {tuple(a.shape)} on "
+            f"{a.device}"
         )
+    if shares.dim() != 1:
+        raise ValueError(f"shares: got shape {tuple(shares.shape)}, expected [K]")
     angle = (shares.to(a) * (torch.pi / 2)).view(-1, *[1] * a.dim())
     return angle.cos() * a + angle.sin() * b

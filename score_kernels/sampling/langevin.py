@@ -10,8 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from score_kernels import checks
-from score_kernels.sampling.engine import Options, run
-from score_kernels.sampling.steps import Phase, Score
+from score_kernels.sampling.engine import Options, Phase, Score, run
 
 __all__ = ["annealed_langevin", "consistent_annealed", "langevin"]
 
@@ -27,26 +26,25 @@ def langevin(
 ) -> Tensor:
     """Langevin dynamics, ``x <- x + (step_size/2) score(x) + sqrt(step_size) z``.
 
-    Form A, as in Song and Ermon (2019, arXiv 1907.05600). On a Gaussian target of variance v the
-    chain settles at the variance ``v / (1 - step_size / (4 v))``.
+    As in Song and Ermon (2019, arXiv 1907.05600). On a Gaussian target of variance v the chain
+    settles at the variance ``v / (1 - step_size / (4 v))``.
 
     Args:
         score: ``score(x)``, or ``score(x, sigma)`` when sigma is given; see `annealed_langevin`.
         shape_or_init: ``[B, ...]`` to start from standard normals, or the initial state.
         step_size: in squared units of x, above 0.
         steps: number of update steps of the whole chain.
-        sigma: a noise level handed to the score as ``[B]``, for networks that want one.
-        options: seed, first_sample, progress, record_every, ...: see
-            :class:`score_kernels.sampling.Options`.
+        sigma: a noise level passed to the score as ``[B]``, for networks that take one.
+        options: see :class:`score_kernels.sampling.Options`.
 
-    Returns:
-        ``x``, or the recorded states.
+    Returns, Raises:
+        As :func:`annealed_langevin`.
     """
     level = math.nan if sigma is None else checks.noise_level("sigma", sigma)
     step_size = checks.positive("step_size", step_size)
     steps = checks.count("steps", steps, least=0)
     plan = [Phase(level, 1.0, 0.5 * step_size, math.sqrt(step_size), steps)]
-    return run(score, shape_or_init, plan, scale=1.0, **options)
+    return run("langevin", score, shape_or_init, plan, 1.0, **options)
 
 
 def annealed_langevin(
@@ -66,8 +64,8 @@ def annealed_langevin(
         alpha_i = step_size * sigma_i^2 / sigma_L^2
         x <- x + (alpha_i / 2) score(x, sigma_i) + sqrt(alpha_i) z
 
-    This is form A. Codes that write ``x + alpha score + sqrt(2 alpha) z`` (form B: the NCSN and
-    NCSNv2 image code) have half our step_size: their 2e-5 is 4e-5 here.
+    Codes that write ``x + alpha score + sqrt(2 alpha) z``, such as those of NCSN and NCSNv2 for
+    images, have half this step_size: their 2e-5 is 4e-5 here.
 
     Args:
         score: ``score(x, sigma)`` with x the state ``[B, ...]`` and sigma ``[B]`` float32 on x's
@@ -76,13 +74,11 @@ def annealed_langevin(
         shape_or_init: ``[B, ...]`` to start from the prior, N(0, sigma_1^2), or the initial state
             itself (float32; float64 runs on the reference backend), which is not changed.
         sigmas: noise levels, strictly decreasing: ``[L]`` tensor or a sequence.
-        steps_per_level: number T of update steps at each level.
-        step_size: epsilon of form A, in squared units of x at the smallest level.
+        steps_per_level: number of update steps at each level.
+        step_size: as above, in squared units of x: alpha at the smallest level.
         denoise: end with ``x + sigma_L^2 score(x, sigma_L)`` (Song and Ermon 2020, arXiv
             2006.09011).
-        options: seed, first_sample, init, first_step, callback, record_every, progress, device,
-            cuda_graph, conditions, guidance, known, mask: see
-            :class:`score_kernels.sampling.Options`.
+        options: see :class:`score_kernels.sampling.Options`.
 
     Returns:
         ``x``, or the recorded states; see ``record_every``.
@@ -96,12 +92,12 @@ def annealed_langevin(
     levels = checks.noise_levels(sigmas)
     steps = checks.count("steps_per_level", steps_per_level, least=1)
     step_size = checks.positive("step_size", step_size)
-    alphas = [step_size * (s / levels[-1]) ** 2 for s in levels]
-    plan = [
-        Phase(s, 1.0, 0.5 * alpha, math.sqrt(alpha), steps)
-        for s, alpha in zip(levels, alphas, strict=True)
-    ]
-    return run(score, shape_or_init, plan, scale=levels[0], denoise=denoise, **options)
+    plan = []
+    for sigma in levels:
+        alpha = step_size * (sigma / levels[-1]) ** 2
+        plan.append(Phase(sigma, 1.0, 0.5 * alpha, math.sqrt(alpha), steps))
+    name = "annealed_langevin"
+    return run(name, score, shape_or_init, plan, levels[0], denoise=denoise, **options)
 
 
 def consistent_annealed(
@@ -126,15 +122,12 @@ def consistent_annealed(
     Args:
         score, shape_or_init, denoise, options: as in :func:`annealed_langevin`.
         sigmas: noise levels, strictly decreasing, at least two.
-        step_size: epsilon of form A: the paper's epsilon is half of it. For every ratio g of
-            neighbours ``1 - g <= eta <= 1 + g``.
+        step_size: twice the paper's epsilon. For every ratio g of neighbours
+            ``1 - g <= eta <= 1 + g``.
 
-    Returns:
-        ``x``, or the recorded states, one a step.
-
-    Raises:
-        TypeError, ValueError: as in :func:`annealed_langevin`; or step_size is outside the range
-            that the levels allow, which the message names.
+    Returns, Raises:
+        As :func:`annealed_langevin`; a ValueError, too, for a step_size outside the range that the
+        levels allow, which the message names.
     """
     levels = checks.noise_levels(sigmas)
     if len(levels) < 2:
@@ -154,5 +147,6 @@ def consistent_annealed(
                 f"{sigma:g} and {following:g}"
             )
         c = following * math.sqrt(max(inside, 0.0))
-        plan.append(Phase(sigma, 1.0, eta * sigma**2, c, after=(following, 1.0)))
-    return run(score, shape_or_init, plan, scale=levels[0], denoise=denoise, **options)
+        plan.append(Phase(sigma, 1.0, eta * sigma**2, c, next_level=(following, 1.0)))
+    name = "consistent_annealed"
+    return run(name, score, shape_or_init, plan, levels[0], denoise=denoise, **options)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from score_kernels import checks, ops
 from score_kernels.backends import Backend
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
-from score_kernels.sampling.engine import Options, run
-from score_kernels.sampling.steps import Network, Phase, Score
+from score_kernels.sampling.engine import Options, Phase, Score, ScoreModel, State, run
 
 __all__ = ["log_likelihood", "probability_flow"]
 
@@ -44,64 +45,52 @@ def probability_flow(
         churn, churn_noise, churn_range: S_churn, S_noise and (S_min, S_max) of the paper.
         options: see :class:`score_kernels.sampling.Options`.
 
-    Returns:
-        Samples ``[B, ...]``, or the recorded states.
-
-    Raises:
-        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    Returns, Raises:
+        As `annealed_langevin`.
     """
     levels = checks.noise_levels(sigmas)
-    if method not in ("heun", "euler"):
-        raise ValueError(f"method: got {method!r}, expected 'heun' or 'euler'")
+    checks.choice("method", method, ("heun", "euler"))
     churn = checks.not_negative("churn", churn)
     churn_noise = checks.not_negative("churn_noise", churn_noise)
-    low, high = _ends(churn_range)
+    if not isinstance(churn_range, Sequence) or len(churn_range) != 2:
+        raise TypeError(f"churn_range: got {churn_range!r}, expected two numbers (S_min, S_max)")
+    low, high = churn_range
     plan = []
     for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
         gamma = min(churn / len(levels), math.sqrt(2) - 1) if low <= sigma <= high else 0.0
         raised = (1 + gamma) * sigma
-        spread = churn_noise * math.sqrt(raised**2 - sigma**2)
-        move = _Flow(raised, following, spread, heun=method == "heun" and following > 0)
-        b = (raised - following) * (following / 2 if move.heun else raised)
-        plan.append(Phase(sigma, 1.0, b, after=(following, 1.0), move=move))
-    return run(score, shape_or_init, plan, scale=levels[0], **options)
-
-
-def _ends(churn_range: Any) -> tuple[float, float]:
-    """S_min and S_max, the second one possibly infinite."""
-    if not isinstance(churn_range, Sequence) or len(churn_range) != 2:
-        raise TypeError(f"churn_range: got {churn_range!r}, expected two numbers (S_min, S_max)")
-    low, high = churn_range
-    if not (isinstance(high, float) and high == math.inf):
-        high = checks.not_negative("churn_range[1]", high)
-    return checks.not_negative("churn_range[0]", low), high
+        noise = churn_noise * math.sqrt(raised**2 - sigma**2)
+        flow = _Flow(raised, following, noise, heun=method == "heun" and following > 0)
+        b = (raised - following) * (following / 2 if flow.heun else raised)
+        plan.append(Phase(sigma, 1.0, b, next_level=(following, 1.0), pre_step=flow))
+    return run("probability_flow", score, shape_or_init, plan, levels[0], **options)
 
 
 @dataclass(frozen=True, slots=True)
 class _Flow:
-    """From a level, raised by churn, to the next one."""
+    """From sigma, raised by noise, to the following level."""
 
     sigma: float
     following: float
-    spread: float
+    noise: float
     heun: bool
 
     def __call__(
-        self, network: Network, backend: Backend, x: Tensor, key: Key
+        self, model: ScoreModel, backend: Backend, state: State, key: Key
     ) -> tuple[Tensor, None]:
-        step, length = backend.affine_step, self.sigma - self.following
-        if self.spread:
-            step(x, x, x, 1.0, 0.0, self.spread, key)
-            network.at(self.sigma, 1.0)
-        slope = network(x)
+        x, step = state.x, backend.affine_step
+        if self.noise:
+            step(x, x, x, 1.0, 0.0, self.noise, key)
+            model.set_level(self.sigma)
+        score = model(x)
         if not self.heun:
-            return slope, None
-        b = length * self.sigma
+            return score, None
+        b = (self.sigma - self.following) * self.sigma
         ahead = torch.empty_like(x)
-        step(ahead, x, slope, 1.0, b, 0.0, key)
-        step(x, x, slope, 1.0, b / 2, 0.0, key)
-        network.at(self.following, 1.0)
-        return network(ahead), None
+        step(ahead, x, score, 1.0, b, 0.0, key)
+        step(x, x, score, 1.0, b / 2, 0.0, key)
+        model.set_level(self.following)
+        return model(ahead), None
 
 
 def log_likelihood(
@@ -130,7 +119,7 @@ def log_likelihood(
         probes: of the trace per sample, 1 to 256; the estimate's variance falls with their number.
         probe: "rademacher", "gaussian" or "sphere".
         prior_std: of the distribution at sigma_1; default: sigma_1, which is right to the extent
-            that the data's own spread is small against it.
+            that the data's own range is small against it.
         seed, first_sample: name the probes, as in the samplers.
         progress: show a progress bar.
 
@@ -149,27 +138,27 @@ def log_likelihood(
     probes = checks.count("probes", probes, least=1)
     if probes > 256:
         raise ValueError(f"probes: got {probes}, expected at most 256")
-    spread = levels[-1] if prior_std is None else checks.positive("prior_std", prior_std)
-    key = NoiseKey(
-        fresh_seed() if seed is None else seed, purpose=Purpose.TRACE, first_sample=first_sample
-    )
+    std = levels[-1] if prior_std is None else checks.positive("prior_std", prior_std)
+    seed = fresh_seed() if seed is None else seed
+    key = NoiseKey(seed, purpose=Purpose.TRACE, first_sample=first_sample)
     with torch.no_grad():
         ones = x.new_ones(x.shape[0], dtype=torch.float32)
         vs = [ops.probe_scale(ones, x.shape, key.at(i), probe=probe) for i in range(probes)]
         state, total = x.clone(), x.new_zeros(x.shape[0])
-        for now, then in _bar(list(zip(levels, levels[1:], strict=False)), progress):
+        pairs = list(pairwise(levels))
+        for now, then in tqdm(pairs, unit="step", desc="likelihood", disable=not progress):
             h = math.log(then / now)
-            slope, trace = _slope_and_trace(score, state, now, vs)
-            ahead = state - h * now**2 * slope
-            slope_then, trace_then = _slope_and_trace(score, ahead, then, vs)
-            state = state - 0.5 * h * (now**2 * slope + then**2 * slope_then)
+            value, trace = _score_and_trace(score, state, now, vs)
+            ahead = state - h * now**2 * value
+            value_then, trace_then = _score_and_trace(score, ahead, then, vs)
+            state = state - 0.5 * h * (now**2 * value + then**2 * value_then)
             total -= 0.5 * h * (now**2 * trace + then**2 * trace_then)
         rows = state.reshape(x.shape[0], -1)
-        log_prior = -0.5 * (rows / spread).square().sum(1)
-        return total + log_prior - rows.shape[1] * math.log(spread * math.sqrt(2 * math.pi))
+        log_prior = -0.5 * (rows / std).square().sum(1)
+        return total + log_prior - rows.shape[1] * math.log(std * math.sqrt(2 * math.pi))
 
 
-def _slope_and_trace(
+def _score_and_trace(
     score: Score, x: Tensor, sigma: float, vs: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The score, and the trace of its derivative as the mean of ``v . grad (v . s)``."""
@@ -181,14 +170,6 @@ def _slope_and_trace(
         trace = x.new_zeros(x.shape[0])
         for i, v in enumerate(vs):
             along = (value.to(x.dtype) * v.to(x.dtype)).sum()
-            (slope,) = torch.autograd.grad(along, leaf, retain_graph=i + 1 < len(vs))
-            trace += (slope * v).reshape(x.shape[0], -1).sum(1) / len(vs)
+            (grad,) = torch.autograd.grad(along, leaf, retain_graph=i + 1 < len(vs))
+            trace += (grad * v).reshape(x.shape[0], -1).sum(1) / len(vs)
     return value.detach().to(x.dtype), trace
-
-
-def _bar(pairs: list[tuple[float, float]], progress: bool) -> Any:
-    if not progress:
-        return pairs
-    from tqdm.auto import tqdm
-
-    return tqdm(pairs, unit="step", desc="likelihood")

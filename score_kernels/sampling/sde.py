@@ -1,10 +1,12 @@
-"""Diffusions run backwards: Euler-Maruyama, and predictors with correctors."""
+"""Reverse diffusions: Euler-Maruyama, and predictors with correctors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,7 @@ from score_kernels import checks
 from score_kernels.backends import Backend
 from score_kernels.diffusion.sde import SDE, VE, VP, SubVP
 from score_kernels.noise import Key
-from score_kernels.sampling.engine import Options, run
-from score_kernels.sampling.steps import Network, Phase, Score
+from score_kernels.sampling.engine import Options, Phase, Score, ScoreModel, State, run
 
 __all__ = ["euler_maruyama", "predictor_corrector"]
 
@@ -45,15 +46,13 @@ def euler_maruyama(
         denoise: end with ``y + sigma^2 score(y, sigma)``; without it the result is x at time `end`.
         options: see :class:`score_kernels.sampling.Options`.
 
-    Returns:
-        ``x``, or the recorded states.
-
-    Raises:
-        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    Returns, Raises:
+        As `annealed_langevin`.
     """
     moments = _moments(sde, steps, end)
-    plan = [_em(now, then) for now, then in zip(moments, moments[1:], strict=False)]
-    return run(score, shape_or_init, plan, scale=_prior(sde), denoise=denoise, **options)
+    plan = [_predictor("euler_maruyama", sde, *pair) for pair in pairwise(moments)]
+    name = "euler_maruyama"
+    return run(name, score, shape_or_init, plan, _prior(sde), denoise=denoise, **options)
 
 
 def predictor_corrector(
@@ -96,45 +95,46 @@ def predictor_corrector(
         batch_mean: take the norms' means over the batch, as the authors' code does; a sample then
             depends on those beside it. By default each sample has its own.
 
-    Returns:
-        ``x``, or the recorded states; every predictor and corrector step is a step of the chain.
-
-    Raises:
-        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape, or
-            the diffusion has no such predictor.
+    Returns, Raises:
+        As `annealed_langevin`; every predictor and corrector step is a step of the chain.
     """
     moments = _moments(sde, steps, end)
-    predict = None if predictor is None else _predictor(predictor, sde)
-    steepest = max(n.beta * (n.time - t.time) for n, t in zip(moments, moments[1:], strict=False))
+    if predictor is not None:
+        names = ["euler_maruyama", "reverse_diffusion"]
+        if not isinstance(sde, SubVP):
+            names.append("ancestral")
+        checks.choice("predictor", predictor, names, f" for {type(sde).__name__}, or None")
+    steepest = max(now.beta * (now.time - then.time) for now, then in pairwise(moments))
     if steepest >= 1:
         least = math.floor(steepest * (len(moments) - 1)) + 1
         raise ValueError(
             f"steps: got {len(moments) - 1}, in which beta h reaches {steepest:.3g}; expected it "
             f"below 1, at least {least} steps"
         )
-    if corrector not in (None, "langevin", "ald"):
-        raise ValueError(f"corrector: got {corrector!r}, expected 'langevin', 'ald' or None")
-    if predict is None and corrector is None:
+    if corrector is not None:
+        checks.choice("corrector", corrector, ("langevin", "ald"), ", or None")
+    if predictor is None and corrector is None:
         raise ValueError("predictor: got None beside corrector None, expected one of the two")
     corrector_first = checks.flag("corrector_first", corrector_first)
     batch_mean = checks.flag("batch_mean", batch_mean)
     snr = checks.positive("snr", snr)
     repeats = checks.count("corrector_steps", corrector_steps, least=1)
     plan = []
-    for now, then in zip(moments, moments[1:], strict=False):
-        place = now if corrector_first else then
-        share = 1.0 if isinstance(sde, VE) else 1 - now.beta * (now.time - then.time)
-        predicted = [] if predict is None else [predict(now, then)]
-        if corrector is None:
-            corrected = []
-        else:
-            corrected = [_corrector(corrector, place, share, snr, batch_mean, repeats)]
-        plan += [*corrected, *predicted] if corrector_first else [*predicted, *corrected]
-    return run(score, shape_or_init, plan, scale=_prior(sde), denoise=denoise, **options)
+    for now, then in pairwise(moments):
+        phases = []
+        if predictor is not None:
+            phases.append(_predictor(predictor, sde, now, then))
+        if corrector is not None:
+            kept = 1.0 if isinstance(sde, VE) else 1 - now.beta * (now.time - then.time)
+            at = now if corrector_first else then
+            phase = _corrector(corrector, at, kept, snr, batch_mean, repeats)
+            phases.insert(0 if corrector_first else 1, phase)
+        plan += phases
+    name = "predictor_corrector"
+    return run(name, score, shape_or_init, plan, _prior(sde), denoise=denoise, **options)
 
 
-@dataclass(frozen=True, slots=True)
-class _Moment:
+class _Moment(NamedTuple):
     """A diffusion at a time."""
 
     time: float
@@ -162,88 +162,61 @@ def _prior(sde: SDE) -> float:
     return sde.sigma_max if isinstance(sde, VE) else 1.0
 
 
-def _phase(now: _Moment, then: _Moment, a: float, b: float, c: float) -> Phase:
-    """A step whose b is that of the score of x itself, which is the score's value over m."""
-    after = (then.sigma, then.mean)
-    return Phase(now.sigma, a, b / now.mean, c, mean=now.mean, after=after)
-
-
-def _em(now: _Moment, then: _Moment) -> Phase:
+def _predictor(name: str, sde: SDE, now: _Moment, then: _Moment) -> Phase:
     h = now.time - then.time
-    g = now.diffusion * h
-    return _phase(now, then, 1 - now.drift * h, g, math.sqrt(g))
-
-
-def _reverse_ve(now: _Moment, then: _Moment) -> Phase:
-    g = now.sigma**2 - then.sigma**2
-    return _phase(now, then, 1.0, g, math.sqrt(g))
-
-
-def _reverse_vp(now: _Moment, then: _Moment) -> Phase:
-    beta = now.beta * (now.time - then.time)
-    return _phase(now, then, 2 - math.sqrt(1 - beta), beta, math.sqrt(beta))
-
-
-def _ancestral_ve(now: _Moment, then: _Moment) -> Phase:
-    g = now.sigma**2 - then.sigma**2
-    return _phase(now, then, 1.0, g, then.sigma / now.sigma * math.sqrt(g))
-
-
-def _ancestral_vp(now: _Moment, then: _Moment) -> Phase:
-    beta = now.beta * (now.time - then.time)
-    kept = math.sqrt(1 - beta)
-    return _phase(now, then, 1 / kept, beta / kept, math.sqrt(beta))
-
-
-def _predictor(name: str, sde: SDE) -> Callable[[_Moment, _Moment], Phase]:
-    table: dict[str, Callable[[_Moment, _Moment], Phase]] = {"euler_maruyama": _em}
-    if isinstance(sde, VE):
-        table |= {"reverse_diffusion": _reverse_ve, "ancestral": _ancestral_ve}
-    elif isinstance(sde, SubVP):
-        table |= {"reverse_diffusion": _em}
-    elif isinstance(sde, VP):
-        table |= {"reverse_diffusion": _reverse_vp, "ancestral": _ancestral_vp}
-    more = f" for {type(sde).__name__}, or None"
-    return table[checks.choice("predictor", name, table, more)]
+    beta = now.beta * h
+    if isinstance(sde, VE) and name != "euler_maruyama":
+        g = now.sigma**2 - then.sigma**2
+        a, b, c = 1.0, g, math.sqrt(g)
+        if name == "ancestral":
+            c *= then.sigma / now.sigma
+    elif name == "reverse_diffusion" and not isinstance(sde, SubVP):
+        a, b, c = 2 - math.sqrt(1 - beta), beta, math.sqrt(beta)
+    elif name == "ancestral":
+        kept = math.sqrt(1 - beta)
+        a, b, c = 1 / kept, beta / kept, math.sqrt(beta)
+    else:
+        g = now.diffusion * h
+        a, b, c = 1 - now.drift * h, g, math.sqrt(g)
+    # b is for the score of x itself: the score's value over m.
+    following = then.sigma, then.mean
+    return Phase(now.sigma, a, b / now.mean, c, mean=now.mean, next_level=following)
 
 
 def _corrector(
-    name: str, place: _Moment, share: float, snr: float, batch_mean: bool, repeats: int
+    name: str, at: _Moment, kept: float, snr: float, batch_mean: bool, repeats: int
 ) -> Phase:
+    """``x + e s + sqrt(2 e) z``, s the score of x itself."""
     if name == "ald":
-        size = 2 * share * (snr * place.std) ** 2
-        return replace(_phase(place, place, 1.0, size, math.sqrt(2 * size)), steps=repeats)
-    move = _ByNorms(place.mean, 2 * share * snr**2, batch_mean)
-    return Phase(place.sigma, steps=repeats, mean=place.mean, move=move)
+        e = 2 * kept * (snr * at.std) ** 2
+        return Phase(at.sigma, 1.0, e / at.mean, math.sqrt(2 * e), repeats, at.mean)
+    # The norm is that of the score's value, m times the score of x.
+    e = 2 * kept * snr**2 * at.mean
+    c = math.sqrt(2 * at.mean * e)
+    return Phase(at.sigma, 1.0, e, c, repeats, at.mean, pre_step=_ByNorms(batch_mean))
 
 
 @dataclass(frozen=True, slots=True)
 class _ByNorms:
-    """``x <- x + e s + sqrt(2 e) z``, ``e = factor (||z|| / ||s||)^2``, s the score of x itself."""
+    """Step sizes in proportion to ``(||z|| / ||score||)^2``."""
 
-    mean: float
-    factor: float
     batch_mean: bool
 
     def __call__(
-        self, network: Network, backend: Backend, x: Tensor, key: Key
+        self, model: ScoreModel, backend: Backend, state: State, key: Key
     ) -> tuple[Tensor, Tensor]:
-        value = network(x)
-        z_squared, s_squared = norms(backend, value, key, self.batch_mean)
-        # Where the score is 0 there is nothing to weigh the noise against.
-        size = torch.where(s_squared > 0, self.factor * z_squared / s_squared, 0.0)
-        # The network's value is m times the score of x itself.
-        size = size.expand(x.shape[0]) * self.mean
-        spread = (2 * self.mean * size).sqrt()
-        lines = torch.stack((torch.ones_like(size), size, spread), 1)
-        return value, lines.to(x.dtype)
+        score = model(state.x)
+        return score, norm_ratio(backend, score, key, self.batch_mean)
 
 
-def norms(backend: Backend, score: Tensor, key: Key, batch_mean: bool) -> tuple[Tensor, Tensor]:
-    """The squared norms of a step's noise and of the score, [B], in one pass that makes the noise;
-    or of the means of the norms. Nothing waits for the device."""
+def norm_ratio(backend: Backend, score: Tensor, key: Key, batch_mean: bool) -> Tensor:
+    """``(||z|| / ||score||)^2`` for the noise of a step, ``[B]``, or ``[1]`` of the mean norms.
+
+    0 where the score is 0: there is nothing to weigh the noise against. One pass, which makes the
+    noise; nothing waits for the device.
+    """
     sums = backend.probe_sums("normal", score, None, False, key)
-    z_squared, s_squared = sums[0], sums[3]
     if batch_mean:
-        z_squared, s_squared = (v.sqrt().mean().square() for v in (z_squared, s_squared))
-    return z_squared, s_squared
+        # The ratio of the means is that of the sums.
+        sums = sums.sqrt().sum(1, keepdim=True).square()
+    return (sums[0] / sums[3]).nan_to_num_(0.0, 0.0)

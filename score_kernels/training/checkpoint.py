@@ -1,4 +1,4 @@
-"""Files that hold a training: written whole or not at all, and read without running their code."""
+"""Checkpoints: written atomically, and read without running code from the file."""
 
 from __future__ import annotations
 
@@ -10,24 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["load_weights", "read", "write"]
 
 # Bumped when what a file holds changes its meaning.
 FORMAT = 1
-_WEIGHTS = {"ema": "ema", "raw": "net"}
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write a dictionary of tensors and plain values, atomically.
+    """Write tensors, numbers, strings, and dictionaries and lists of them, atomically.
 
-    The file is complete in a temporary one beside it and on the disk before it takes its name, so
-    that a reader, or a crash at any moment, finds the earlier file or the new one, never a part.
-
-    Args:
-        path: the file; its folder must exist. A temporary file ``path.tmp`` is written first.
-        state: what to save: tensors, numbers, strings, and dictionaries and lists of them.
+    They go to ``path.tmp`` beside it, which is renamed when it is complete and on the disk: a
+    reader, or a crash at any moment, finds the earlier file or the new one.
 
     Raises:
         OSError: the file cannot be written; an earlier one is as it was.
@@ -39,22 +34,14 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    # The rename itself is on the disk once the folder is. Only POSIX can open a folder.
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What :func:`write` wrote, on the CPU. Nothing in the file is run (``weights_only=True``).
+    """What :func:`write` wrote, on the CPU; ``weights_only=True`` runs nothing in the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is cut short, damaged (its checksums are looked at), of another kind,
-            or of a later format; the message names it.
+        ValueError: the file is cut short, damaged (by its checksums), of another kind or format.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,7 +67,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_weights(path: str | os.PathLike[str], net: nn.Module, *, which: str = "ema") -> None:
-    """Give a network the weights (and buffers) of a checkpoint of :class:`score_kernels.Trainer`.
+    """Give a network the weights and buffers of a :class:`score_kernels.Trainer`'s checkpoint.
 
     Args:
         path: the checkpoint.
@@ -89,33 +76,24 @@ def load_weights(path: str | os.PathLike[str], net: nn.Module, *, which: str = "
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or of a network of another shape: the message names the
-            file and the first entries that differ. The network is then as it was.
+        ValueError: the file is damaged, or of another network: the message names the first entries
+            that differ, and net is as it was.
     """
-    if which not in _WEIGHTS:
+    if which not in ("ema", "raw"):
         raise ValueError(f"which: got {which!r}, expected 'ema' or 'raw'")
-    restore(path, net, read(path)[_WEIGHTS[which]])
+    restore(path, net, read(path)["net" if which == "raw" else "ema"])
 
 
 def restore(path: str | os.PathLike[str], net: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Load a state dictionary that came from a file, or say in one line why it does not fit."""
-    differences = _differences(net.state_dict(), weights)
-    if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        raise ValueError(
-            f"checkpoint {path}: of another network: {'; '.join(differences[:3])}{more}"
-        )
-    net.load_state_dict(dict(weights))
-
-
-def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    lines = [f"{name} is not in the file" for name in wanted if name not in found]
-    lines += [f"{name} is in the file only" for name in found if name not in wanted]
-    for name, value in wanted.items():
-        other = found.get(name)
-        if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape != other.shape:
-            lines.append(
-                f"{name} has shape {tuple(other.shape)} in the file and {tuple(value.shape)} in "
-                "the network"
-            )
-    return lines
+    """Load a state dictionary from a file, or name what does not fit and change nothing."""
+    own, found = ({n: tuple(v.shape) for n, v in d.items()} for d in (net.state_dict(), weights))
+    differ = [
+        f"{name} is {found.get(name, 'missing')} in the file and {own.get(name, 'missing')} in the "
+        "network"
+        for name in {**own, **found}
+        if own.get(name) != found.get(name)
+    ]
+    if differ:
+        more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
+        raise ValueError(f"checkpoint {path}: of another network: {'; '.join(differ[:3])}{more}")
+    net.load_state_dict(weights)

@@ -11,18 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 __all__ = ["Ranks", "current", "joined"]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run.
-
-    Attributes:
-        rank, size: number of this process, from 0, and how many there are.
-        local: its number on this machine, which is that of its GPU.
-    """
+    """This process, number `rank` of `size`, and number `local` on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -30,7 +26,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks for all."""
+        """Whether this is rank 0, which writes files and shows progress."""
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
@@ -39,22 +35,23 @@ class Ranks:
         several = self.size > 1 and device.type == "cuda" and device.index is None
         return torch.device("cuda", self.local) if several else device
 
-    def wait(self) -> None:
-        """Until all have come here."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The picklable values of all ranks, by rank."""
+        values: list[Any] = [value] * self.size
         if self.size > 1:
-            dist.barrier()
-
-    def gathered(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank, on every rank. Picklable."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value)
         return values
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
 
 
 def current() -> Ranks:
-    """The ranks of the process group that is there, or one alone."""
+    """The ranks of the initialized process group, or a single process."""
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
@@ -62,40 +59,28 @@ def current() -> Ranks:
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """Join torchrun's process group for the time of a command, if torchrun started this process.
-
-    Raises:
-        ValueError: torchrun started more processes than there are GPUs to use.
-    """
+    """Join torchrun's process group for a command, if torchrun started this process."""
     if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
         yield current()
         return
-    kind = torch.device(device).type
-    local = int(os.environ["LOCAL_RANK"])
-    if kind == "cuda":
-        count = torch.cuda.device_count()
-        if local >= count:
-            raise ValueError(
-                f"device: got cuda in process {local} of this machine, expected at most {count} "
-                "processes, one for each GPU: torchrun --nproc-per-node"
-            )
-        torch.cuda.set_device(local)
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # After a restart torchrun's store still holds the addresses of those that died (torch 2.13).
     store, rank, size = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        # CPU tensors and objects go by gloo, those of GPUs by NCCL.
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        # gloo for CPU tensors and objects, NCCL for GPU tensors.
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
         store=dist.PrefixStore(f"attempt {attempt}", store),
         rank=rank,
         world_size=size,
-        # A rank may have much more to do than another before they meet.
+        # One rank may work for long before the others hear from it.
         timeout=timedelta(days=7),
     )
     try:
-        ranks = current()
-        yield ranks
-        # None leaves while another one still talks to it.
-        ranks.wait()
+        yield current()
+        # No rank leaves while another one still communicates with it.
+        dist.barrier()
     finally:
         dist.destroy_process_group()

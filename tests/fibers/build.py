@@ -60,7 +60,13 @@ def build_module(folder: Path, *, flags: Sequence[str] = ()) -> ModuleType:
         link=["-shared"],
         flags=[*flags, *includes, '-DSK_CUDA_ARCHS="fibers"'],
     )
-    spec = importlib.util.spec_from_file_location("_cuda", target)
+    return load_module("_cuda", target)
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """The extension module at a path. pybind11 gives a module that it has seen the full name of
+    again, whatever its path: each path has its own."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent}.{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

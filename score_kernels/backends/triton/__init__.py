@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from score_kernels.backends.reference import Reference, apart
 from score_kernels.noise import Key
 
 # Rows times quads of a tile, and the warps that share it: a thread has 32 elements, the four of a
@@ -41,7 +42,7 @@ def _search() -> str | None:
     return "torch sees no GPU"
 
 
-class Triton:
+class Triton(Reference):
     """Triton on the tensors of a GPU, or on a CPU's in its interpreter (TRITON_INTERPRET=1)."""
 
     name = "triton"
@@ -76,7 +77,7 @@ class Triton:
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
     ) -> None:
-        arguments = (out, x, score, a, b, c)
+        arguments = (out, x, apart(out, score), a, b, c)
         self._launch(_kernels().update.step_kernel, x, arguments, key, NOISE=c != 0)
 
     def table_step(
@@ -92,7 +93,8 @@ class Triton:
     ) -> None:
         lines = len(table)
         bits = None if mask is None else mask.view(torch.uint8)
-        arguments = (out, x, score, table, step, lines, known, bits)
+        known = None if known is None else apart(out, known, same=True)
+        arguments = (out, x, apart(out, score), table, step, lines, known, bits)
         per_row = step is None and lines > 1
         self._launch(_kernels().update.table_kernel, x, arguments, key, PER_ROW=per_row)
 
