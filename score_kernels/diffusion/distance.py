@@ -120,6 +120,8 @@ def samples(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             "brings bytes of images to [0, 1]"
         )
     checks.score("data", data)
+    if data.is_meta:
+        raise ValueError("data: got a tensor on meta, expected one with values")
     if data.shape[0] < 2 or data[0].numel() == 0:
         raise ValueError(
             f"data: got shape {tuple(data.shape)}, expected [N, ...] with N at least 2 and at "

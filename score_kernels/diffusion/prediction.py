@@ -1,7 +1,7 @@
 """Networks of other forms as scores ``score(x, sigma)``, which losses, trainer and samplers call.
 
 The wrappers are modules with the parameters, devices and state dictionary (under ``net.``) of the
-network inside. Keyword arguments beyond ``x`` and ``sigma`` (classes, say) are passed on to it.
+network inside, to which keyword arguments beyond ``x`` and ``sigma`` (classes, say) are passed on.
 
 Diffusion models predict one of four quantities, each of which gives the others. With data plus
 noise ``y = x_0 + sigma z``, m the factor of the data of a schedule (1 without one), ``std = m
@@ -33,21 +33,26 @@ from score_kernels.ops._formulas import expand_like
 
 __all__ = ["as_score", "by_label", "by_sigma", "convert", "unconditional"]
 
-# (value, y, sigma, m) -> value, all of one dtype, the last two [B, 1, ...].
+# To the score and back, from (quantity or score, y, sigma, m) with sigma and m [B, 1, ...].
 _Map = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-_TO_SCORE: dict[str, _Map] = {
-    "epsilon": lambda epsilon, y, sigma, m: -epsilon / sigma,
-    # Divided twice: sigma^2 leaves float32's range long before sigma does.
-    "x0": lambda x0, y, sigma, m: (x0 - y) / sigma / sigma,
-    "v": lambda v, y, sigma, m: -(v / m + sigma * y) / sigma / (1 + sigma * sigma),
-    "score": lambda score_t, y, sigma, m: m * score_t,
-}
-_FROM_SCORE: dict[str, _Map] = {
-    "epsilon": lambda score, y, sigma, m: -sigma * score,
-    "x0": lambda score, y, sigma, m: y + sigma * (sigma * score),
-    "v": lambda score, y, sigma, m: -m * sigma * (y + (1 + sigma * sigma) * score),
-    "score": lambda score, y, sigma, m: score / m,
+_QUANTITIES: dict[str, tuple[_Map, _Map]] = {
+    "epsilon": (
+        lambda epsilon, y, sigma, m: -epsilon / sigma,
+        lambda score, y, sigma, m: -sigma * score,
+    ),
+    # Not by sigma^2, which leaves float32's range long before sigma does.
+    "x0": (
+        lambda x0, y, sigma, m: (x0 - y) / sigma / sigma,
+        lambda score, y, sigma, m: y + sigma * (sigma * score),
+    ),
+    "v": (
+        lambda v, y, sigma, m: -(v / m + sigma * y) / sigma / (1 + sigma * sigma),
+        lambda score, y, sigma, m: -m * sigma * (y + (1 + sigma * sigma) * score),
+    ),
+    "score": (
+        lambda score_t, y, sigma, m: m * score_t,
+        lambda score, y, sigma, m: score / m,
+    ),
 }
 
 
@@ -66,19 +71,17 @@ def as_score(net: nn.Module, *, kind: str, schedule: SDE | DDPMSchedule | None =
             - a :class:`SDE`: ``(x_t, t)`` with t ``[B]`` float32, the time of sigma, outside 0 to 1
               where sigma is outside the schedule; not multiplied by 999 or the like.
             - a :class:`DDPMSchedule`: ``(x_t, i)`` with i ``[B]`` int64, the timestep whose level
-              is nearest to sigma; between levels, ``x_t = y / sqrt(1 + sigma^2)`` with sigma
-              itself.
+              is nearest to sigma; between levels, ``x_t = y / sqrt(1 + sigma^2)``.
 
     Returns:
         A module called as ``score(y, sigma, **conditions)`` with sigma ``[B]``. Times and m are
         computed in float64, the score in float32 at least. Nothing waits for the device.
 
     Raises:
-        TypeError: net is not a module, or schedule not a schedule; when called, net returns
-            something else than above.
-        ValueError: kind is not one of the above, or is "denoiser" with a schedule; when called,
-            sigma is not ``[B]`` or net returns another shape, such as twice the channels because it
-            predicts variances too.
+        TypeError: net is not a module, schedule not a schedule, or what net returns no tensor.
+        ValueError: kind is none of the above, or "denoiser" with a schedule; when called, sigma is
+            not ``[B]`` or net returns another shape, such as that of a network which predicts
+            variances too.
     """
     return _AsScore(net, kind, schedule)
 
@@ -110,20 +113,19 @@ def convert(
         TypeError: schedule is not a schedule, or a tensor not one of floats.
         ValueError: a name is not one of the above, or a shape is wrong.
     """
-    checks.choice("source", source, _TO_SCORE)
-    checks.choice("target", target, _FROM_SCORE)
+    checks.choice("source", source, _QUANTITIES)
+    checks.choice("target", target, _QUANTITIES)
     _check_schedule(schedule)
     for name, tensor in (("y", y), ("value", value), ("sigma", sigma)):
         checks.score(name, tensor)
-        if tensor.device != y.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected that of y, {y.device}")
     checks.sigma(sigma, y)
     if value.shape != y.shape:
         raise ValueError(
             f"value: got shape {tuple(value.shape)}, expected that of y, {tuple(y.shape)}"
         )
     value, y, sigma, m = _aligned(value, y, sigma, _mean(schedule, sigma))
-    return _FROM_SCORE[target](_TO_SCORE[source](value, y, sigma, m), y, sigma, m)
+    score = _QUANTITIES[source][0](value, y, sigma, m)
+    return _QUANTITIES[target][1](score, y, sigma, m)
 
 
 def unconditional(net: nn.Module) -> nn.Module:
@@ -139,7 +141,7 @@ def unconditional(net: nn.Module) -> nn.Module:
         A module called as ``score(x, sigma, **conditions)``; there a sigma that is not ``[B]``
         raises a ValueError.
     """
-    return _Unconditional(net)
+    return _Divided(net, takes_sigma=False)
 
 
 def by_sigma(net: nn.Module, *, divide: bool = True) -> nn.Module:
@@ -152,7 +154,7 @@ def by_sigma(net: nn.Module, *, divide: bool = True) -> nn.Module:
     Returns:
         As :func:`unconditional`.
     """
-    return _BySigma(net, divide)
+    return _Divided(net, divide=divide)
 
 
 def by_label(net: nn.Module, sigmas: Any, *, divide: bool = True) -> nn.Module:
@@ -173,32 +175,27 @@ def by_label(net: nn.Module, sigmas: Any, *, divide: bool = True) -> nn.Module:
     return _ByLabel(net, sigmas, divide)
 
 
-class _Wrapper(nn.Module):
-    def __init__(self, net: nn.Module, divide: bool = True) -> None:
+class _Divided(nn.Module):
+    """``net(x, sigma)`` or ``net(x)``, divided by sigma or not."""
+
+    def __init__(self, net: nn.Module, *, takes_sigma: bool = True, divide: bool = True) -> None:
         super().__init__()
         checks.instance("net", net, nn.Module, "a torch.nn.Module")
         self.net = net
+        self.takes_sigma = takes_sigma
         self.divide = divide
 
-
-class _Unconditional(_Wrapper):
     def forward(self, x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
         checks.sigma(sigma, x)
-        return _divided(self.net(x, **conditions), sigma)
-
-
-class _BySigma(_Wrapper):
-    def forward(self, x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        checks.sigma(sigma, x)
-        out = self.net(x, sigma, **conditions)
+        out = self.net(x, sigma, **conditions) if self.takes_sigma else self.net(x, **conditions)
         return _divided(out, sigma) if self.divide else out
 
 
-class _ByLabel(_Wrapper):
+class _ByLabel(_Divided):
     sigmas: Tensor
 
     def __init__(self, net: nn.Module, sigmas: Any, divide: bool) -> None:
-        super().__init__(net, divide)
+        super().__init__(net, divide=divide)
         table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32)
         # Rising, as searchsorted wants it.
         self.register_buffer("sigmas", table.flip(0), persistent=False)
@@ -215,11 +212,11 @@ class _ByLabel(_Wrapper):
         return _divided(out, torch.where(known, sigma if self.divide else 1.0, math.nan))
 
 
-class _AsScore(_Wrapper):
+class _AsScore(_Divided):
     def __init__(self, net: nn.Module, kind: str, schedule: SDE | DDPMSchedule | None) -> None:
         super().__init__(net)
         _check_schedule(schedule)
-        checks.choice("kind", kind, (*_TO_SCORE, "denoiser"))
+        checks.choice("kind", kind, (*_QUANTITIES, "denoiser"))
         if kind == "denoiser" and schedule is not None:
             raise ValueError(
                 f"schedule: got {type(schedule).__name__} with kind = 'denoiser', expected none; "
@@ -250,7 +247,7 @@ class _AsScore(_Wrapper):
                 f"expected that of x, {tuple(y.shape)}; of a network that predicts variances too, "
                 "wrap the half that is the prediction"
             )
-        to_score = _TO_SCORE["x0" if self.kind == "denoiser" else self.kind]
+        to_score = _QUANTITIES["x0" if self.kind == "denoiser" else self.kind][0]
         return to_score(*_aligned(out, y, sigma, m))
 
 
