@@ -24,17 +24,17 @@ __all__ = ["SDE", "VE", "VP", "DDPMSchedule", "SubVP"]
 class SDE(ABC):
     """A diffusion over the times ``0 <= t <= 1``."""
 
-    @abstractmethod
     def mean(self, t: Tensor) -> Tensor:
         """m(t), the factor of the data."""
+        return torch.ones_like(t)
+
+    def drift(self, t: Tensor) -> Tensor:
+        """f(t) = m'(t) / m(t)."""
+        return torch.zeros_like(t)
 
     @abstractmethod
     def std(self, t: Tensor) -> Tensor:
         """std(t), the standard deviation of the noise."""
-
-    @abstractmethod
-    def drift(self, t: Tensor) -> Tensor:
-        """f(t) = m'(t) / m(t)."""
 
     @abstractmethod
     def diffusion(self, t: Tensor) -> Tensor:
@@ -59,14 +59,8 @@ class VE(SDE):
         self.sigma_max, self.sigma_min = checks.ends(sigma_max, sigma_min)
         self._rate = math.log(self.sigma_max / self.sigma_min)
 
-    def mean(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
-
     def std(self, t: Tensor) -> Tensor:
         return self.sigma_min * (self._rate * t).exp()
-
-    def drift(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
 
     def diffusion(self, t: Tensor) -> Tensor:
         return 2 * self._rate * self.std(t).square()
