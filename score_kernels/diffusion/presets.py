@@ -39,7 +39,7 @@ class Preset(Schedule):
 
 _V1 = "Song and Ermon 2019, arXiv 1907.05600, section 5 and appendix B"
 _V2 = "Song and Ermon 2020, arXiv 2006.09011, configuration file"
-# channels, side, sigma_max (sigma_min: 0.01), L, T, epsilon, iterations, learning rate, batch, source
+# channels, side, sigma_max (sigma_min: 0.01), L, T, epsilon, iterations, rate, batch, source
 _TABLE: dict[str, tuple[Any, ...]] = {
     "ncsn-cifar10": (3, 32, 1, 10, 100, 2e-5, 200_000, 1e-3, 128, _V1),
     "ncsn-mnist": (1, 28, 1, 10, 100, 2e-5, 200_000, 1e-3, 128, _V1),
