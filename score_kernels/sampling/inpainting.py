@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,29 +15,21 @@ __all__ = ["known_elements"]
 def known_elements(
     x: Tensor, known: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """A user's known and mask in the shape of x and on its device, checked, if there are any."""
+    """Copies of a user's known and mask in the shape of x and on its device, if there are any."""
     if known is None and mask is None:
         return None
-    if known is None or mask is None:
-        missing = "mask" if mask is None else "known"
-        raise ValueError(f"{missing}: got none, expected it beside the other of known and mask")
-    for name, value in (("known", known), ("mask", mask)):
-        checks.instance(name, value, Tensor, "a tensor")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask: got dtype {mask.dtype}, expected torch.bool, true where known")
-    values, where = _spread_out("known", known, x), _spread_out("mask", mask, x)
+    copies = []
+    value: Any
+    for name, value, dtype in (("known", known, x.dtype), ("mask", mask, torch.bool)):
+        checks.instance(name, value, Tensor, "a tensor: known and mask go together")
+        if dtype == torch.bool and value.dtype != dtype:
+            raise TypeError(f"mask: got dtype {value.dtype}, expected torch.bool, true where known")
+        try:
+            copies.append(torch.empty_like(x, dtype=dtype).copy_(value))
+        except RuntimeError:
+            got, shape = tuple(value.shape), tuple(x.shape)
+            raise ValueError(f"{name}: got shape {got}, expected a part of {shape}") from None
+    values, where = copies
     if not bool((values.isfinite() | ~where).all()):
         raise ValueError("known: not finite where mask is true, expected finite numbers there")
     return values, where
-
-
-def _spread_out(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """A copy in the shape of x."""
-    dtype = torch.bool if value.dtype == torch.bool else x.dtype
-    try:
-        return torch.empty_like(x, dtype=dtype).copy_(value)
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: got shape {tuple(value.shape)}, expected one that broadcasts to the "
-            f"state's, {tuple(x.shape)}"
-        ) from None
