@@ -24,7 +24,6 @@ from score_kernels import checks, ops
 from score_kernels.backends import choose
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
 from score_kernels.sampling import graph
-from score_kernels.sampling.inpainting import known_elements
 from score_kernels.sampling.monitor import CHECK_EVERY, DivergenceMonitor
 
 __all__ = ["Chain", "Options", "Phase", "Progress", "Score", "ScoreModel", "run"]
@@ -319,7 +318,7 @@ def run(
         aux = {} if init_aux is None else init_aux(x, key)
         _resume(aux, options.get("aux"), first_step)
         model = ScoreModel(score, x, options.get("conditions"), options.get("guidance"))
-        known = known_elements(x, options.get("known"), options.get("mask"))
+        known = _known_elements(x, options.get("known"), options.get("mask"))
         chain = Chain(model, x, aux, plan, key, known, denoise)
         if known is not None and not first_step:
             # Known elements at the noise level of the first phase.
@@ -395,6 +394,29 @@ def _start(
     if x.is_meta:
         raise ValueError("device: got meta, expected one that computes")
     return x
+
+
+def _known_elements(
+    x: Tensor, known: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Copies of a user's known and mask in the shape of x and on its device, if there are any."""
+    if known is None and mask is None:
+        return None
+    copies = []
+    value: Any
+    for name, value, dtype in (("known", known, x.dtype), ("mask", mask, torch.bool)):
+        checks.instance(name, value, Tensor, "a tensor: known and mask go together")
+        if dtype == torch.bool and value.dtype != dtype:
+            raise TypeError(f"mask: got dtype {value.dtype}, expected torch.bool, true where known")
+        try:
+            copies.append(torch.empty_like(x, dtype=dtype).copy_(value))
+        except RuntimeError:
+            got, shape = tuple(value.shape), tuple(x.shape)
+            raise ValueError(f"{name}: got shape {got}, expected a part of {shape}") from None
+    values, where = copies
+    if not bool((values.isfinite() | ~where).all()):
+        raise ValueError("known: not finite where mask is true, expected finite numbers there")
+    return values, where
 
 
 def _resume(made: dict[str, Tensor], aux: Mapping[str, Tensor] | None, first_step: int) -> None:
