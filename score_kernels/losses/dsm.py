@@ -11,9 +11,12 @@ from torch import Tensor
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
 from score_kernels.ops._dispatch import modes_active, transforms_active
+from score_kernels.ops.dsm import dsm_losses
 
 __all__ = ["dsm_loss"]
 
+# As plain integers, which a key takes faster than members of an enumeration.
+_LEVEL, _NOISE = int(Purpose.DSM_LEVEL), int(Purpose.DSM_NOISE)
 # The sigmas of the last call and their table: a schedule of thousands is checked once.
 _checked: tuple[Tensor, Tensor] | None = None
 
@@ -65,22 +68,25 @@ def dsm_loss(
     checks.function("net", net)
     checks.state("x", x)
     checks.reduction(reduction)
-    if not len(x):
+    if not x.shape[0]:
         raise ValueError("x: got a batch of 0, expected at least one sample")
     table = _table(sigmas, x.device)
     noise = resolve(noise, seed)
     if labels is None:
-        labels = draw_labels(len(x), len(table), noise, x.device)
+        labels = draw_labels(x.shape[0], table.shape[0], noise, x.device)
     else:
         _check_labels(labels, x, len(table))
-    sigma = table[labels]
+    sigma = table.index_select(0, labels)
     if isinstance(weighting, Tensor):
         checks.per_sample("weighting", weighting, x)
         weight: Tensor | None = weighting
     else:
         power = checks.number("weighting", weighting)
         weight = None if power == 2.0 else sigma ** (power - 2.0)
-    each = denoising_losses(net, x, sigma, noise, weight, conditions)
+    mean = reduction == "mean" and not return_per_level
+    each = denoising_losses(net, x, sigma, noise, weight, conditions, mean=mean)
+    if mean:
+        return each
     loss = each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
     if not return_per_level:
         return loss
@@ -93,7 +99,7 @@ def dsm_loss(
 
 def draw_labels(batch: int, levels: int, noise: NoiseKey, device: torch.device) -> Tensor:
     """The noise level of each sample of a batch, uniform: ``[B]`` int64."""
-    words = ops.words((batch,), noise.for_purpose(Purpose.DSM_LEVEL), device=device)
+    words = ops.words((batch,), noise.for_purpose(_LEVEL), device=device)
     # floor(word * L / 2^32), exact in 64-bit integers.
     return words * levels >> 32
 
@@ -105,12 +111,14 @@ def denoising_losses(
     noise: NoiseKey,
     weight: Tensor | None,
     conditions: dict[str, Any],
+    *,
+    mean: bool = False,
 ) -> Tensor:
-    """The ``[B]`` losses of :func:`dsm_loss` at given noise levels, unchecked."""
-    key = noise.for_purpose(Purpose.DSM_NOISE)
+    """The ``[B]`` losses of :func:`dsm_loss` at given noise levels, or their mean, unchecked."""
+    key = noise.for_purpose(_NOISE)
     score = net(ops.perturb(x, sigma, key), sigma, **conditions)
     checks.score_like(x, score, "net")
-    return ops.dsm_loss_from_score(score, sigma, key, weight=weight)
+    return dsm_losses(score, sigma, key, weight, mean=mean)
 
 
 def _table(sigmas: Any, device: torch.device) -> Tensor:
