@@ -146,13 +146,15 @@ class _DsmLoss(torch.autograd.Function):
             gradient.mul_(grad if ctx.mean else expand_like(grad, gradient))
             return gradient, None, None, None, None
         score, sigma, weight = ctx.saved_tensors
+        # A tensor without dimensions would not promote sigma to float64.
+        grad = grad.expand_as(sigma)
         if further:
             # The formula in plain torch has all further derivatives.
             scale = grad * sigma if weight is None else grad * sigma * weight
             residual = _residual(score, sigma, ctx.noise)
             gradient = (expand_like(scale, residual) * residual).to(score.dtype)
         else:
-            gradient = _dsm_gradient_op(score, sigma, weight, grad.expand_as(sigma), ctx.noise)
+            gradient = _dsm_gradient_op(score, sigma, weight, grad, ctx.noise)
         return gradient, None, None, None, None
 
 
