@@ -18,21 +18,21 @@ from tqdm.auto import tqdm
 __all__ = ["Data", "load"]
 
 # A fixed list, so that what a folder holds does not depend on Pillow's version.
-_IMAGE_SUFFIXES = {
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".webp"),
-    *(".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm"),
-}
+_IMAGE_SUFFIXES = set(
+    ".png .apng .jpg .jpeg .jpe .jfif .bmp .dib .gif .webp .tif .tiff .pbm .pgm .ppm .pnm".split()
+)
 # The third byte of an IDX file is the type of its elements, stored big-endian.
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+# Types that are kept as another one: torch supports wide unsigned integers only in part.
+_KEPT = {"b1": "u1", "u2": "i4", "u4": "i8", "u8": "i8", "f2": "f4", "f8": "f4"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
     """Samples in memory in their stored type; a map-style data set.
 
-    With ``m = (low + high) / 2`` and ``h = (high - low) / 2``, a network sees
-    ``clamp((value - m) / h, -1, 1)`` in float32, which ``data[i]`` is for sample i, and `unscale`
-    is the way back.
+    ``data[i]``, what a network sees of sample i, is ``clamp((value - m) / h, -1, 1)`` in float32
+    with ``m = (low + high) / 2`` and ``h = (high - low) / 2``; `unscale` is the inverse.
 
     Attributes:
         values: ``[N, ...]`` on the CPU, images as ``[N, C, H, W]``: uint8, int8, int16, int32,
@@ -70,14 +70,10 @@ class Data:
         return self._scale(self.values.index_select(0, rows.cpu()))
 
     def unscale(self, x: Tensor) -> Tensor:
-        """From [-1, 1] back to the stored range and type; what is outside is clamped.
+        """From [-1, 1] back to the stored range and type, rounded to the nearest and clamped.
 
-        x is floating point of any shape and device, and the result has both. Integers are rounded
-        to the nearest; ``unscale(scaled(rows))`` is ``values[rows]`` to the bit for integers with
-        ``high - low <= 2**23``, so for 8- and 16-bit pixels.
-
-        Raises:
-            ValueError: x holds NaN.
+        x is floating point of any shape and device, and the result has both; NaN is a ValueError.
+        For integers with ``high - low <= 2**23`` ``unscale(scaled(rows))`` is ``values[rows]``.
         """
         if bool(x.isnan().any()):
             raise ValueError("x: got NaN, expected numbers")
@@ -105,24 +101,22 @@ def load(
 ) -> Data:
     """Read training data into memory.
 
-    - **A folder of images**, with its subfolders, sorted by relative path (code points, with "/").
-      Read are files named .png, .apng, .jpg, .jpeg, .jpe, .jfif, .bmp, .dib, .gif, .webp, .tif,
-      .tiff, .pbm, .pgm, .ppm or .pnm in any case; other files are counted in `Data.source`, and
-      names that begin with a dot are skipped. All images have one size and one kind: 8-bit grey
-      (1-bit too, as 0 and 255) or RGB (palettes too) become uint8 ``[N, 1 or 3, H, W]``, 16-bit
-      grey becomes int32. Pillow reads them: the first frame, colours in 8 bits, turned upright by
-      their EXIF orientation. Transparency, CMYK and other modes are errors. Needs Pillow
-      (``pip install score-kernels[images]``).
+    - **A folder of images** (png, apng, jpg, jpeg, jpe, jfif, bmp, dib, gif, webp, tif, tiff, pbm,
+      pgm, ppm, pnm), with its subfolders, sorted by relative path (code points, with "/"). Hidden
+      files are skipped, others counted in `Data.source`. Pillow reads the first frame, upright by
+      its EXIF orientation. All have one size and kind: 8-bit grey (1-bit too, as 0 and 255) or RGB
+      (palettes too) become uint8 ``[N, 1 or 3, H, W]``, 16-bit grey becomes int32. Transparency,
+      CMYK and other modes are errors. Needs ``pip install score-kernels[images]``.
     - **.npy**, or **.npz** with one array or with `key` to choose one. Pickles are never read.
     - **IDX**, the format of MNIST and Fashion-MNIST, plain or gzipped. Files are known by their
       first bytes, not by their names.
     - **A folder without images** with exactly one file named ``train-images...``: that file.
 
     Arrays: ``[N, D]`` are points. ``[N, H, W]`` are grey images and become ``[N, 1, H, W]``. Four
-    dimensions are images: 1, 3 or 4 in the second dimension only are channels first, in the last
-    only channels last, which become channels first; neither: channels first; both: an error, and
-    `channels` decides. More dimensions stay as they are. Integers keep their type, but uint16
-    becomes int32 and uint32 and uint64 int64; bool becomes uint8; floats become float32.
+    dimensions are images: 1, 3 or 4 in the last dimension only are channels last, which become
+    channels first; in the second and the last: an error, and `channels` decides; else: channels
+    first. More dimensions stay as they are. Integers keep their type, but uint16 becomes int32 and
+    uint32 and uint64 int64; bool becomes uint8; floats become float32.
 
     The range ``low``, ``high`` is 0 to 255 for uint8 images, 0 to 65535 for 16-bit image files, and
     the data's own least and largest value for everything else.
@@ -137,8 +131,7 @@ def load(
         FileNotFoundError, PermissionError: path, or a file in it, is missing or not readable.
         ValueError: the data cannot be used; the message begins with the file's name: damaged, no
             or several candidates, images that differ, NaN or infinity (also from a float64 beyond
-            float32), fewer than 2 samples, only equal values, integers beyond 2**53, a type or
-            shape that holds no samples.
+            float32), fewer than 2 samples, only equal values, integers beyond 2**53.
         ImportError: a folder of images, without Pillow.
     """
     path = Path(path)
@@ -175,28 +168,22 @@ def _load_array(path: Path, key: str | None, channels: str | None) -> Data:
     with _naming(path):
         with open(path, "rb") as file:
             head = file.read(2)
+        source = str(path)
         if head == b"PK":
-            array, source = _read_npz(path, key)
+            array, name = _read_npz(path, key)
+            source = f"{path}[{name}]"
         elif key is not None:
             raise ValueError(f"key: got {key!r}, expected none: it is no .npz")
         elif head == b"\x93N":
             # Mapped, so that memory holds the converted array only.
-            array, source = np.load(path, mmap_mode="r"), str(path)
+            array = np.load(path, mmap_mode="r")
         else:
-            array, source = _read_idx(path, gzipped=head == b"\x1f\x8b"), str(path)
-        if array.dtype.kind not in "buif":
-            raise ValueError(f"got an array of {array.dtype}, expected integers, floats or bool")
-        if array.ndim < 2 or array.shape[0] < 2 or not array.size:
-            raise ValueError(f"got shape {array.shape}, expected [N, D], [N, H, W] or more, N > 1")
-        if array.dtype.kind in "iu" and not -(2**53) <= array.min() <= array.max() <= 2**53:
-            raise ValueError("got integers beyond 2**53, which float64 does not hold")
-        image = array.dtype == np.uint8 and array.ndim > 2
-        array = _channels_first(array, channels)
-        # A float64 beyond float32 becomes an infinity, which is looked for.
-        with np.errstate(over="ignore"):
-            values = torch.from_numpy(array.astype(_kept(array.dtype), order="C"))
+            array = _read_idx(path, gzipped=head == b"\x1f\x8b")
+        images = array.dtype == np.uint8 and array.ndim > 2
+        kept = _KEPT.get(array.dtype.str[1:], array.dtype.newbyteorder("="))
+        values = torch.from_numpy(_channels_first(array, channels).astype(kept, order="C"))
         low, high = _bounds(values)
-        return Data(values, 0.0, 255.0, source) if image else Data(values, low, high, source)
+        return Data(values, 0.0, 255.0, source) if images else Data(values, low, high, source)
 
 
 def _read_npz(path: Path, key: str | None) -> tuple[np.ndarray, str]:
@@ -207,7 +194,7 @@ def _read_npz(path: Path, key: str | None) -> tuple[np.ndarray, str]:
         name = key or arrays.files[0]
         if name not in arrays.files:
             raise ValueError(f"key: got {key!r}, expected one of its arrays: {names}")
-        return arrays[name], f"{path}[{name}]"
+        return arrays[name], name
 
 
 def _read_idx(path: Path, *, gzipped: bool) -> np.ndarray:
@@ -229,7 +216,7 @@ def _channels_first(array: np.ndarray, channels: str | None) -> np.ndarray:
     if array.ndim == 3:
         return array[:, None]
     if array.ndim == 4 and channels is None:
-        first, last = array.shape[1] in (1, 3, 4), array.shape[3] in (1, 3, 4)
+        first, last = (array.shape[dim] in (1, 3, 4) for dim in (1, 3))
         if first and last:
             raise ValueError(
                 f"got shape {array.shape}: both [N, C, H, W] and [N, H, W, C] are possible; say "
@@ -239,22 +226,15 @@ def _channels_first(array: np.ndarray, channels: str | None) -> np.ndarray:
     return np.moveaxis(array, 3, 1) if channels == "last" else array
 
 
-def _kept(dtype: np.dtype) -> np.dtype:
-    """The type to keep values in; torch supports wide unsigned integers only in part."""
-    if dtype.kind == "f":
-        return np.dtype(np.float32)
-    if dtype.kind == "u" and dtype.itemsize > 1:
-        return np.dtype(np.int32 if dtype.itemsize == 2 else np.int64)
-    return np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
-
-
 def _bounds(values: Tensor) -> tuple[float, float]:
     """Least and largest value, of data that can be learnt from."""
-    if values.is_floating_point():
-        finite = values.isfinite().flatten(1).all(1)
-        if not finite.all():
-            bad = int(finite.logical_not().nonzero()[0])
-            raise ValueError(f"sample {bad} holds NaN, infinity or a value beyond float32")
+    if values.dim() < 2 or len(values) < 2:
+        shape = tuple(values.shape)
+        raise ValueError(f"got shape {shape}, expected [N, D], [N, H, W] or more, N > 1")
+    finite = values.isfinite().flatten(1).all(1)
+    if not finite.all():
+        bad = int(finite.logical_not().nonzero()[0])
+        raise ValueError(f"sample {bad} holds NaN, infinity or a value beyond float32")
     low, high = (value.item() for value in values.aminmax())
     if low == high:
         raise ValueError(f"every value is {low}: there is nothing to learn from constant data")
@@ -266,8 +246,6 @@ def _load_images(folder: Path, names: list[str], others: int, progress: bool) ->
         import PIL  # noqa: F401
     except ImportError as error:
         raise ImportError("images need Pillow: pip install score-kernels[images]") from error
-    if len(names) < 2:
-        raise ValueError(f"{folder}: got 1 image ({names[0]}), expected at least 2 samples")
     samples = np.empty(0)
     for i, name in enumerate(tqdm(names, desc="reading", unit="image", disable=not progress)):
         with _naming(folder / name):
@@ -295,17 +273,15 @@ def _pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         if image.has_transparency_data:
             raise ValueError(
-                f"got transparency (mode {image.mode}), expected opaque images; lay them over a "
-                "background, or drop it with im.convert('RGBA').convert('RGB')"
+                f"got transparency (mode {image.mode}), expected opaque images; drop it with "
+                "im.convert('RGBA').convert('RGB')"
             )
         image = ImageOps.exif_transpose(image)
         if image.mode in ("1", "P"):
             image = image.convert("L" if image.mode == "1" else "RGB")
         pixels = np.asarray(image)
-    if image.mode == "L":
-        return pixels[None]
-    if image.mode == "RGB":
-        return pixels.transpose(2, 0, 1)
+    if image.mode in ("L", "RGB"):
+        return np.atleast_3d(pixels).transpose(2, 0, 1)
     if not image.mode.startswith("I") or pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(
             f"got mode {image.mode}, expected 8-bit grey, RGB, a palette or 16-bit grey; convert "

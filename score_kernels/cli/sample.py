@@ -7,18 +7,19 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 import score_kernels
 from score_kernels import checks
 from score_kernels.cli import data, plots, shards
-from score_kernels.cli.trained import draw_samples, empty_data, network, read_about
+from score_kernels.cli.trained import draw_samples, network, read_about
 from score_kernels.training import checkpoint
 from score_kernels.training.distributed import Ranks, joined
 
@@ -56,9 +57,9 @@ def sample(
       ``sha256sum *.png | sha256sum`` prints in it), with ``"complete": true`` at the end;
     - of images, ``samples.png``, a sheet of the first 100.
 
-    The same call again goes on: shards with the manifest's checksum stay, the others are made. A
-    larger count keeps the shards that do not change. Memory holds a batch and a shard. Under
-    torchrun each process makes every n-th shard, which changes no bit.
+    The same call again goes on: shards with the manifest's checksum stay, also for a larger count,
+    and the others are made. Memory holds a batch and a shard. Under torchrun each process makes
+    every n-th shard, which changes no bit.
 
     Sample n of a seed has the same noise whatever the count, the batch size and the processes. Its
     last bits can still depend on torch's own sums, which on a CPU round differently (by less than
@@ -95,192 +96,180 @@ def sample(
     checks.choice("format", format, ("npz", "png"))
     with joined(device) as ranks:
         checks.device("device", device)
-        kind = torch.device(device).type
-        settings = {"weights": weights, "seed": seed, "first": first_sample}
-        settings |= {"shard_size": shard_size, "batch_size": batch_size}
-        settings |= {"format": format, "device": kind}
-        run = _Run(path, out, settings, count, ranks.device(device))
-        return run.complete(ranks, overwrite, progress and ranks.first)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    name: str
-    first: int
-    count: int
-
-
-class _Run:
-    """A network, the settings of its samples, and the folder to write them to."""
-
-    def __init__(
-        self, path: Path, out: Path, settings: dict[str, Any], count: int, device: torch.device
-    ) -> None:
         before = shards.checksum(path)
-        self.about = read_about(path)
-        self.net = network(self.about).eval().to(device)
-        checkpoint.load_weights(path, self.net, which=settings["weights"])
+        about = read_about(path)
+        net = network(about).eval().to(ranks.device(device))
+        checkpoint.load_weights(path, net, which=weights)
         if shards.checksum(path) != before:
             raise ValueError(f"checkpoint {path}: changed while it was read; try again")
-        schedule = self.about["schedule"]
-        self.data = _written_data(self.about, settings["format"])
-        self.dtype = self.data.values.numpy().dtype
-        self.settings = {
+        found, schedule = _stored(about, format), about["schedule"]
+        settings: dict[str, Any] = {
             "format_version": FORMAT,
             "score_kernels": score_kernels.__version__,
             "torch": torch.__version__,
             "checkpoint_sha256": before,
-            **settings,
+            "weights": weights,
+            "seed": seed,
+            "first": first_sample,
+            "shard_size": shard_size,
+            "batch_size": batch_size,
+            "format": format,
+            "device": torch.device(device).type,
             "sampler": {
                 "name": "annealed_langevin",
                 "sigmas": len(schedule["sigmas"]),
                 "steps_per_level": schedule["steps_per_level"],
                 "step_size": schedule["step_size"],
             },
-            "data": {
-                "shape": list(self.data.shape),
-                "dtype": self.dtype.name,
-                "low": self.data.low,
-                "high": self.data.high,
-            },
+            "data": {key: found[key] for key in ("shape", "dtype", "low", "high")},
         }
         # Without the batch size, a shard's bytes depend on it only as far as its samples do.
-        decide = {name: value for name, value in self.settings.items() if name != "batch_size"}
-        self.checksum = hashlib.sha256(json.dumps(decide, sort_keys=True).encode()).hexdigest()
-        self.count = count
-        self.manifest = out / "manifest.json"
-        self.sheet = out / "samples.png"
-        self.folder = out / "shards"
-        size, suffix = settings["shard_size"], "" if settings["format"] == "png" else ".npz"
-        self.shards = [
-            _Shard(f"shard-{k:06d}{suffix}", settings["first"] + at, min(size, count - at))
-            for k, at in enumerate(range(0, count, size))
-        ]
-        self.images = len(self.data.shape) == 3
-        if self.images:
-            plots.require()
-
-    def complete(self, ranks: Ranks, overwrite: bool, progress: bool) -> dict[str, Any]:
-        """Make what is missing, on all ranks, and return the manifest."""
-        if len(set(ranks.all_gather((self.checksum, self.count)))) > 1:
+        decide = {name: value for name, value in settings.items() if name != "batch_size"}
+        text = json.dumps(decide, sort_keys=True)
+        manifest = settings | {
+            "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "num": count,
+            "complete": False,
+            "shards": [
+                {
+                    "name": f"shard-{k:06d}{'.npz' if format == 'npz' else ''}",
+                    "first": first_sample + at,
+                    "count": min(shard_size, count - at),
+                    "sha256": None,
+                }
+                for k, at in enumerate(range(0, count, shard_size))
+            ],
+        }
+        if any(other != manifest for other in ranks.all_gather(manifest)):
             raise ValueError("the processes have different checkpoints, arguments or versions")
-        known = _on_first(ranks, self.prepare, overwrite)
-        mine = self.shards[ranks.rank :: ranks.size]
-        made: dict[str, str] = {}
-        started = time.perf_counter()
-        total = sum(shard.count for shard in mine)
-        with tqdm(total=total, desc="sampling", unit="sample", disable=not progress) as bar:
-            # A shard on each rank, then the manifest, from which a stopped run goes on.
-            for turn in range(math.ceil(len(self.shards) / ranks.size)):
-                news = _on_all(ranks, self.make, mine[turn : turn + 1], known, bar)
-                for new in news:
-                    made |= new
-                if any(news):
-                    _on_first(ranks, self.write_manifest, known | made, False)
-        manifest = _on_first(ranks, self.finish, known | made)
-        if ranks.first:
-            again = [name for name in made if name in known]
-            if again:
-                print(f"missing or damaged, made again: {', '.join(again)}")
-            count = sum(shard.count for shard in self.shards if shard.name in made)
-            by = f" by {ranks.size} processes" if ranks.size > 1 else ""
-            rate = count / (time.perf_counter() - started)
-            print(
-                f"{self.count} samples of the {self.settings['weights']} weights in "
-                f"{len(self.shards)} shards: {self.folder}; {len(self.shards) - len(made)} were "
-                f"there, {len(made)} made{by}, {rate:.4g} samples/s"
-            )
-        return manifest
+        if len(found["shape"]) == 3:
+            plots.require()
+        manifest = _on_first(ranks, _prepare, out, settings, manifest, overwrite)
+        return _complete(ranks, net, about, out, manifest, progress and ranks.first)
 
-    def prepare(self, overwrite: bool) -> dict[str, str]:
-        """Make the folder ready, and return the sha256 of the shards that an earlier run made."""
-        if overwrite:
-            for old in (*self.folder.glob("shard-*"), self.manifest, self.sheet):
-                shards.remove(old)
-        known = {}
-        if self.manifest.exists():
-            known = self.compare_manifest()
-        elif any(self.folder.glob("shard-*")):
-            raise FileExistsError(f"{self.folder}: holds shards without a manifest; {_ELSE}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".shard-*.tmp"):
-            shards.remove(left)
-        self.write_manifest(known, False)
-        return known
 
-    def compare_manifest(self) -> dict[str, str]:
-        """The known sha256 by name, of an earlier run with these settings."""
-        try:
-            before = json.loads(self.manifest.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FileExistsError(f"{self.manifest}: no manifest ({error}); {_ELSE}") from error
+def _stored(about: dict[str, Any], format: str) -> dict[str, Any]:
+    """The shape, type and range that samples are written in."""
+    found, shape = about["data"], tuple(about["data"]["shape"])
+    if format == "npz":
+        return found
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(
+            f"format: got png for samples of shape {shape}, expected images of 1 or 3 channels "
+            "[C, H, W]; take --format npz"
+        )
+    if (shape[0], found["dtype"], found["high"]) == (1, "int32", 65535):
+        return found
+    return found | {"dtype": "uint8", "low": 0.0, "high": 255.0}
+
+
+def _prepare(
+    out: Path, settings: dict[str, Any], manifest: dict[str, Any], overwrite: bool
+) -> dict[str, Any]:
+    """Make the folder ready; the manifest with the checksums of shards from an earlier run."""
+    path, folder = out / "manifest.json", out / "shards"
+    if overwrite:
+        for old in (*folder.glob("shard-*"), path, out / "samples.png"):
+            shards.remove(old)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
         differ = [
             f"{name} was {before.get(name)} and is {value}"
-            for name, value in self.settings.items()
+            for name, value in settings.items()
             if before.get(name) != value
         ]
-        if before.get("num", 0) > self.count:
-            differ.append(f"num was {before['num']} and is {self.count}, expected no less")
+        if before["num"] > manifest["num"]:
+            differ.append(f"num was {before['num']} and is {manifest['num']}, expected no less")
         if differ:
             raise FileExistsError(
-                f"{self.manifest}: of a run with other settings: {'; '.join(differ)}; {_ELSE}"
+                f"{path}: of a run with other settings: {'; '.join(differ)}; {_ELSE}"
             )
         # The last shard may have been a smaller one.
-        same = {shard.name: shard.count for shard in self.shards}
-        return {
-            shard["name"]: shard["sha256"]
-            for shard in before["shards"]
-            if shard["sha256"] is not None and same.get(shard["name"]) == shard["count"]
-        }
+        for shard, old in zip(manifest["shards"], before["shards"], strict=False):
+            if shard["count"] == old["count"]:
+                shard["sha256"] = old["sha256"]
+    elif any(folder.glob("shard-*")):
+        raise FileExistsError(f"{folder}: holds shards without a manifest; {_ELSE}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".shard-*.tmp"):
+        shards.remove(left)
+    _write(out, manifest)
+    return manifest
 
-    def make(self, mine: list[_Shard], known: dict[str, str], bar: tqdm) -> dict[str, str]:
-        """Draw and write the shards that are not as the manifest says. Returns their sha256."""
-        size, seed, made = self.settings["batch_size"], self.settings["seed"], {}
-        for shard in mine:
-            path = self.folder / shard.name
-            if shard.name in known and path.exists():
-                if shards.checksum(path) == known[shard.name]:
-                    bar.update(shard.count)
-                    continue
-            samples = np.empty((shard.count, *self.data.shape), self.dtype)
-            for at in range(0, shard.count, size):
-                rows, first = min(size, shard.count - at), shard.first + at
-                x = draw_samples(self.net, self.about, rows, seed=seed, first=first)
-                samples[at : at + rows] = self.data.unscale(x).numpy()
-                bar.update(rows)
-            made[shard.name] = shards.write(path, samples, shard.first, self.checksum)
-        return made
 
-    def finish(self, sums: dict[str, str]) -> dict[str, Any]:
-        if self.images:
-            self.draw_sheet()
-        return self.write_manifest(sums, True)
+def _complete(
+    ranks: Ranks,
+    net: nn.Module,
+    about: dict[str, Any],
+    out: Path,
+    manifest: dict[str, Any],
+    progress: bool,
+) -> dict[str, Any]:
+    """Make what is missing or damaged, on all ranks; the complete manifest."""
+    folder, listed, found = out / "shards", manifest["shards"], manifest["data"]
+    values = torch.empty(0, *found["shape"], dtype=getattr(torch, found["dtype"]))
+    stored = data.Data(values, found["low"], found["high"], "a checkpoint")
+    total = sum(shard["count"] for shard in listed[ranks.rank :: ranks.size])
+    bar = tqdm(total=total, desc="sampling", unit="sample", disable=not progress)
 
-    def write_manifest(self, sums: dict[str, str], complete: bool) -> dict[str, Any]:
-        listed = [{**vars(shard), "sha256": sums.get(shard.name)} for shard in self.shards]
-        manifest = {
-            **self.settings,
-            "settings_sha256": self.checksum,
-            "num": self.count,
-            "complete": complete,
-            "shards": listed,
-        }
-        with shards.atomic(self.manifest) as temporary:
-            text = json.dumps(manifest, indent=2) + "\n"
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-        return manifest
+    def make(k: int) -> str | None:
+        """Draw and write shard k; its checksum, or None if the one on disk is good."""
+        if k >= len(listed):
+            return None
+        shard, path = listed[k], folder / listed[k]["name"]
+        if shard["sha256"] and path.exists() and shards.checksum(path) == shard["sha256"]:
+            bar.update(shard["count"])
+            return None
+        samples = np.empty((shard["count"], *stored.shape), found["dtype"])
+        for at in range(0, shard["count"], manifest["batch_size"]):
+            part = samples[at : at + manifest["batch_size"]]
+            first = shard["first"] + at
+            x = draw_samples(net, about, len(part), seed=manifest["seed"], first_sample=first)
+            part[:] = stored.unscale(x).numpy()
+            bar.update(len(part))
+        return shards.write(path, samples, shard["first"], manifest["settings_sha256"])
 
-    def draw_sheet(self) -> None:
-        parts, missing = [], _ON_SHEET
-        for shard in self.shards:
-            if missing > 0:
-                stored = shards.read(self.folder / shard.name)[:missing].astype(self.dtype)
-                parts.append(torch.from_numpy(stored))
-                missing -= len(stored)
-        values = torch.cat(parts)
-        images = replace(self.data, values=values).scaled(torch.arange(len(values)))
-        with shards.atomic(self.sheet) as temporary:
-            plots.save_sheet(temporary, images)
+    def finish() -> None:
+        if len(stored.shape) == 3:
+            needed = listed[: math.ceil(_ON_SHEET / manifest["shard_size"])]
+            parts = [shards.read(folder / shard["name"])[:_ON_SHEET] for shard in needed]
+            first = torch.from_numpy(np.concatenate(parts)[:_ON_SHEET].astype(found["dtype"]))
+            images = replace(stored, values=first).scaled(torch.arange(len(first)))
+            with shards.atomic(out / "samples.png") as temporary:
+                plots.save_sheet(temporary, images)
+        _write(out, manifest)
+
+    started, made, again = time.perf_counter(), [], []
+    with bar:
+        # A shard on each rank, then the manifest, from which a stopped run goes on.
+        for turn in range(0, len(listed), ranks.size):
+            news = _on_all(ranks, make, turn + ranks.rank)
+            for shard, new in zip(listed[turn:], news, strict=False):
+                if new is not None:
+                    made.append(shard)
+                    again += [shard["name"]] if shard["sha256"] else []
+                    shard["sha256"] = new
+            if any(news):
+                _on_first(ranks, _write, out, manifest)
+    manifest["complete"] = True
+    _on_first(ranks, finish)
+    if ranks.first:
+        if again:
+            print(f"missing or damaged, made again: {', '.join(again)}")
+        by = f" by {ranks.size} processes" if ranks.size > 1 else ""
+        rate = sum(shard["count"] for shard in made) / (time.perf_counter() - started)
+        print(
+            f"{manifest['num']} samples of the {manifest['weights']} weights in {len(listed)} "
+            f"shards: {folder}; {len(listed) - len(made)} were there, {len(made)} made{by}, "
+            f"{rate:.4g} samples/s"
+        )
+    return manifest
+
+
+def _write(out: Path, manifest: dict[str, Any]) -> None:
+    with shards.atomic(out / "manifest.json") as temporary:
+        text = json.dumps(manifest, indent=2) + "\n"
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _on_all(ranks: Ranks, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -299,19 +288,3 @@ def _on_all(ranks: Ranks, work: Callable[..., Any], *arguments: Any) -> list[Any
 def _on_first(ranks: Ranks, work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of the first rank, on all."""
     return _on_all(ranks, lambda: work(*arguments) if ranks.first else None)[0]
-
-
-def _written_data(about: dict[str, Any], format: str) -> data.Data:
-    """The type and range that samples are written in, without samples."""
-    trained = empty_data(about)
-    if format == "npz":
-        return trained
-    shape = trained.shape
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(
-            f"format: got png for samples of shape {shape}, expected images of 1 or 3 channels "
-            "[C, H, W]; take --format npz"
-        )
-    if trained.values.dtype == torch.int32 and trained.high == 65535 and shape[0] == 1:
-        return trained
-    return data.Data(torch.empty(0, *shape, dtype=torch.uint8), 0.0, 255.0, "a checkpoint")
