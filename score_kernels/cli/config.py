@@ -99,8 +99,7 @@ def load(path: str | os.PathLike[str]) -> Config:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no TOML, or a key is unknown (the closest known one is named), of
-            the wrong type, or not among its choices.
+        ValueError: it is no TOML, or a key is unknown, of the wrong type or not among its choices.
     """
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))

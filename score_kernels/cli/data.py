@@ -49,16 +49,15 @@ class Data:
     names: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"Data({len(self)} samples of shape {self.shape}, {self.values.dtype}, "
-            f"{self.low:g} to {self.high:g}, from {self.source})"
-        )
+        kind = f"{len(self)} samples of shape {self.shape}, {self.values.dtype}"
+        return f"Data({kind}, {self.low:g} to {self.high:g}, from {self.source})"
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self._scale(self.values[index])
+    def __getitem__(self, index: int | Tensor) -> Tensor:
+        wide, middle, half = self._scaling()
+        return self.values[index].to(wide).sub_(middle).div_(half).clamp_(-1, 1).float()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +66,7 @@ class Data:
 
     def scaled(self, rows: Tensor) -> Tensor:
         """The samples of these indices (``[B]`` int64), scaled to [-1, 1]: float32 on the CPU."""
-        return self._scale(self.values.index_select(0, rows.cpu()))
+        return self[rows.cpu()]
 
     def unscale(self, x: Tensor) -> Tensor:
         """From [-1, 1] back to the stored range and type, rounded to the nearest and clamped.
@@ -81,10 +80,6 @@ class Data:
         x = (x.detach().to(wide) * half + middle).clamp_(self.low, self.high)
         dtype = self.values.dtype
         return x.to(dtype) if dtype.is_floating_point else x.round_().to(dtype)
-
-    def _scale(self, values: Tensor) -> Tensor:
-        wide, middle, half = self._scaling()
-        return values.to(wide).sub_(middle).div_(half).clamp_(-1, 1).float()
 
     def _scaling(self) -> tuple[torch.dtype, float, float]:
         # For 8 bits float32 is as good as exact, and on every device.
@@ -102,24 +97,21 @@ def load(
     """Read training data into memory.
 
     - **A folder of images** (png, apng, jpg, jpeg, jpe, jfif, bmp, dib, gif, webp, tif, tiff, pbm,
-      pgm, ppm, pnm), with its subfolders, sorted by relative path (code points, with "/"). Hidden
-      files are skipped, others counted in `Data.source`. Pillow reads the first frame, upright by
-      its EXIF orientation. All have one size and kind: 8-bit grey (1-bit too, as 0 and 255) or RGB
-      (palettes too) become uint8 ``[N, 1 or 3, H, W]``, 16-bit grey becomes int32. Transparency,
-      CMYK and other modes are errors. Needs ``pip install score-kernels[images]``.
+      pgm, ppm, pnm) with its subfolders, sorted by relative path; hidden files are skipped. All
+      have one size and kind: 8-bit grey (1-bit too, as 0 and 255) or RGB (palettes too) become
+      uint8 ``[N, 1 or 3, H, W]``, 16-bit grey becomes int32; transparency, CMYK and other modes are
+      errors. Pillow (``pip install score-kernels[images]``) reads the first frame, turned upright.
     - **.npy**, or **.npz** with one array or with `key` to choose one. Pickles are never read.
-    - **IDX**, the format of MNIST and Fashion-MNIST, plain or gzipped. Files are known by their
-      first bytes, not by their names.
+    - **IDX**, the format of MNIST, plain or gzipped. Arrays are known by their first bytes.
     - **A folder without images** with exactly one file named ``train-images...``: that file.
 
-    Arrays: ``[N, D]`` are points. ``[N, H, W]`` are grey images and become ``[N, 1, H, W]``. Four
-    dimensions are images: 1, 3 or 4 in the last dimension only are channels last, which become
-    channels first; in the second and the last: an error, and `channels` decides; else: channels
-    first. More dimensions stay as they are. Integers keep their type, but uint16 becomes int32 and
-    uint32 and uint64 int64; bool becomes uint8; floats become float32.
+    Arrays: ``[N, D]`` are points, ``[N, H, W]`` grey images, which become ``[N, 1, H, W]``. Four
+    dimensions are images, channels last (and become channels first) where only the last dimension
+    is 1, 3 or 4; where the second is too, `channels` decides. More dimensions stay as they are.
+    bool becomes uint8, uint16 int32, uint32 and uint64 int64, and floats float32.
 
-    The range ``low``, ``high`` is 0 to 255 for uint8 images, 0 to 65535 for 16-bit image files, and
-    the data's own least and largest value for everything else.
+    ``low``, ``high`` are 0, 255 of uint8 images, 0, 65535 of 16-bit image files, and otherwise the
+    data's own least and largest value.
 
     Args:
         path: of the file or folder.
@@ -130,8 +122,8 @@ def load(
     Raises:
         FileNotFoundError, PermissionError: path, or a file in it, is missing or not readable.
         ValueError: the data cannot be used; the message begins with the file's name: damaged, no
-            or several candidates, images that differ, NaN or infinity (also from a float64 beyond
-            float32), fewer than 2 samples, only equal values, integers beyond 2**53.
+            or several candidates, images that differ, NaN, infinity or values beyond float32,
+            fewer than 2 samples, only equal values.
         ImportError: a folder of images, without Pillow.
     """
     path = Path(path)
@@ -141,21 +133,17 @@ def load(
     files = sorted(Path(name).as_posix() for name in found if not (path / name).is_dir())
     images = [name for name in files if Path(name).suffix.lower() in _IMAGE_SUFFIXES]
     if images:
-        if key is not None or channels is not None:
-            raise ValueError(f"{path}: got key or channels, expected none for a folder of images")
         return _load_images(path, images, len(files) - len(images), progress)
     training = [name for name in files if Path(name).name.startswith("train-images")]
     if len(training) != 1:
-        raise ValueError(
-            f"{path}: got a folder without images and {len(training)} files named "
-            f"train-images..., expected one; it holds {', '.join(files[:10]) or 'nothing'}"
-        )
+        words = f"got no images and {len(training)} files named train-images..., expected one"
+        raise ValueError(f"{path}: {words}; it holds {', '.join(files[:10]) or 'nothing'}")
     return _load_array(path / training[0], key, channels)
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """One kind of error that begins with the file's name, whatever its bytes make parsers raise."""
+    """One kind of error, with the file's name, whatever its bytes make parsers raise."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -170,8 +158,7 @@ def _load_array(path: Path, key: str | None, channels: str | None) -> Data:
             head = file.read(2)
         source = str(path)
         if head == b"PK":
-            array, name = _read_npz(path, key)
-            source = f"{path}[{name}]"
+            array, source = _read_npz(path, key)
         elif key is not None:
             raise ValueError(f"key: got {key!r}, expected none: it is no .npz")
         elif head == b"\x93N":
@@ -188,13 +175,11 @@ def _load_array(path: Path, key: str | None, channels: str | None) -> Data:
 
 def _read_npz(path: Path, key: str | None) -> tuple[np.ndarray, str]:
     with np.load(path) as arrays:
-        names = ", ".join(arrays.files)
-        if key is None and len(arrays.files) != 1:
-            raise ValueError(f"got arrays {names or '(none)'}, expected one; choose it with key")
-        name = key or arrays.files[0]
+        name = arrays.files[0] if key is None and len(arrays.files) == 1 else key
         if name not in arrays.files:
+            names = ", ".join(arrays.files)
             raise ValueError(f"key: got {key!r}, expected one of its arrays: {names}")
-        return arrays[name], name
+        return arrays[name], f"{path}[{name}]"
 
 
 def _read_idx(path: Path, *, gzipped: bool) -> np.ndarray:
@@ -208,20 +193,14 @@ def _read_idx(path: Path, *, gzipped: bool) -> np.ndarray:
 
 def _channels_first(array: np.ndarray, channels: str | None) -> np.ndarray:
     """``[N, H, W]`` and ``[N, H, W, C]`` as ``[N, C, H, W]``."""
-    if channels not in (None, "first", "last") or (channels and array.ndim != 4):
+    if array.ndim != 4:
+        return array[:, None] if array.ndim == 3 else array
+    first, last = (array.shape[dim] in (1, 3, 4) for dim in (1, 3))
+    if channels not in ("first", "last") and (channels is not None or (first and last)):
         raise ValueError(
-            f"channels: got {channels!r} with shape {array.shape}, expected 'first' or 'last' for "
-            "images in four dimensions, or None"
+            f"channels: got {channels!r} with shape {array.shape}, expected 'first' or 'last'"
         )
-    if array.ndim == 3:
-        return array[:, None]
-    if array.ndim == 4 and channels is None:
-        first, last = (array.shape[dim] in (1, 3, 4) for dim in (1, 3))
-        if first and last:
-            raise ValueError(
-                f"got shape {array.shape}: both [N, C, H, W] and [N, H, W, C] are possible; say "
-                "channels='first' or channels='last'"
-            )
+    if channels is None:
         channels = "last" if last else "first"
     return np.moveaxis(array, 3, 1) if channels == "last" else array
 
@@ -253,10 +232,8 @@ def _load_images(folder: Path, names: list[str], others: int, progress: bool) ->
             if i == 0:
                 samples = np.empty((len(names), *pixels.shape), pixels.dtype)
             if (pixels.shape, pixels.dtype) != (samples.shape[1:], samples.dtype):
-                raise ValueError(
-                    f"got {pixels.shape} {pixels.dtype}, expected {samples.shape[1:]} "
-                    f"{samples.dtype} as in {names[0]}; make all images one size and kind"
-                )
+                wanted = f"{samples.shape[1:]} {samples.dtype} as in {names[0]}"
+                raise ValueError(f"got {pixels.shape} {pixels.dtype}, expected {wanted}")
             samples[i] = pixels
     values = torch.from_numpy(samples)
     with _naming(folder):
@@ -272,10 +249,7 @@ def _pixels(path: Path) -> np.ndarray:
 
     with Image.open(path) as image:
         if image.has_transparency_data:
-            raise ValueError(
-                f"got transparency (mode {image.mode}), expected opaque images; drop it with "
-                "im.convert('RGBA').convert('RGB')"
-            )
+            raise ValueError(f"got transparency (mode {image.mode}), expected opaque images")
         image = ImageOps.exif_transpose(image)
         if image.mode in ("1", "P"):
             image = image.convert("L" if image.mode == "1" else "RGB")
@@ -284,7 +258,7 @@ def _pixels(path: Path) -> np.ndarray:
         return np.atleast_3d(pixels).transpose(2, 0, 1)
     if not image.mode.startswith("I") or pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(
-            f"got mode {image.mode}, expected 8-bit grey, RGB, a palette or 16-bit grey; convert "
-            "it with im.convert('RGB'), or save all images as one .npy"
+            f"got mode {image.mode}, expected 8-bit grey, RGB, a palette or 16-bit grey; take "
+            "im.convert('RGB')"
         )
     return pixels.astype(np.int32)[None]

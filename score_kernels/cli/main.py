@@ -15,11 +15,8 @@ import score_kernels
 
 # Every environment variable the library reads.
 VARIABLES = (
-    "SCORE_KERNELS_BACKEND",
-    "SCORE_KERNELS_ISA",
-    "SCORE_KERNELS_NATIVE",
-    "SCORE_KERNELS_CUDA",
-    "SCORE_KERNELS_CUDA_ARCHS",
+    *("SCORE_KERNELS_BACKEND", "SCORE_KERNELS_ISA"),
+    *("SCORE_KERNELS_NATIVE", "SCORE_KERNELS_CUDA", "SCORE_KERNELS_CUDA_ARCHS"),
 )
 
 

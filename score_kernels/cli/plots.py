@@ -72,11 +72,8 @@ def draw_losses(
 ) -> None:
     """The loss at every step and its running mean; logarithmic where all are above 0.
 
-    Args:
-        path: the PNG to write.
-        losses: of every training step.
-        zero_network: the loss of a network that always answers 0, drawn as a line.
-        held_out: (steps, losses) on data that training does not see.
+    A line shows the loss of a network that always answers 0, and dots show held_out, the (steps,
+    losses) on data that training does not see.
     """
     require()
     plot = figure(8, 4.5)

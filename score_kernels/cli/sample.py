@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 import score_kernels
@@ -57,14 +56,12 @@ def sample(
       ``sha256sum *.png | sha256sum`` prints in it), with ``"complete": true`` at the end;
     - of images, ``samples.png``, a sheet of the first 100.
 
-    The same call again goes on: shards with the manifest's checksum stay, also for a larger count,
-    and the others are made. Memory holds a batch and a shard. Under torchrun each process makes
-    every n-th shard, which changes no bit.
-
-    Sample n of a seed has the same noise whatever the count, the batch size and the processes. Its
-    last bits can still depend on torch's own sums, which on a CPU round differently (by less than
-    1e-6 of the largest value) for batches below about 16 and other numbers of threads (torchrun
-    sets ``OMP_NUM_THREADS`` to 1). For equal files keep batch_size, shard_size, threads, kind of
+    The same call again, or with a larger count, keeps shards that have the manifest's checksum and
+    makes the others. Memory holds a batch and a shard. Under torchrun each process makes every n-th
+    shard, which changes no bit. Sample n of a seed has the same noise whatever the count, the batch
+    size and the processes; torch's own sums round differently on a CPU (by less than 1e-6 of the
+    largest value) for batches below about 16 and other numbers of threads (torchrun sets
+    ``OMP_NUM_THREADS`` to 1). For equal files keep batch_size, shard_size, threads, kind of
     processor and versions (for PNGs Pillow's too).
 
     Args:
@@ -102,8 +99,8 @@ def sample(
         checkpoint.load_weights(path, net, which=weights)
         if shards.checksum(path) != before:
             raise ValueError(f"checkpoint {path}: changed while it was read; try again")
-        found, schedule = _stored(about, format), about["schedule"]
-        settings: dict[str, Any] = {
+        schedule, kept = about["schedule"], _written_as(about["data"], format)
+        settings = {
             "format_version": FORMAT,
             "score_kernels": score_kernels.__version__,
             "torch": torch.__version__,
@@ -121,51 +118,94 @@ def sample(
                 "steps_per_level": schedule["steps_per_level"],
                 "step_size": schedule["step_size"],
             },
-            "data": {key: found[key] for key in ("shape", "dtype", "low", "high")},
+            "data": {key: kept[key] for key in ("shape", "dtype", "low", "high")},
         }
         # Without the batch size, a shard's bytes depend on it only as far as its samples do.
         decide = {name: value for name, value in settings.items() if name != "batch_size"}
-        text = json.dumps(decide, sort_keys=True)
-        manifest = settings | {
-            "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "num": count,
-            "complete": False,
-            "shards": [
-                {
-                    "name": f"shard-{k:06d}{'.npz' if format == 'npz' else ''}",
-                    "first": first_sample + at,
-                    "count": min(shard_size, count - at),
-                    "sha256": None,
-                }
-                for k, at in enumerate(range(0, count, shard_size))
-            ],
-        }
+        checksum = hashlib.sha256(json.dumps(decide, sort_keys=True).encode()).hexdigest()
+        suffix = ".npz" if format == "npz" else ""
+        listed = [
+            {
+                "name": f"shard-{at // shard_size:06d}{suffix}",
+                "first": first_sample + at,
+                "count": min(shard_size, count - at),
+                "sha256": None,
+            }
+            for at in range(0, count, shard_size)
+        ]
+        manifest = settings | {"settings_sha256": checksum, "num": count, "complete": False}
+        manifest["shards"] = listed
         if any(other != manifest for other in ranks.all_gather(manifest)):
             raise ValueError("the processes have different checkpoints, arguments or versions")
-        if len(found["shape"]) == 3:
+        values = torch.empty(0, *kept["shape"], dtype=getattr(torch, kept["dtype"]))
+        stored = data.Data(values, kept["low"], kept["high"], "a checkpoint")
+        if len(stored.shape) == 3:
             plots.require()
-        manifest = _on_first(ranks, _prepare, out, settings, manifest, overwrite)
-        return _complete(ranks, net, about, out, manifest, progress and ranks.first)
+        manifest = _on_first(ranks, _prepare, out, manifest, settings.keys(), overwrite)
+        folder, listed = out / "shards", manifest["shards"]
+        total = sum(shard["count"] for shard in listed[ranks.rank :: ranks.size])
+        hidden = not (progress and ranks.first)
+        bar = tqdm(total=total, desc="sampling", unit="sample", disable=hidden)
+
+        def make(shard: dict[str, Any]) -> str | None:
+            """The checksum of a shard drawn and written, or None if the one on disk is good."""
+            target = folder / shard["name"]
+            if shard["sha256"] and target.exists() and shards.checksum(target) == shard["sha256"]:
+                bar.update(shard["count"])
+                return None
+            samples = np.empty((shard["count"], *stored.shape), kept["dtype"])
+            for at in range(0, len(samples), batch_size):
+                part, first = samples[at : at + batch_size], shard["first"] + at
+                x = draw_samples(net, about, len(part), seed=seed, first_sample=first)
+                part[:] = stored.unscale(x).numpy()
+                bar.update(len(part))
+            return shards.write(target, samples, shard["first"], checksum)
+
+        started, made, again = time.perf_counter(), [], []
+        with bar:
+            # A shard on each rank, then the manifest, from which a stopped run goes on.
+            for turn in range(0, len(listed), ranks.size):
+                several = listed[turn : turn + ranks.size]
+                news = _on_all(
+                    ranks, lambda mine: [make(s) for s in mine], several[ranks.rank :][:1]
+                )
+                for shard, new in zip(several, sum(news, []), strict=True):
+                    if new:
+                        made.append(shard["count"])
+                        again += [shard["name"]] if shard["sha256"] else []
+                        shard["sha256"] = new
+                if made:
+                    _on_first(ranks, _write, out, manifest)
+        if len(stored.shape) == 3:
+            _on_first(ranks, _draw_sheet, out, listed, stored)
+        manifest["complete"] = True
+        _on_first(ranks, _write, out, manifest)
+        if again and ranks.first:
+            print(f"missing or damaged, made again: {', '.join(again)}")
+        if ranks.first:
+            by = f" by {ranks.size} processes" if ranks.size > 1 else ""
+            print(
+                f"{count} samples of the {weights} weights in {len(listed)} shards: {folder}; "
+                f"{len(listed) - len(made)} were there, {len(made)} made{by}, "
+                f"{sum(made) / (time.perf_counter() - started):.4g} samples/s"
+            )
+        return manifest
 
 
-def _stored(about: dict[str, Any], format: str) -> dict[str, Any]:
-    """The shape, type and range that samples are written in."""
-    found, shape = about["data"], tuple(about["data"]["shape"])
-    if format == "npz":
+def _written_as(found: dict[str, Any], format: str) -> dict[str, Any]:
+    """The shape, type and range of the training data, or of the pixels of a PNG."""
+    shape = tuple(found["shape"])
+    if format == "npz" or (shape[0], found["dtype"], found["high"]) == (1, "int32", 65535):
         return found
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(
             f"format: got png for samples of shape {shape}, expected images of 1 or 3 channels "
             "[C, H, W]; take --format npz"
         )
-    if (shape[0], found["dtype"], found["high"]) == (1, "int32", 65535):
-        return found
     return found | {"dtype": "uint8", "low": 0.0, "high": 255.0}
 
 
-def _prepare(
-    out: Path, settings: dict[str, Any], manifest: dict[str, Any], overwrite: bool
-) -> dict[str, Any]:
+def _prepare(out: Path, manifest: dict[str, Any], same: Any, overwrite: bool) -> dict[str, Any]:
     """Make the folder ready; the manifest with the checksums of shards from an earlier run."""
     path, folder = out / "manifest.json", out / "shards"
     if overwrite:
@@ -173,17 +213,13 @@ def _prepare(
             shards.remove(old)
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        differ = [
-            f"{name} was {before.get(name)} and is {value}"
-            for name, value in settings.items()
-            if before.get(name) != value
-        ]
+        changed = [name for name in same if before.get(name) != manifest[name]]
+        differ = [f"{name} was {before.get(name)} and is {manifest[name]}" for name in changed]
         if before["num"] > manifest["num"]:
             differ.append(f"num was {before['num']} and is {manifest['num']}, expected no less")
         if differ:
-            raise FileExistsError(
-                f"{path}: of a run with other settings: {'; '.join(differ)}; {_ELSE}"
-            )
+            words = f"of a run with other settings: {'; '.join(differ)}"
+            raise FileExistsError(f"{path}: {words}; {_ELSE}")
         # The last shard may have been a smaller one.
         for shard, old in zip(manifest["shards"], before["shards"], strict=False):
             if shard["count"] == old["count"]:
@@ -197,79 +233,19 @@ def _prepare(
     return manifest
 
 
-def _complete(
-    ranks: Ranks,
-    net: nn.Module,
-    about: dict[str, Any],
-    out: Path,
-    manifest: dict[str, Any],
-    progress: bool,
-) -> dict[str, Any]:
-    """Make what is missing or damaged, on all ranks; the complete manifest."""
-    folder, listed, found = out / "shards", manifest["shards"], manifest["data"]
-    values = torch.empty(0, *found["shape"], dtype=getattr(torch, found["dtype"]))
-    stored = data.Data(values, found["low"], found["high"], "a checkpoint")
-    total = sum(shard["count"] for shard in listed[ranks.rank :: ranks.size])
-    bar = tqdm(total=total, desc="sampling", unit="sample", disable=not progress)
-
-    def make(k: int) -> str | None:
-        """Draw and write shard k; its checksum, or None if the one on disk is good."""
-        if k >= len(listed):
-            return None
-        shard, path = listed[k], folder / listed[k]["name"]
-        if shard["sha256"] and path.exists() and shards.checksum(path) == shard["sha256"]:
-            bar.update(shard["count"])
-            return None
-        samples = np.empty((shard["count"], *stored.shape), found["dtype"])
-        for at in range(0, shard["count"], manifest["batch_size"]):
-            part = samples[at : at + manifest["batch_size"]]
-            first = shard["first"] + at
-            x = draw_samples(net, about, len(part), seed=manifest["seed"], first_sample=first)
-            part[:] = stored.unscale(x).numpy()
-            bar.update(len(part))
-        return shards.write(path, samples, shard["first"], manifest["settings_sha256"])
-
-    def finish() -> None:
-        if len(stored.shape) == 3:
-            needed = listed[: math.ceil(_ON_SHEET / manifest["shard_size"])]
-            parts = [shards.read(folder / shard["name"])[:_ON_SHEET] for shard in needed]
-            first = torch.from_numpy(np.concatenate(parts)[:_ON_SHEET].astype(found["dtype"]))
-            images = replace(stored, values=first).scaled(torch.arange(len(first)))
-            with shards.atomic(out / "samples.png") as temporary:
-                plots.save_sheet(temporary, images)
-        _write(out, manifest)
-
-    started, made, again = time.perf_counter(), [], []
-    with bar:
-        # A shard on each rank, then the manifest, from which a stopped run goes on.
-        for turn in range(0, len(listed), ranks.size):
-            news = _on_all(ranks, make, turn + ranks.rank)
-            for shard, new in zip(listed[turn:], news, strict=False):
-                if new is not None:
-                    made.append(shard)
-                    again += [shard["name"]] if shard["sha256"] else []
-                    shard["sha256"] = new
-            if any(news):
-                _on_first(ranks, _write, out, manifest)
-    manifest["complete"] = True
-    _on_first(ranks, finish)
-    if ranks.first:
-        if again:
-            print(f"missing or damaged, made again: {', '.join(again)}")
-        by = f" by {ranks.size} processes" if ranks.size > 1 else ""
-        rate = sum(shard["count"] for shard in made) / (time.perf_counter() - started)
-        print(
-            f"{manifest['num']} samples of the {manifest['weights']} weights in {len(listed)} "
-            f"shards: {folder}; {len(listed) - len(made)} were there, {len(made)} made{by}, "
-            f"{rate:.4g} samples/s"
-        )
-    return manifest
-
-
 def _write(out: Path, manifest: dict[str, Any]) -> None:
     with shards.atomic(out / "manifest.json") as temporary:
         text = json.dumps(manifest, indent=2) + "\n"
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _draw_sheet(out: Path, listed: list[dict[str, Any]], stored: data.Data) -> None:
+    needed = listed[: math.ceil(_ON_SHEET / listed[0]["count"])]
+    samples = np.concatenate([shards.read(out / "shards" / shard["name"]) for shard in needed])
+    values = torch.from_numpy(samples[:_ON_SHEET].astype(stored.values.numpy().dtype))
+    images = replace(stored, values=values).scaled(torch.arange(len(values)))
+    with shards.atomic(out / "samples.png") as temporary:
+        plots.save_sheet(temporary, images)
 
 
 def _on_all(ranks: Ranks, work: Callable[..., Any], *arguments: Any) -> list[Any]:

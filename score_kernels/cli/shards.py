@@ -17,15 +17,9 @@ __all__ = ["atomic", "checksum", "read", "remove", "write"]
 def write(path: Path, samples: np.ndarray, first: int, settings: str) -> str:
     """Write a shard in place of what is there, and return its checksum.
 
-    Its bytes depend on the arguments and on the versions of NumPy and Pillow only.
-
-    Args:
-        path: with the suffix .npz for a file of the arrays ``samples``, ``ids`` ``[n]`` int64 and
-            ``settings``; without one for a folder of PNGs named by id (8-bit grey or RGB, 16-bit
-            grey), with the texts "sample", the id, and "settings".
-        samples: ``[n, ...]``, of images ``[n, C, H, W]``.
-        first: id of the first sample.
-        settings: checksum of the run's settings.
+    An .npz has the arrays ``samples``, ``ids`` ``[n]`` int64 and ``settings``, a checksum. Without
+    a suffix it is a folder of PNGs of samples ``[n, C, H, W]`` (uint8, C 1 or 3; 16-bit, C 1),
+    named by id, with the texts "sample", the id, and "settings".
     """
     ids = np.arange(first, first + len(samples), dtype=np.int64)
     with atomic(path) as temporary:

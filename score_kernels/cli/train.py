@@ -42,13 +42,10 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
         resume: go on from the checkpoint in it, with the bits of a training never stopped.
         progress: whether to show progress bars (on stderr).
 
-    Returns:
-        The trainer, at the last step.
-
     Raises:
         FileExistsError: there is a checkpoint in the folder and resume is False.
         ImportError: without Pillow or Matplotlib.
-        OSError, ValueError: the data, the settings or the checkpoint cannot be used. The message
+        OSError, ValueError: the data, the settings or the checkpoint cannot be used; the message
             names the file, and nothing is overwritten.
     """
     plots.require()
@@ -59,9 +56,7 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
         shown = progress and ranks.first
         about = read_about(path) if path.exists() else None
         if about and not resume:
-            raise FileExistsError(
-                f"{path} exists; go on from it with --resume, or name another --out"
-            )
+            raise FileExistsError(f"{path} exists; --resume it, or name another --out")
         if settings.data.path is None:
             raise ValueError("data: got none, expected a path: --data PATH or path = in [data]")
         source = data.load(settings.data.path, key=settings.data.key, progress=shown)
@@ -76,9 +71,8 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
         def draw_sheet(name: str) -> None:
             if sheet.count and len(source.shape) == 3:
                 options = {"seed": training.seed, "progress": shown}
-                plots.save_sheet(
-                    out / name, draw_samples(trainer.ema, about, sheet.count, **options)
-                )
+                x = draw_samples(trainer.ema, about, sheet.count, **options)
+                plots.save_sheet(out / name, x)
 
         def report(trainer: Trainer) -> None:
             # As often as the checkpoint: a picture costs as much as some steps of a small network.
@@ -157,17 +151,15 @@ def _check_same(path: Path, about: dict[str, Any], settings: Config, source: dat
 
 
 def _trainer(settings: Config, about: dict[str, Any], device: torch.device) -> Trainer:
-    options = dict(vars(settings.training))
-    for key in ("device", "save_every"):
-        del options[key]
+    not_its = ("device", "save_every", "steps", "learning_rate", "cosine")
+    training = settings.training
+    options = {key: value for key, value in vars(training).items() if key not in not_its}
     # The initial weights alone are drawn from torch's global generator: leave that as it was.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options["seed"])
+        torch.manual_seed(training.seed)
         net = network(about).to(device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=options.pop("learning_rate"))
+    optimizer = torch.optim.Adam(net.parameters(), lr=training.learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR
-    steps = options.pop("steps")
-    scheduler = cosine(optimizer, steps) if options.pop("cosine") else None
-    options["clip_norm"] = options["clip_norm"] or None
-    sigmas = about["schedule"]["sigmas"]
-    return Trainer(net, sigmas, optimizer, scheduler=scheduler, about=about, **options)
+    options["scheduler"] = cosine(optimizer, training.steps) if training.cosine else None
+    options["clip_norm"] = training.clip_norm or None
+    return Trainer(net, about["schedule"]["sigmas"], optimizer, about=about, **options)
