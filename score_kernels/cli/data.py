@@ -121,9 +121,7 @@ def load(
 
     Raises:
         FileNotFoundError, PermissionError: path, or a file in it, is missing or not readable.
-        ValueError: the data cannot be used; the message begins with the file's name: damaged, no
-            or several candidates, images that differ, NaN, infinity or values beyond float32,
-            fewer than 2 samples, only equal values.
+        ValueError: the data cannot be used; the message begins with the file's name.
         ImportError: a folder of images, without Pillow.
     """
     path = Path(path)
@@ -197,9 +195,8 @@ def _channels_first(array: np.ndarray, channels: str | None) -> np.ndarray:
         return array[:, None] if array.ndim == 3 else array
     first, last = (array.shape[dim] in (1, 3, 4) for dim in (1, 3))
     if channels not in ("first", "last") and (channels is not None or (first and last)):
-        raise ValueError(
-            f"channels: got {channels!r} with shape {array.shape}, expected 'first' or 'last'"
-        )
+        got = f"{channels!r} with shape {array.shape}"
+        raise ValueError(f"channels: got {got}, expected 'first' or 'last'")
     if channels is None:
         channels = "last" if last else "first"
     return np.moveaxis(array, 3, 1) if channels == "last" else array
@@ -257,8 +254,6 @@ def _pixels(path: Path) -> np.ndarray:
     if image.mode in ("L", "RGB"):
         return np.atleast_3d(pixels).transpose(2, 0, 1)
     if not image.mode.startswith("I") or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(
-            f"got mode {image.mode}, expected 8-bit grey, RGB, a palette or 16-bit grey; take "
-            "im.convert('RGB')"
-        )
+        expected = "8-bit grey, RGB, a palette or 16-bit grey; convert it to one of them"
+        raise ValueError(f"got mode {image.mode}, expected {expected}")
     return pixels.astype(np.int32)[None]

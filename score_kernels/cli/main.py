@@ -55,23 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--print-config", action="store_true", help="print all settings and what they mean")
 
-    add = commands.add_parser(
-        "sample",
-        help="make new samples with a checkpoint of train",
-        description="Make new samples with a checkpoint of train, in shards with a manifest. "
-        "Stopped or killed, the same command goes on. With several processes: torchrun "
-        "--nproc-per-node 2 -m score_kernels.cli sample CHECKPOINT --num-samples 50000 ...",
-    ).add_argument
+    add = commands.add_parser("sample", help="sample a checkpoint of train").add_argument
     add("path", metavar="checkpoint", type=Path)
     # The longer name is for torchrun, which takes --num for an abbreviation of its own option.
     add("--num", "--num-samples", dest="count", type=int, default=64, help="how many (64)")
     add("--out", type=Path, default=Path("samples"), help="folder (samples)")
-    add("--format", choices=("npz", "png"), default="npz", help="of a shard (npz)")
+    add("--format", choices=("npz", "png"), default="npz", help="arrays or images (npz)")
     add("--shard-size", type=int, default=1024, help="samples a shard (1024)")
     add("--seed", type=int, default=0, help="names all noise (default 0)")
     add("--first", dest="first_sample", type=int, default=0, help="id of the first sample (0)")
     add("--weights", choices=("ema", "raw"), default="ema")
-    add("--batch-size", type=int, default=64, help="changes no noise (default 64)")
+    add("--batch-size", type=int, default=64, help="samples at a time, changes no noise (64)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add("--overwrite", action="store_true", help="remove an earlier run from --out first")
     return parser
@@ -83,10 +77,10 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _selfcheck(arguments: argparse.Namespace) -> int:
-    from score_kernels.cli import selfcheck
+    from score_kernels.cli.selfcheck import run
 
     print(info())
-    return selfcheck.run(arguments.device, quick=arguments.quick)
+    return run(arguments.device, quick=arguments.quick)
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -99,7 +99,7 @@ def sample(
         checkpoint.load_weights(path, net, which=weights)
         if shards.checksum(path) != before:
             raise ValueError(f"checkpoint {path}: changed while it was read; try again")
-        schedule, kept = about["schedule"], _written_as(about["data"], format)
+        kept, schedule = _written_as(about["data"], format), about["schedule"]
         settings = {
             "format_version": FORMAT,
             "score_kernels": score_kernels.__version__,
@@ -115,8 +115,7 @@ def sample(
             "sampler": {
                 "name": "annealed_langevin",
                 "sigmas": len(schedule["sigmas"]),
-                "steps_per_level": schedule["steps_per_level"],
-                "step_size": schedule["step_size"],
+                **{key: schedule[key] for key in ("steps_per_level", "step_size")},
             },
             "data": {key: kept[key] for key in ("shape", "dtype", "low", "high")},
         }
@@ -147,9 +146,11 @@ def sample(
         hidden = not (progress and ranks.first)
         bar = tqdm(total=total, desc="sampling", unit="sample", disable=hidden)
 
-        def make(shard: dict[str, Any]) -> str | None:
-            """The checksum of a shard drawn and written, or None if the one on disk is good."""
-            target = folder / shard["name"]
+        def make(k: int) -> str | None:
+            """The checksum of shard k, drawn and written, or None if the one on disk is good."""
+            if k >= len(listed):
+                return None
+            shard, target = listed[k], folder / listed[k]["name"]
             if shard["sha256"] and target.exists() and shards.checksum(target) == shard["sha256"]:
                 bar.update(shard["count"])
                 return None
@@ -165,16 +166,13 @@ def sample(
         with bar:
             # A shard on each rank, then the manifest, from which a stopped run goes on.
             for turn in range(0, len(listed), ranks.size):
-                several = listed[turn : turn + ranks.size]
-                news = _on_all(
-                    ranks, lambda mine: [make(s) for s in mine], several[ranks.rank :][:1]
-                )
-                for shard, new in zip(several, sum(news, []), strict=True):
+                news = _on_all(ranks, make, turn + ranks.rank)
+                for shard, new in zip(listed[turn:], news, strict=False):
                     if new:
                         made.append(shard["count"])
                         again += [shard["name"]] if shard["sha256"] else []
                         shard["sha256"] = new
-                if made:
+                if any(news):
                     _on_first(ranks, _write, out, manifest)
         if len(stored.shape) == 3:
             _on_first(ranks, _draw_sheet, out, listed, stored)
