@@ -27,7 +27,7 @@ def unsigned(name: str, value: Any, bits: int) -> int:
     if isinstance(value, enum.Enum):
         value = value.value
     # A seed of True is a mistake; NumPy's integers are not.
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+    if isinstance(value, (bool, Tensor, np.ndarray)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: got {_kind(value)}, expected an integer")
     value = operator.index(value)
     if not 0 <= value < 1 << bits:
@@ -46,7 +46,8 @@ def count(name: str, value: Any, *, least: int) -> int:
 def number(name: str, value: Any) -> float:
     """A finite Python (or NumPy) number."""
     if type(value) is not float:
-        if isinstance(value, (bool, np.bool_, Tensor, str)) or not hasattr(value, "__float__"):
+        wrong = (bool, np.bool_, np.ndarray, Tensor, str)
+        if isinstance(value, wrong) or not hasattr(value, "__float__"):
             waits = "; call .item() where you can afford to wait"
             hint = waits if isinstance(value, Tensor) else ""
             raise TypeError(f"{name}: got {_kind(value)}, expected a number{hint}")

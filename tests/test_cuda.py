@@ -27,7 +27,6 @@ SIZES = [0, 1, 3, 4, 5, 64, 132, 255, 1023, 4096 + 7, 3 * 4096]
 SHAPES = [(rows, size) for size in SIZES for rows in (1, 3)] + [(300, 2), (2, 3, 16, 16), (0, 4)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["words", "normal", "uniform", "rademacher"]
-CPU = torch.device("cpu")
 
 
 # As on sm_80 and sm_90, and as on sm_100, where two normals are made at once.

@@ -135,7 +135,6 @@ def test_other_python_threads_run_during_a_long_kernel(monkeypatch: pytest.Monke
     }
     with ticking() as turns:
         kernels = Watched(turns)
-        monkeypatch.setattr(native, "_cpu", kernels)
         monkeypatch.setattr(native, "kernels", kernels)
         for name, work in long.items():
             kernels.inside, deadline = 0, time.monotonic() + 60

@@ -174,7 +174,7 @@ def _check_step(x: Tensor, score: Tensor, noise: NoiseKey) -> None:
 def _step_in_place(
     x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey
 ) -> Tensor:
-    if not direct(x, score):
+    if x is None or score is None or not direct(x, score):
         _check_step(x, score, noise)
         return apply(_AffineStepInPlace, x, score, a, b, c, noise)
     # What is plainly right is not checked by name: that takes a third of a small step.

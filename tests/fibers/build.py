@@ -84,7 +84,8 @@ class Fibers(Cuda):
     name = "fibers"
 
     def __init__(self, kernels: Any) -> None:
-        self.kernels = kernels
+        self.kernels, self.on_cpu = kernels, False
+        self._affine_step = kernels.affine_step
 
     def device_and_stream(self, device: torch.device) -> tuple[int, ...]:
         return 0, 0

@@ -22,7 +22,6 @@ from score_kernels.backends.compiled import native
 KEY = NoiseKey(2**63 + 5, purpose=3, draw=2**32 - 1, first_sample=2**32 - 2)
 SHAPES = [(1, 1), (5, 3), (2, 4), (300, 2), (2, 255), (2, 3, 32, 32), (1, 4099)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CPU = torch.device("cpu")
 
 
 def test_the_interpreter_runs_the_kernels() -> None:
@@ -32,19 +31,13 @@ def test_the_interpreter_runs_the_kernels() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", *NATIVE[:1], *FIBERS, "triton"])
 def test_all_backends_have_the_oracle_s_words(backend: str) -> None:
-    seed, purpose, draw, first_sample = KEY
+    fields = {name: getattr(KEY, name) for name in ("seed", "purpose", "draw", "first_sample")}
     with on_backend(backend):
-        for rows, elements in ((1, 1), (3, 5), (2, 1030)):
-            want = oracle.words(
-                rows, elements, seed=seed, purpose=purpose, draw=draw, first_sample=first_sample
-            )
-            got = ops.words((rows, elements), KEY)
-            assert np.array_equal(got.numpy(), want)
-            want = oracle.normals(
-                rows, elements, seed=seed, purpose=purpose, draw=draw, first_sample=first_sample
-            )
-            got = ops.normal((rows, elements), KEY)
-            assert np.abs(got.double().numpy() - want).max() <= tolerances.NORMAL
+        for shape in ((1, 1), (3, 5), (2, 1030)):
+            got = ops.words(shape, KEY).numpy()
+            assert np.array_equal(got, oracle.words(*shape, **fields))
+            got = ops.normal(shape, KEY).double().numpy()
+            assert np.abs(got - oracle.normals(*shape, **fields)).max() <= tolerances.NORMAL
 
 
 def test_a_million_normals_are_native_s_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +73,12 @@ def sum_rounding(shape: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_update(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, score = torch.randn(shape), torch.randn(shape).to(dtype)
-    key = KEY
     table = torch.tensor([[1.0, 0.5, 0.7], [0.9, 0.2, 0.3], [0.9, 0.2, 0.0]])
-    earlier = (*key[:2], key[2] - 2, key[3])
+    earlier = KEY.at(KEY.draw - 2)
     for c in (0.3, 0.0):
         got, want = torch.empty(shape), torch.empty(shape)
-        triton.backend.affine_step(got, x, score, 0.9, 0.2, c, key)
-        native.affine_step(want, x, score, 0.9, 0.2, c, key)
+        triton.backend.affine_step(got, x, score, 0.9, 0.2, c, KEY)
+        native.affine_step(want, x, score, 0.9, 0.2, c, KEY)
         close(got, want)
     for t in range(3):
         step = torch.full((), t)
