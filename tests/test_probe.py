@@ -195,7 +195,11 @@ def test_wrong_inputs_are_named() -> None:
         (lambda: ops.probe_scale(s[0], (2, 3), KEY), ValueError, r"g: got shape \(3,\)"),
         (lambda: ops.probe_scale(s[:, 0], (2, -3), KEY), ValueError, "shape: got -3"),
         (lambda: ops.ssm_reduce(s[:1], s, KEY), ValueError, r"g: got shape \(1, 3\)"),
-        (lambda: ops.ssm_reduce(s.half(), s, KEY), ValueError, r"g: got shape \(2, 3\), torch.float16"),
+        (
+            lambda: ops.ssm_reduce(s.half(), s, KEY),
+            ValueError,
+            r"g: got shape \(2, 3\), torch.float16",
+        ),
         (lambda: ops.fd_pair(s, s[:, 0].half(), KEY), TypeError, "step: got dtype"),
         (lambda: ops.fd_pair(s, s[0], KEY), ValueError, r"step: got shape \(3,\)"),
         (lambda: ops.fd_reduce(s, s[:1], s[:, 0], KEY), ValueError, r"below: got shape \(1, 3\)"),
