@@ -7,32 +7,28 @@ the CPU, with constants, and with closed forms.
 from __future__ import annotations
 
 import platform
-import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 import score_kernels
-from score_kernels.cli.selfcheck import bits, gpu, laws
-from score_kernels.cli.selfcheck.kit import Kit, NotHere
+from score_kernels.cli.selfcheck import parity, statistics
+from score_kernels.cli.selfcheck.context import CheckContext, Skipped
 
-__all__ = ["Check", "kit_of", "name_of", "only", "run", "selfcheck"]
+__all__ = ["Check", "name_of", "run", "selfcheck"]
 
-CHECKS = {**bits.CHECKS, **laws.CHECKS, **gpu.CHECKS}
-# Longer figures, the messages of errors, do not widen the table.
-_WIDEST = 60
+CHECKS = {**parity.CHECKS, **statistics.CHECKS}
 
 
 @dataclass(frozen=True)
 class Check:
-    """What came of one check.
+    """The result of one check.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         ok: whether it was as expected; None if it could not be run here.
         figure: what was found, or why the check failed or could not be run.
         expected: what the figure should be.
@@ -46,7 +42,7 @@ class Check:
     @property
     def result(self) -> str:
         """ok in words."""
-        return {True: "ok", False: "FAILED", None: "not here"}[self.ok]
+        return {True: "ok", False: "FAILED", None: "skipped"}[self.ok]
 
 
 def selfcheck(device: torch.device | str = "cpu", *, quick: bool = False) -> list[Check]:
@@ -54,53 +50,45 @@ def selfcheck(device: torch.device | str = "cpu", *, quick: bool = False) -> lis
 
     Bits, values, derivatives, statistics and closed forms, in the backend that serves the device,
     against the reference backend on the CPU. Under a minute on a CPU. An error within a check is
-    that check's failure; the rest goes on.
+    that check's failure, and the rest is run.
 
     Args:
         device: "cpu", "cuda" or one of several GPUs, "cuda:1".
         quick: a tenth of the numbers, in seconds.
 
     Returns:
-        The checks in the order they were run, those that cannot be run here included.
+        The checks in the order they were run, with those that cannot be run here.
 
     Raises:
         ValueError: there is no such device here, or a forced backend cannot serve it.
     """
-    return list(_each(kit_of(device, quick)))
+    return list(_results(_context(device, quick)))
 
 
 def run(device: str, *, quick: bool) -> int:
-    """The command: prints each check as it is done, then the table. Returns the exit code.
+    """The command: prints the table, each check as it is done. Returns the exit code.
 
     Raises:
         ValueError: as `selfcheck`.
     """
-    kit, start = kit_of(device, quick), time.perf_counter()
-    print(f"checking {kit.backend.name} on {kit.device}: {name_of(kit.device)}\n", flush=True)
+    context, start = _context(device, quick), time.perf_counter()
+    print(f"checking {context.backend.name} on {context.device}: {name_of(context.device)}\n")
+    row = f"{{:{max(map(len, CHECKS))}}}  {{:7}}  {{:36}}  {{}}".format
+    print(row("check", "result", "figure", "expected"), flush=True)
     done = []
-    # Without a terminal there is no bar.
-    for check in tqdm(_each(kit), total=len(CHECKS), desc="selfcheck", leave=False, disable=None):
-        done.append(check)
-        tqdm.write(f"{check.result:8}  {check.name}", file=sys.stdout)
-    print(f"\n{_table(done)}\n")
-    count = {ok: sum(check.ok is ok for check in done) for ok in (True, False, None)}
-    seconds = time.perf_counter() - start
-    print(f"{count[True]} ok, {count[False]} FAILED, {count[None]} not here, in {seconds:.0f} s")
-    return 1 if count[False] else 0
+    for check in _results(context):
+        done.append(check.result)
+        print(row(check.name, check.result, check.figure, check.expected).rstrip(), flush=True)
+    counts = ", ".join(f"{done.count(result)} {result}" for result in ("ok", "FAILED", "skipped"))
+    print(f"\n{counts}, in {time.perf_counter() - start:.0f} s")
+    return int("FAILED" in done)
 
 
-def only(kit: Kit, names: Collection[str]) -> list[Check]:
-    """Some of the checks, by name."""
-    return list(_each(kit, names))
-
-
-def _each(kit: Kit, names: Collection[str] = CHECKS.keys()) -> Iterator[Check]:
+def _results(context: CheckContext) -> Iterator[Check]:
     for name, check in CHECKS.items():
-        if name not in names:
-            continue
         try:
-            yield Check(name, *check(kit))
-        except NotHere as why:
+            yield Check(name, *check(context))
+        except Skipped as why:
             yield Check(name, None, str(why), "")
         except torch.cuda.OutOfMemoryError as error:
             yield Check(name, None, f"not enough memory: {_line(error)}", "")
@@ -112,8 +100,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def kit_of(device: torch.device | str, quick: bool) -> Kit:
-    """What checks on a device are given. Raises ValueError as `selfcheck`."""
+def _context(device: torch.device | str, quick: bool) -> CheckContext:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
@@ -131,10 +118,10 @@ def kit_of(device: torch.device | str, quick: bool) -> Kit:
         if index >= count:
             raise ValueError(f"device: got {str(device)!r}, expected cuda:0 to cuda:{count - 1}")
         found = torch.device("cuda", index)
-    kit = Kit(found, quick)
+    context = CheckContext(found, quick)
     # Refuses a forced backend that cannot serve the device.
-    _ = kit.backend
-    return kit
+    _ = context.backend
+    return context
 
 
 def name_of(device: torch.device) -> str:
@@ -147,13 +134,3 @@ def name_of(device: torch.device) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _table(checks: list[Check]) -> str:
-    rows = [("check", "result", "figure", "expected")]
-    rows += [(check.name, check.result, check.figure, check.expected) for check in checks]
-    widths = [max(len(row[i]) for row in rows if len(row[i]) <= _WIDEST) for i in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip()
-        for row in rows
-    )
