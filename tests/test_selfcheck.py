@@ -1,4 +1,4 @@
-"""Every check of the selfcheck command passes on every backend, and finds a kernel that is wrong."""
+"""Every check of selfcheck passes on every backend, and finds a kernel that is wrong."""
 
 from __future__ import annotations
 
