@@ -1,4 +1,4 @@
-"""The selfcheck command: it passes here, and says so when a kernel is wrong."""
+"""Every check of selfcheck passes on every backend, and finds a kernel that is wrong."""
 
 from __future__ import annotations
 
@@ -18,55 +18,63 @@ from score_kernels import ops
 from score_kernels.backends import choose
 from score_kernels.backends.compiled import native
 from score_kernels.cli.main import main
-from score_kernels.cli.selfcheck import CHECKS, bits, gpu, kit, selfcheck
-from score_kernels.cli.selfcheck.gpu import large_batch
-from score_kernels.cli.selfcheck.kit import CPU, Kit, NotHere
+from score_kernels.cli.selfcheck import CHECKS, parity, selfcheck, statistics
+from score_kernels.cli.selfcheck.context import (
+    ALPHA,
+    CPU,
+    DEVIATIONS,
+    STATISTICS,
+    CheckContext,
+    Skipped,
+)
 
 GPU_ONLY = ["CUDA graph", "another stream", "every GPU", "more than 2**31 elements"]
+# What the reference, which serves every CPU, is not compared with itself in.
+BY_ITSELF = [
+    "golden words and normals",
+    "batches in parts, thread counts",
+    "ten runs of every reduction",
+    *statistics.CHECKS,
+]
 needs_native = pytest.mark.skipif(not NATIVE, reason="needs the C++ kernels")
+QUICK = CheckContext(CPU, quick=True)
 
 
-def names(quick: bool = True, *, ok: bool | None) -> list[str]:
-    return [check.name for check in selfcheck(quick=quick) if check.ok is ok]
+@pytest.mark.parametrize("name", [name for name in CHECKS if name not in GPU_ONLY])
+@pytest.mark.parametrize("backend", ["reference", *FIBERS, *(["native"] if NATIVE else [])])
+def test_check(backend: str, name: str) -> None:
+    """The C++ kernels in every instruction set and in full."""
+    with on_backend(backend):
+        if backend == "reference" and name not in BY_ITSELF:
+            with pytest.raises(Skipped, match="the reference (itself )?serves"):
+                CHECKS[name](QUICK)
+        else:
+            ok, figure, expected = CHECKS[name](CheckContext(CPU, quick=backend != "native"))
+            assert ok, f"{figure}, expected {expected}"
 
 
 @needs_native
-def test_a_full_run_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     before = native.kernels.isa(), torch.get_num_threads(), choose(CPU, torch.float32)
     random = torch.random.get_rng_state()
-    assert main(["selfcheck"]) == 0
+    assert main(["selfcheck", "--quick"]) == 0
     captured = capsys.readouterr()
-    for word in (torch.__version__, "checking native on cpu", *native.kernels.isas()):
+    for word in (torch.__version__, "checking native on cpu", *native.kernels.isas(), *CHECKS):
         assert word in captured.out
-    # Each once as it is done and once in the table.
-    assert all(captured.out.count(name) >= 2 for name in CHECKS)
-    assert f"{len(CHECKS) - 4} ok, 0 FAILED, 4 not here" in captured.out
+    assert f"{len(CHECKS) - 4} ok, 0 FAILED, 4 skipped" in captured.out
     assert captured.err == ""
     assert (native.kernels.isa(), torch.get_num_threads(), choose(CPU, torch.float32)) == before
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
-@needs_native
 def test_what_cannot_be_run_is_not_ok() -> None:
-    checks = {check.name: check for check in selfcheck("cpu", quick=True)}
-    assert list(checks) == list(CHECKS)
-    assert [name for name, check in checks.items() if check.ok is None] == GPU_ONLY
-    assert all(checks[name].figure == "for GPUs only" for name in GPU_ONLY)
     with score_kernels.use_backend("reference"):
         checks = {check.name: check for check in selfcheck(quick=True)}
-    assert not any(check.ok is False for check in checks.values())
-    assert checks["kernels"].ok is None
+    assert list(checks) == list(CHECKS)
+    assert [name for name, check in checks.items() if check.ok] == BY_ITSELF
+    assert [name for name, check in checks.items() if check.ok is False] == []
+    assert all(checks[name].figure == "for GPUs only" for name in GPU_ONLY)
     assert checks["kernels"].figure == "the reference serves this device: it is forced"
-    assert checks["noise against the reference"].ok is None
-    assert checks["golden normals"].ok
-
-
-@pytest.mark.skipif(not FIBERS, reason="needs a C++ compiler")
-def test_the_cuda_kernels_pass_on_fibers() -> None:
-    with on_backend("fibers"):
-        checks = selfcheck(quick=True)
-    assert [check for check in checks if check.ok is False] == []
-    assert checks[0].figure == "fibers"
 
 
 def last_bit(out: Tensor) -> Tensor:
@@ -141,20 +149,16 @@ def planted(right: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "method, defect, caught",
     [
-        ("perturb", one_bit_off, ["sizes and alignments", "seeds, purposes, draws, samples"]),
-        ("perturb", draw_ignored, ["seeds, purposes, draws, samples"]),
-        ("fill", one_bit_off, ["golden normals", "batches in pieces"]),
-        ("fill", wide_normals, ["mean, variance, 4th moment", "Kolmogorov-Smirnov"]),
-        ("fill", repeating_draws, ["correlations of neighbours", "golden words"]),
-        ("table_step", first_step_only, ["steps from a table"]),
-        ("table_step", mask_forgotten, ["steps by lines, known elements", "annealed chain"]),
-        ("dsm_gradient", a_thousandth_off, ["its gradient, fp32, bf16, fp16"]),
-        ("dsm_loss", last_sample_forgotten, ["denoising loss", "training through dsm_loss"]),
-        (
-            "probe_sums",
-            a_thousandth_off,
-            ["probes, sliced and differences"],
-        ),
+        ("perturb", one_bit_off, ["keys, sizes and alignments", "batches in parts, thread counts"]),
+        ("perturb", draw_ignored, ["keys, sizes and alignments"]),
+        ("fill", one_bit_off, ["golden words and normals", "noise against the reference"]),
+        ("fill", wide_normals, ["moments and distribution"]),
+        ("fill", repeating_draws, ["correlations of neighbours", "golden words and normals"]),
+        ("table_step", first_step_only, ["updates, tables, known elements"]),
+        ("table_step", mask_forgotten, ["updates, tables, known elements", "annealed chain"]),
+        ("dsm_gradient", a_thousandth_off, ["denoising loss and gradient"]),
+        ("dsm_loss", last_sample_forgotten, ["denoising loss and gradient"]),
+        ("probe_sums", a_thousandth_off, ["probes, sliced and differences"]),
         ("probe_sums", unsteady, ["ten runs of every reduction"]),
         ("probe_shift", a_thousandth_off, ["probes, sliced and differences"]),
     ],
@@ -166,7 +170,8 @@ def test_a_planted_defect_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(native, method, defect(getattr(native, method)))
-    assert set(caught) <= set(names(ok=False))
+    for name in caught:
+        assert not CHECKS[name](QUICK)[0], name
 
 
 @needs_native
@@ -178,8 +183,7 @@ def test_a_wrong_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         right(*arguments[:8], 0.0, *arguments[9:])
 
     monkeypatch.setattr(native.kernels, "affine_step", noiseless)
-    found = names(ok=False)
-    assert {"updates, scores of 3 dtypes", "variance of Langevin dynamics"} <= set(found)
+    assert not CHECKS["updates, tables, known elements"](QUICK)[0]
 
 
 @needs_native
@@ -192,7 +196,7 @@ def test_an_error_is_a_failure_and_the_rest_goes_on(
     (row,) = (line for line in lines if line.startswith("training through dsm_loss"))
     assert "FAILED" in row and "RuntimeError: planted in two lines" in row
     assert any(line.startswith("sliced loss of a Gaussian") for line in lines)
-    assert "FAILED, 4 not here" in lines[-1]
+    assert "FAILED, 4 skipped" in lines[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -216,47 +220,40 @@ def test_unknown_devices_are_refused_by_name(
 
 def test_constants_are_the_golden_file_s() -> None:
     golden = json.loads((Path(__file__).parent / "data/golden.json").read_text())
-    for (shape, key, words, normals), case in zip(bits._GOLDEN, golden[2:4], strict=True):
-        count = shape[0] * shape[1]
-        assert score_kernels.NoiseKey(**case["key"]) == key
-        assert [int(word, 16) for word in words.split()] == case["words"][:count]
-        assert normals.split() == [
-            z.replace("0000000p", "p").replace("0p", "p") for z in case["normals"][:count]
-        ]
+    shape, key, words, normals = parity._GOLDEN
+    (case,) = (case for case in golden if score_kernels.NoiseKey(**case["key"]) == key)
+    count = shape[0] * shape[1]
+    assert [int(word, 16) for word in words.split()] == case["words"][:count]
+    want = [float.fromhex(z) for z in case["normals"][:count]]
+    assert [float.fromhex(z) for z in normals.split()] == want
 
 
 def test_the_statistics_share_one_level() -> None:
-    share = kit.ALPHA / kit.STATISTICS
-    assert kit.DEVIATIONS == pytest.approx(stats.norm.isf(share / 2), rel=1e-6)
-    assert kit.KOLMOGOROV == pytest.approx(stats.kstwobign.isf(share), rel=1e-6)
+    assert pytest.approx(stats.norm.isf(ALPHA / STATISTICS / 2), rel=1e-6) == DEVIATIONS
 
 
 @needs_native
-def test_what_only_a_gpu_runs_is_run_once_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, graphs = Kit(CPU), []
-    right = gpu.annealed_langevin
+def test_a_graph_is_asked_for_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+    right = parity.annealed_langevin
 
     def sampler(*arguments: Any, cuda_graph: bool, **keywords: Any) -> Tensor:
         graphs.append(cuda_graph)
         return right(*arguments, **keywords)
 
-    for name in GPU_ONLY:
-        with pytest.raises(NotHere, match="for GPUs only"):
-            CHECKS[name](here)
-    monkeypatch.setattr(gpu, "require_gpu", lambda kit: None)
-    with pytest.raises(NotHere, match="native serves this device, and cannot be captured"):
-        CHECKS["CUDA graph"](here)
+    monkeypatch.setattr(CheckContext, "require_gpu", lambda context: None)
+    with pytest.raises(Skipped, match="native serves this device, and cannot be captured"):
+        CHECKS["CUDA graph"](QUICK)
     monkeypatch.setattr(native, "capturable", True)
-    monkeypatch.setattr(gpu, "annealed_langevin", sampler)
-    assert CHECKS["CUDA graph"](here)[0] and graphs == [True, True, False, False]
-    assert CHECKS["another stream"](here)[0]
+    monkeypatch.setattr(parity, "annealed_langevin", sampler)
+    assert CHECKS["CUDA graph"](QUICK)[0] and {True, False} == set(graphs)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(NotHere, match="one GPU only"):
-        CHECKS["every GPU"](here)
+    with pytest.raises(Skipped, match="one GPU only"):
+        CHECKS["every GPU"](QUICK)
 
 
 def test_large_batches_are_looked_at_in_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert large_batch(CPU, 999, 136) == (True, "0 of 52,992 values differ", "none differ")
+    assert parity.large_batch(CPU, 999, 136) == (True, "0 of 52,992 values differ", "none differ")
     right = ops.normal
 
     def wraps(shape: Any, noise: Any, **options: Any) -> Tensor:
@@ -266,4 +263,4 @@ def test_large_batches_are_looked_at_in_places(monkeypatch: pytest.MonkeyPatch) 
         return out
 
     monkeypatch.setattr(ops, "normal", wraps)
-    assert not large_batch(CPU, 999, 136)[0]
+    assert not parity.large_batch(CPU, 999, 136)[0]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,6 @@ SCORES = (torch.float32, torch.bfloat16, torch.float16)
 # Every field counts, and samples carry into the counter's high word.
 TEST_KEY = NoiseKey(2**63 + 11, purpose=2, draw=17, first_sample=2**32 - 2)
 
-# Normals against the exact function of their words, absolute: the noise contract's bound.
-NORMAL = 2e-6
 # Relative norms of errors: fp32 sums and products against fp64, and the same with plain torch
 # operations in between, each of which rounds.
 FP32, FP32_CHAIN = 1e-6, 1e-5
@@ -113,7 +112,8 @@ class CheckContext:
 
 def differences(pairs: dict[str, tuple[list[Tensor], list[Tensor]]]) -> Finding:
     """Counts the values whose bits are not the expected ones, by name of who computed them."""
-    wrong, total = {}, 0
+    wrong: dict[str, int] = {}
+    total = 0
     for name, (got, want) in pairs.items():
         for g, w in zip(got, want, strict=True):
             if (g.shape, g.dtype) != (w.shape, w.dtype):
@@ -129,7 +129,9 @@ def differences(pairs: dict[str, tuple[list[Tensor], list[Tensor]]]) -> Finding:
 
 def within(*errors: tuple[float, float]) -> Finding:
     """Each error is at most its bound."""
-    found, bounds = (", ".join(f"{value:.1e}" for value in values) for values in zip(*errors))
+    found, bounds = (
+        ", ".join(f"{value:.1e}" for value in values) for values in zip(*errors, strict=True)
+    )
     return all(error <= bound for error, bound in errors), found, f"at most {bounds}"
 
 
@@ -148,16 +150,16 @@ def largest(values: Iterable[float]) -> float:
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN: freed memory could hold the right values of an earlier run."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    enabled = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    fill, enabled = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def randn(shape: tuple[int, ...], seed: int) -> Tensor:

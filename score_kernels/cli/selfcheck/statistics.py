@@ -46,18 +46,11 @@ def _distribution(context: CheckContext) -> Finding:
 
 
 def _correlations(context: CheckContext) -> Finding:
-    rows, (_, *key) = context.many(1000), TEST_KEY
-    other_seed = NoiseKey(TEST_KEY.seed + 1, purpose=key[0], draw=key[1], first_sample=key[2])
-    keys = (
-        TEST_KEY,
-        TEST_KEY.at(TEST_KEY.draw + 1),
-        TEST_KEY.for_purpose(TEST_KEY.purpose + 1),
-        other_seed,
-    )
-    z, *others = (
-        t.double()
-        for t in context.run(lambda d: [ops.normal((rows, 1000), k, device=d) for k in keys])
-    )
+    rows, first = context.many(1000), TEST_KEY.first_sample
+    keys = [TEST_KEY, TEST_KEY.at(TEST_KEY.draw + 1), TEST_KEY.for_purpose(TEST_KEY.purpose + 1)]
+    keys.append(NoiseKey(TEST_KEY.seed + 1, purpose=2, draw=TEST_KEY.draw, first_sample=first))
+    made = context.run(lambda device: [ops.normal((rows, 1000), k, device=device) for k in keys])
+    z, *others = (t.double() for t in made)
     pairs = [(z[1:], z[:-1]), (z[:, 1:], z[:, :-1]), *((z, other) for other in others)]
     return deviations(
         *(
