@@ -1,4 +1,4 @@
-"""The compiled backends: C++ on CPU tensors, CUDA C++ on CUDA tensors, over one binding.
+"""The compiled backends: C++ on CPUs and CUDA C++ on GPUs.
 
 A backend turns tensors into addresses and sizes for a module of kernels, ``score_kernels._cpu`` or
 ``score_kernels._cuda``, whose functions take the fields of the structs in csrc/args.h in order.

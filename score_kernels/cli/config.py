@@ -95,7 +95,7 @@ class Config:
 
 
 def load(path: str | os.PathLike[str]) -> Config:
-    """The settings of a TOML file; keys that it leaves out have their defaults.
+    """The settings of a TOML file, with defaults for missing keys.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -140,7 +140,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_toml(config: Config) -> str:
-    """The text of a file with these settings; every key with its meaning, unset ones commented."""
+    """Settings as TOML: every key with its meaning, unset ones commented."""
     lines = ["# Settings of `score-kernels train`. Every key may be left out.", ""]
     for section, table in vars(config).items():
         lines.append(f"[{section}]")

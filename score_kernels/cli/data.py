@@ -1,4 +1,4 @@
-"""Training data from disk: folders of images, NumPy files, IDX files (MNIST's format)."""
+"""Training data from image folders, NumPy and IDX (MNIST) files."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Data:
         return tuple(self.values.shape[1:])
 
     def scaled(self, rows: Tensor) -> Tensor:
-        """The samples of these indices (``[B]`` int64), scaled to [-1, 1]: float32 on the CPU."""
+        """Samples by index ``[B]`` int64, in [-1, 1], float32, on the CPU."""
         return self[rows.cpu()]
 
     def unscale(self, x: Tensor) -> Tensor:
-        """From [-1, 1] back to the stored range and type, rounded to the nearest and clamped.
+        """From [-1, 1] to the stored range and type, rounded and clamped.
 
         x is floating point of any shape and device, and the result has both; NaN is a ValueError.
         For integers with ``high - low <= 2**23`` ``unscale(scaled(rows))`` is ``values[rows]``.

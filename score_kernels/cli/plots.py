@@ -1,4 +1,4 @@
-"""Sheets of images and curves of a training, as PNG files. Needs Pillow and Matplotlib."""
+"""Sheets of images and loss curves; needs Pillow and Matplotlib."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def draw_losses(
     zero_network: float | None = None,
     held_out: tuple[Sequence[int], Sequence[float]] | None = None,
 ) -> None:
-    """The loss at every step and its running mean; logarithmic where all are above 0.
+    """The losses and their running mean, logarithmic where all are above 0.
 
     A line shows the loss of a network that always answers 0, and dots show held_out, the (steps,
     losses) on data that training does not see.
@@ -101,7 +101,7 @@ def draw_losses(
 
 
 def figure(width: float, height: float) -> Figure:
-    """A figure without pyplot: no window system, and none of the caller's plots are touched."""
+    """A figure without pyplot, which leaves the caller's plots alone."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")

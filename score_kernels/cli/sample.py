@@ -1,4 +1,4 @@
-"""The command ``sample``: from a checkpoint of ``train`` to any number of samples, in shards."""
+"""The command ``sample``: samples of a checkpoint, in shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards of samples on disk: an .npz each, or a folder of PNGs, written whole or not at all."""
+"""Shards of samples, .npz files or folders of PNGs, written atomically."""
 
 from __future__ import annotations
 

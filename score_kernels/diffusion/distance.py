@@ -1,4 +1,4 @@
-"""The largest distance between two samples, or bounds of it, from blocks of matrix products."""
+"""The largest distance between two samples, or bounds of it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def max_pairwise_distance(data: Tensor, *, progress: bool = False) -> float:
 def pairwise_distance_bounds(
     data: Tensor, *, points: int = 100, seed: int = 0, progress: bool = False
 ) -> tuple[float, float]:
-    """Bounds of the largest distance between two samples, from a few samples' distances.
+    """Bounds of the largest distance between two samples, from a few samples.
 
     With ``r_i`` the largest distance from sample i to any other, ``max_i r_i <= max_jk |x_j - x_k|
     <= 2 min_i r_i`` for any choice of samples i. The lower bound is the distance of a real pair:

@@ -1,4 +1,4 @@
-"""Networks of other forms as scores ``score(x, sigma)``, which losses, trainer and samplers call.
+"""Networks of other forms as scores ``score(x, sigma)``.
 
 The wrappers are modules with the parameters, devices and state dictionary (under ``net.``) of the
 network inside, to which keyword arguments beyond ``x`` and ``sigma`` (classes, say) are passed on.
@@ -52,7 +52,7 @@ _TO_SCORE: dict[str, _Map] = {
 
 
 def as_score(net: nn.Module, *, kind: str, schedule: SDE | DDPMSchedule | None = None) -> nn.Module:
-    """A network that predicts the noise, the clean sample, v or a score, as a score.
+    """A network that predicts noise, x0, v or score, as a score.
 
     Args:
         net: ``net(x, level, **conditions)``; returns x's shape, or an object that has it as

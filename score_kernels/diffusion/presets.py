@@ -13,7 +13,7 @@ __all__ = ["Preset", "preset", "presets"]
 
 @dataclass(frozen=True, eq=False)
 class Preset(Schedule):
-    """Published settings for images in [0, 1], with how the network was trained.
+    """Published settings of sampling and training for images in [0, 1].
 
     ``annealed_langevin(net, shape, p.sigmas, steps_per_level=p.steps_per_level,
     step_size=p.step_size)`` samples with the preset p. Its step_size is twice the published

@@ -1,4 +1,4 @@
-"""Noise levels and step sizes: given by hand, or computed from the data by NCSNv2's techniques.
+"""Noise levels and step sizes, chosen by hand or from the data.
 
 NCSNv2 is Song and Ermon, "Improved Techniques for Training Score-Based Generative Models" (2020,
 arXiv 2006.09011). Its technique 1 is `max_pairwise_distance`, 2 `sigma_ratio`, 4 `best_step_size`;
@@ -107,7 +107,7 @@ def edm_sigmas(
 
 
 def level_overlap(dim: int, ratio: float) -> float:
-    """Probability that a sample of one noise level looks like one of the next.
+    """Probability that noise of one level looks like that of the next.
 
     ``Phi(sqrt(2 D) (ratio - 1) + 3 ratio) - Phi(sqrt(2 D) (ratio - 1) - 3 ratio)``, Phi being the
     standard normal distribution function, D = dim the numbers in a sample, and ratio that of the
@@ -154,7 +154,7 @@ def sigma_ratio(dim: int, overlap: float = 0.5) -> float:
 
 
 def level_count(sigma_max: float, sigma_min: float, ratio: float) -> int:
-    """Number of geometric levels from sigma_max to sigma_min whose ratio is nearest to `ratio`.
+    """Number of geometric levels whose ratio is nearest to `ratio`.
 
     ``1 + round(log(sigma_max / sigma_min) / log(ratio))``, at least 2. From 50 to 0.01 with the
     ratio of overlap 0.5 in 3072 dimensions: 219.
@@ -165,7 +165,7 @@ def level_count(sigma_max: float, sigma_min: float, ratio: float) -> int:
 
 
 def variance_ratio(step_size: float, ratio: float, sigma_min: float, steps_per_level: int) -> float:
-    """Variance of a chain at the end of a noise level, divided by sigma_i^2.
+    """Variance of a chain after a noise level, divided by sigma_i^2.
 
     ``r = (1 - eta)^(2 T) (ratio^2 - f) + f``, ``f = 2 / (2 - eta)``, ``eta = step_size /
     (2 sigma_min^2)``, at every level and above 1: the chain comes from the level above with the
@@ -190,7 +190,7 @@ def variance_ratio(step_size: float, ratio: float, sigma_min: float, steps_per_l
 
 
 def best_step_size(ratio: float, sigma_min: float, steps_per_level: int) -> float:
-    """The step size whose variance at the end of each noise level is closest to the level's.
+    """The step size whose `variance_ratio` is closest to 1.
 
     Minimises ``|r - 1|`` over ``0 < eta < 1``, with r the `variance_ratio` at ``step_size =
     2 eta sigma_min^2``, to float64 rounding: technique 4. Returns the step size of the smallest
@@ -228,7 +228,7 @@ def suggest_schedule(
     network_calls: int | None = None,
     progress: bool = False,
 ) -> Schedule:
-    """Noise levels and a step size for some data, by the techniques of NCSNv2.
+    """Noise levels and a step size for data, by NCSNv2's techniques.
 
     ``print(suggest_schedule(data))`` says what was chosen and why. The techniques are rules of
     thumb for images (Song and Ermon 2020, arXiv 2006.09011).

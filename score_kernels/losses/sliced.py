@@ -1,4 +1,4 @@
-"""Sliced and exact score matching: losses that need only a differentiable score, no noisy data.
+"""Sliced and exact score matching, without noisy data.
 
 Both estimate ``E[ tr(grad s) + 1/2 ||s||^2 ]`` (Hyvarinen 2005).
 """

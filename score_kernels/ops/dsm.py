@@ -1,4 +1,4 @@
-"""Denoising score matching from a given score: noisy data and the loss, noise never stored."""
+"""Denoising score matching: noisy data, and the loss of a score."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def ddpm(
     variance: str = "small",
     **options: Unpack[Options],
 ) -> Tensor:
-    """Ancestral sampling of DDPM (Ho et al. 2020, arXiv 2006.11239, algorithm 2), all its steps.
+    """Ancestral DDPM, all timesteps (Ho et al. 2020, arXiv 2006.11239, algorithm 2).
 
     In DDPM's scale ``x <- (x - beta / sqrt(1 - abar) eps) / sqrt(1 - beta) + sqrt(v) z``, v the
     posterior's variance ("small") or beta ("large"), and no noise in the last step; in y::
@@ -66,7 +66,7 @@ def ddim(
     eta: float = 0.0,
     **options: Unpack[Options],
 ) -> Tensor:
-    """DDIM (Song, Meng and Ermon 2021, arXiv 2010.02502) over some of a schedule's levels.
+    """DDIM (Song, Meng and Ermon 2021, arXiv 2010.02502) over some timesteps.
 
     From sigma to sigma' with ``c = eta sigma' sqrt(1 - sigma'^2 / sigma^2)``::
 

@@ -1,4 +1,4 @@
-"""The engine of the samplers: a plan of affine steps ``x <- a x + b score + c z``, run as a chain.
+"""Runs plans of affine steps ``x <- a x + b score + c z``.
 
 The noise of step ``t`` of a chain is draw ``t`` of the chain's key, and rows are global samples
 ``first_sample + row``: a chain does not depend on how a batch is split or where it is resumed.
@@ -85,7 +85,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(slots=True)
 class Progress:
-    """The argument of a callback after each update step. One object serves a whole chain.
+    """The argument of a callback, one object for a whole chain.
 
     Attributes:
         step: index of the step just done, from 0 for the chain's first.

@@ -1,4 +1,4 @@
-"""A step of a chain as a CUDA graph: captured once, replayed for every step."""
+"""A chain's step as a CUDA graph, captured once and replayed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chains that diverge: noticed without waiting for the device at every step, and located."""
+"""Finds and locates the divergence of a chain."""
 
 from __future__ import annotations
 

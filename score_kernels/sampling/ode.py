@@ -92,7 +92,7 @@ def log_likelihood(
     first_sample: int = 0,
     progress: bool = False,
 ) -> Tensor:
-    """log p of samples at the smallest level, along the probability flow, in nats.
+    """log p of samples at the smallest level, in nats.
 
     ``log p(x) = log N(y_1; 0, prior_std^2) - int sigma tr(grad score(y, sigma)) dsigma`` over the
     flow from x at sigma_L to y_1 at sigma_1 (Song et al. 2021, arXiv 2011.13456, section 4.3), by

@@ -1,4 +1,4 @@
-"""Which samples a step of training sees: a pure function of (seed, step), so none of it is saved.
+"""The samples of a training step, a pure function of (seed, step).
 
 The epochs, each a permutation of the data, make one endless sequence, and step ``t`` takes its
 elements from ``t * batch_size`` on: every batch is full, and an epoch may end inside a batch.

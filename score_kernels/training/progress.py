@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a progress bar, and scalars for TensorBoard."""
+"""The progress bar of a training, and scalars for TensorBoard."""
 
 from __future__ import annotations
 

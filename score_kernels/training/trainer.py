@@ -1,4 +1,4 @@
-"""The trainer: score matching over noise levels with averaged weights; it survives being killed."""
+"""The trainer: score matching over noise levels with averaged weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SAVED = {
 
 
 class Trainer:
-    """Trains any score network by denoising or sliced score matching over noise levels.
+    """Trains any score network by denoising or sliced score matching.
 
     Every step is a pure function of the weights and (seed, step): its samples, noise levels, noise,
     and the seeds of torch's generators for dropout and augmentation. A training that was killed and
@@ -177,7 +177,7 @@ class Trainer:
 
     @property
     def losses(self) -> Tensor:
-        """The loss of every step so far, ``[step]`` float32. Waits for the device."""
+        """The losses of all steps, ``[step]`` float32; waits for the device."""
         if not self._pending:
             return self._losses
         losses = self.ranks.all_reduce(torch.stack(self._pending).float()).cpu() / self.ranks.size
@@ -208,7 +208,7 @@ class Trainer:
         callback: Callable[[Trainer], None] | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """Train until `steps` optimiser steps have been taken in all, earlier ones included.
+        """Train until `steps` optimiser steps are done, earlier ones included.
 
         Args:
             data: ``[N, ...]`` float32 tensor, a :class:`score_kernels.cli.data.Data` (any object

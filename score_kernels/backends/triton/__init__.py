@@ -1,4 +1,4 @@
-"""The kernels in Triton, for GPUs whose machine has no CUDA toolkit, and for AMD's and Intel's.
+"""The kernels in Triton: for AMD, Intel, or no CUDA toolkit.
 
 Tiles are fixed by the length of a row alone (`_geometry`); nothing is tuned at run time, and no
 argument that changes from step to step is specialised on, so that a chain compiles a kernel once.
@@ -43,7 +43,7 @@ def _search() -> str | None:
 
 
 class Triton(Reference):
-    """Triton on the tensors of a GPU, or on a CPU's in its interpreter (TRITON_INTERPRET=1)."""
+    """Triton on a GPU, or in its interpreter on a CPU (TRITON_INTERPRET=1)."""
 
     name = "triton"
     capturable = True
