@@ -131,6 +131,10 @@ def load(
     files = sorted(Path(name).as_posix() for name in found if not (path / name).is_dir())
     images = [name for name in files if Path(name).suffix.lower() in _IMAGE_SUFFIXES]
     if images:
+        if key is not None or channels is not None:
+            raise ValueError(
+                f"key, channels: got {key!r}, {channels!r} with {path}, a folder of images"
+            )
         return _load_images(path, images, len(files) - len(images), progress)
     training = [name for name in files if Path(name).name.startswith("train-images")]
     if len(training) != 1:
@@ -192,6 +196,8 @@ def _read_idx(path: Path, *, gzipped: bool) -> np.ndarray:
 def _channels_first(array: np.ndarray, channels: str | None) -> np.ndarray:
     """``[N, H, W]`` and ``[N, H, W, C]`` as ``[N, C, H, W]``."""
     if array.ndim != 4:
+        if channels is not None:
+            raise ValueError(f"channels: got {channels!r}, expected none with shape {array.shape}")
         return array[:, None] if array.ndim == 3 else array
     first, last = (array.shape[dim] in (1, 3, 4) for dim in (1, 3))
     if channels not in ("first", "last") and (channels is not None or (first and last)):

@@ -56,7 +56,8 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
         shown = progress and ranks.first
         about = read_about(path) if path.exists() else None
         if about and not resume:
-            raise FileExistsError(f"{path} exists; --resume it, or name another --out")
+            hint = "go on from it with --resume, or name another --out"
+            raise FileExistsError(f"{path} exists; {hint}")
         if settings.data.path is None:
             raise ValueError("data: got none, expected a path: --data PATH or path = in [data]")
         source = data.load(settings.data.path, key=settings.data.key, progress=shown)

@@ -36,7 +36,7 @@ FP32, FP32_CHAIN = 1e-6, 1e-5
 GRADIENT = {torch.float32: FP32, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Keys are fixed, so that a result stays. A correct generator would fail the statistics of one run
 # in a million if the keys were drawn anew; the tests of a run share that level.
-ALPHA, STATISTICS = 1e-6, 11
+ALPHA, STATISTICS = 1e-6, 12
 DEVIATIONS = -NormalDist().inv_cdf(ALPHA / STATISTICS / 2)
 
 

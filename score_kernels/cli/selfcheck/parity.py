@@ -93,7 +93,8 @@ def _keys_and_sizes(context: CheckContext) -> Finding:
 
 def _split(context: CheckContext) -> Finding:
     """Batches in parts, and the number of threads."""
-    shapes = [(8, 1), (8, 3), (8, 257), (8, 4096 + 7), (16, 3, 32, 32), (20_000, 2), (3, 50_003)]
+    shapes = [(8, 1), (8, 3), (8, 257), (8, 4096 + 7), (16, 3, 32, 32)]
+    shapes += [(context.many(20_000), 2), (3, context.many(50_003))]
     before = torch.get_num_threads()
 
     def make(device: torch.device, edges: Sequence[int | None], threads: int) -> list[Tensor]:

@@ -36,7 +36,7 @@ def _distribution(context: CheckContext) -> Finding:
     # E z^k and Var z^k = E z^2k - (E z^k)^2.
     found = [
         (float((z**k).mean()) - mean) * math.sqrt(count / variance)
-        for k, mean, variance in ((1, 0, 1), (2, 1, 2), (4, 3, 96))
+        for k, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96))
     ]
     below, rank = torch.special.ndtr(z), torch.arange(count, device=CPU).double() / count
     distance = float(torch.maximum(below - rank, rank + 1 / count - below).max())
