@@ -18,15 +18,8 @@ from score_kernels import ops
 from score_kernels.backends import choose
 from score_kernels.backends.compiled import native
 from score_kernels.cli.main import main
-from score_kernels.cli.selfcheck import CHECKS, parity, selfcheck, statistics
-from score_kernels.cli.selfcheck.context import (
-    ALPHA,
-    CPU,
-    DEVIATIONS,
-    STATISTICS,
-    CheckContext,
-    Skipped,
-)
+from score_kernels.cli.selfcheck import CHECKS, context, parity, selfcheck, statistics
+from score_kernels.cli.selfcheck.context import CPU, CheckContext, Skipped
 
 GPU_ONLY = ["CUDA graph", "another stream", "every GPU", "more than 2**31 elements"]
 # What the reference, which serves every CPU, is not compared with itself in.
@@ -239,7 +232,8 @@ def test_constants_are_the_golden_file_s() -> None:
 
 
 def test_the_statistics_share_one_level() -> None:
-    assert pytest.approx(stats.norm.isf(ALPHA / STATISTICS / 2), rel=1e-6) == DEVIATIONS
+    share = context.ALPHA / context.STATISTICS
+    assert pytest.approx(stats.norm.isf(share / 2), rel=1e-6) == context.DEVIATIONS
 
 
 @needs_native
