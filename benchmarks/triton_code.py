@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import sass
-from score_kernels.backends.triton import OPTIONS, SUM_TILE, TILE, TURNS, kernels
+from score_kernels.backends.triton import ITERATIONS, OPTIONS, SUM_TILE, TILE, kernels
 
 _THREADS = 32 * int(OPTIONS["num_warps"])
 F32, BF16, F16, I64, U8 = "*fp32", "*bf16", "*fp16", "*i64", "*u8"
@@ -32,12 +32,12 @@ class Kernel:
     @property
     def elements(self) -> int:
         """Elements that a thread handles."""
-        return 4 * self.quads * dict(self.constants).get("TURNS", 1) // _THREADS
+        return 4 * self.quads * dict(self.constants).get("ITERATIONS", 1) // _THREADS
 
     @property
     def quads(self) -> int:
         """Quads of a tile."""
-        return SUM_TILE if "TURNS" in dict(self.constants) else TILE
+        return SUM_TILE if "ITERATIONS" in dict(self.constants) else TILE
 
     @property
     def row(self) -> sass.Row:
@@ -61,7 +61,9 @@ def _loss(score: str, like: str) -> Kernel:
     pointers = (("partial", F32), ("score", score), ("sigma", F32))
     counterpart = f"loss_kernel<{like}, true>"
     function = kernels.dsm.squares_kernel
-    return Kernel(f"dsm loss {score[1:]}", function, pointers, (("TURNS", TURNS),), counterpart)
+    return Kernel(
+        f"dsm loss {score[1:]}", function, pointers, (("ITERATIONS", ITERATIONS),), counterpart
+    )
 
 
 def _gradient(score: str, like: str) -> Kernel:
@@ -75,7 +77,7 @@ def _probe(kind: str, noise: str) -> tuple[Kernel, ...]:
     scale, sums = kernels.ssm.scale_kernel, kernels.ssm.sums_kernel
     one, two = (("out", F32), ("factor", F32)), (("out", F32), ("x", F32), ("factor", F32))
     both = (("partial", F32), ("a", F32), ("b", F32))
-    made = (("KIND", kind), ("DIFFERENCES", False), ("TURNS", TURNS))
+    made = (("KIND", kind), ("DIFFERENCES", False), ("ITERATIONS", ITERATIONS))
     return (
         Kernel(
             f"probe scale {kind}",
@@ -141,7 +143,7 @@ KERNELS = (
     *_probe("rademacher", "RademacherMap"),
     Kernel(
         "normal",
-        kernels.fill.fill_kernel,
+        kernels.noise.fill_kernel,
         (("out", F32),),
         (("KIND", "normal"),),
         "fill_kernel<NormalMap, true, float>",

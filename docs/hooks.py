@@ -1,10 +1,10 @@
 """mkdocs hooks: links from pages to files outside docs/ work on the site as they do on GitHub.
 
-CONTRIBUTING.md and CHANGELOG.md become pages of the site. What a page says of the README is on the
-site's home. Any other file that a page links to, such as a header or an example, is copied to the
-site as it is. A link to a file that does not exist stays, and mkdocs reports it.
+CONTRIBUTING.md and CHANGELOG.md become pages of the site, and links to the README lead to its home.
+Any other file that a page links to, such as a header or an example, is copied to the site. A link
+to a file that does not exist stays, and mkdocs reports it.
 
-Lists that are numbered hold on GitHub what is indented by three, for mkdocs by four.
+The content of a numbered list is indented by three on GitHub, and by four for mkdocs.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def on_files(files: Files, config: Any) -> Files:
     linked = set()
     for file in files.documentation_pages():
         found = (match[2] for match in _LINK.finditer(file.content_string) if match[2])
-        places = (_place(link, file.src_uri) for link in found)
-        linked |= {place for place in places if place is not None and _is_source(place)}
-    for place in sorted(linked):
-        file = File.generated(config, f"{SOURCES}/{place}", abs_src_path=str(ROOT / place))
+        names = (_path_of(link, file.src_uri) for link in found)
+        linked |= {name for name in names if name is not None and _is_source(name)}
+    for name in sorted(linked):
+        file = File.generated(config, f"{SOURCES}/{name}", abs_src_path=str(ROOT / name))
         files.append(file)
     return files
 
@@ -49,15 +49,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Point links to where the site has their targets, and indent numbered lists for mkdocs."""
 
     def rewritten(match: re.Match[str]) -> str:
-        place = None if match[2] is None else _place(match[2], page.file.src_uri)
-        if place is None:
+        name = None if match[2] is None else _path_of(match[2], page.file.src_uri)
+        if name is None:
             return match[0]
-        if place.startswith("docs/"):
-            target = place.removeprefix("docs/")
-        elif place in PAGES:
-            target = PAGES[place]
-        elif _is_source(place):
-            target = f"{SOURCES}/{place}"
+        if name.startswith("docs/"):
+            target = name.removeprefix("docs/")
+        elif name in PAGES:
+            target = PAGES[name]
+        elif _is_source(name):
+            target = f"{SOURCES}/{name}"
         else:
             # mkdocs will say that it leads nowhere.
             return match[0]
@@ -74,7 +74,7 @@ def _indented(item: re.Match[str]) -> str:
     return item[1] + body + ("\n" if "\n\n" in body else "")
 
 
-def _place(link: str, src_uri: str) -> str | None:
+def _path_of(link: str, src_uri: str) -> str | None:
     """The file of the repository that a link of a page is to; None for addresses and anchors."""
     path = link.partition("#")[0]
     if not path or re.match(r"[a-z]+:", path):
@@ -83,5 +83,5 @@ def _place(link: str, src_uri: str) -> str | None:
     return posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
 
 
-def _is_source(place: str) -> bool:
-    return not place.startswith("docs/") and place not in PAGES and (ROOT / place).is_file()
+def _is_source(name: str) -> bool:
+    return not name.startswith("docs/") and name not in PAGES and (ROOT / name).is_file()

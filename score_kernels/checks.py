@@ -1,4 +1,4 @@
-"""Argument checks. Every message names the argument, what it got and what it expected."""
+"""Argument checks with messages ``name: got ..., expected ...``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Small score networks for demonstrations and tests.
 
 Both are called as ``net(x, sigma)``, x ``[B, ...]`` and sigma ``[B]`` float32, and return the score
-``grad_x log p_sigma(x)`` in x's shape. A sample never depends on the others of its batch.
+``grad_x log p_sigma(x)`` in x's shape. Samples of a batch do not depend on each other.
 """
 
 from __future__ import annotations
@@ -20,26 +20,21 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Soft
 class MLPScore(nn.Module):
     """Fully connected score network, for points and small images.
 
-    With `conditional` a network f of ``x / sqrt(sigma^2 + d^2)`` and an embedding of ``log sigma``
-    is added to the score of ``N(0, (sigma^2 + d^2) I)``, d being `data_std`:
+    With `conditional`, f being a network of ``x / sqrt(sigma^2 + d^2)`` and an embedding of
+    ``log sigma``, and d the standard deviation `data_std` of the data around 0:
 
         score(x, sigma) = -x / (sigma^2 + d^2) + f d / (sigma sqrt(sigma^2 + d^2))
 
     so that ``sigma score`` is of order one at every noise level (technique 3 of NCSNv2, Song and
     Ermon 2020, arXiv 2006.09011; scaling of Karras et al. 2022, arXiv 2206.00364). f is 0 before
-    training. Otherwise the score is ``f(x) / sigma``, as in NCSNv2.
+    training: the score of ``N(0, (sigma^2 + d^2) I)``. Otherwise ``f(x) / sigma``, as in NCSNv2.
 
     Args:
         dim: numbers in a sample, the product of ``x.shape[1:]``.
-        hidden: width of every hidden layer.
-        depth: number of hidden layers.
-        activation: "silu" or "softplus": smooth, so that sliced score matching can differentiate
-            twice.
+        hidden, depth: width and number of the hidden layers.
+        activation: "silu" or "softplus": smooth, as sliced score matching differentiates twice.
         conditional: whether sigma is an input of the network.
-        data_std: standard deviation of a number of the data around 0; not used otherwise.
-
-    Raises:
-        ValueError: a size or data_std is not positive, or the activation unknown.
+        data_std: d, above 0.
     """
 
     def __init__(
@@ -69,7 +64,6 @@ class MLPScore(nn.Module):
             _zero(self.last)
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score of x ``[B, ...]`` at noise levels sigma ``[B]``."""
         checks.sigma(sigma, x)
         flat = x.flatten(1)
         if flat.shape[1] != self.dim:
@@ -94,19 +88,16 @@ class MLPScore(nn.Module):
 class ConvScore(nn.Module):
     """Small U-Net for images of any height and width.
 
-    `levels` resolutions, each half the one before (rounded up), with one residual block of two 3x3
-    convolutions at each on the way down and on the way up, normalised over groups of 8 channels. An
+    Each of `levels` resolutions, half the one before (rounded up), has one residual block of two
+    3x3 convolutions on the way down and one on the way up, normalised over groups of 8 channels. An
     embedding of ``log sigma`` scales and shifts the channels of every block. Input and output are
-    scaled as in :class:`MLPScore`.
+    scaled with `data_std` as in :class:`MLPScore`.
 
     Args:
         channels: channels of the image.
         width: channels of the first resolution, a multiple of 8; each lower one has twice as many.
         levels: number of resolutions.
-        data_std: standard deviation of a number of the data around 0.
-
-    Raises:
-        ValueError: a size or data_std is not positive, or width not a multiple of 8.
+        data_std: as in :class:`MLPScore`.
     """
 
     def __init__(
@@ -119,20 +110,18 @@ class ConvScore(nn.Module):
         self.channels = channels
         self.data_std = data_std
         widths = [width * 2**i for i in range(levels)]
-        features = 2 * width
-        self.embed = _SigmaEmbedding(features)
+        self.embed = _SigmaEmbedding(2 * width)
         self.first = nn.Conv2d(channels, width, 3, padding=1)
-        self.down = nn.ModuleList(_ResidualBlock(w, w, features) for w in widths)
+        self.down = nn.ModuleList(_ResidualBlock(w, w, 2 * width) for w in widths)
         self.shrink = nn.ModuleList(
             nn.Conv2d(w, 2 * w, 3, stride=2, padding=1) for w in widths[:-1]
         )
-        self.up = nn.ModuleList(_ResidualBlock(3 * w, w, features) for w in reversed(widths[:-1]))
+        self.up = nn.ModuleList(_ResidualBlock(3 * w, w, 2 * width) for w in widths[-2::-1])
         self.norm = nn.GroupNorm(width // 8, width)
         self.last = nn.Conv2d(width, channels, 3, padding=1)
         _zero(self.last)
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score of x ``[B, channels, H, W]`` at noise levels sigma ``[B]``."""
         checks.sigma(sigma, x)
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(

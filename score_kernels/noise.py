@@ -28,7 +28,7 @@ Key = tuple[int, ...]
 
 
 class Purpose(enum.IntEnum):
-    """One constant per use of noise: one seed never feeds two uses. Part of the contract."""
+    """Constants of the contract, so that uses of one seed are independent."""
 
     USER = 0
     PRIOR = 1
@@ -48,7 +48,7 @@ class Purpose(enum.IntEnum):
 
 
 class NoiseKey(tuple[int, int, int, int]):
-    """Names a batch of noise: row ``n`` of the batch is global sample ``first_sample + n``.
+    """Names a batch of noise: row ``n`` is sample ``first_sample + n``.
 
     Immutable and hashable. Batches that share ``seed``, ``purpose`` and ``draw`` and whose samples
     overlap get the same noise for the samples they share; otherwise the noise is independent.
@@ -109,7 +109,7 @@ class NoiseKey(tuple[int, int, int, int]):
         return _new(NoiseKey, (seed, purpose, draw, first))
 
     def for_samples(self, first: int) -> NoiseKey:
-        """The same stream for a batch whose first row is global sample ``first``."""
+        """The same stream for a batch from global sample ``first`` on."""
         first = checks.unsigned("first_sample", first, 56)
         return _new(NoiseKey, (self[0], self[1], self[2], first))
 

@@ -259,9 +259,7 @@ def test_outputs_of_other_forms() -> None:
     with pytest.raises(TypeError, match=r"net: got tuple .*, expected a tensor, or an object"):
         as_score(Wrapped(lambda out: (out,)), kind="epsilon")(y, sigma)
     twice = as_score(Wrapped(lambda out: torch.cat([out, out], 1)), kind="epsilon")
-    with pytest.raises(
-        ValueError, match=r"kind: got 'epsilon' of .*\(2, 6\), expected .*\(2, 3\).*variances"
-    ):
+    with pytest.raises(ValueError, match=r"net: got .*\(2, 6\), expected .*\(2, 3\).*variances"):
         twice(y, sigma)
 
 

@@ -141,7 +141,7 @@ def test_replayed_chains_keep_what_is_known_and_scale_the_data(
         )
         assert torch.equal(got, want)
         assert torch.equal(got[:, 0], known[:, 0])
-        with pytest.raises(ValueError, match="cuda_graph: got True with steps that are more than"):
+        with pytest.raises(ValueError, match="cuda_graph: got True, expected steps of one call"):
             score_kernels.probability_flow(lambda x, _: -x, (5, 2), SIGMAS, cuda_graph=True)
 
 

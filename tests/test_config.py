@@ -40,14 +40,13 @@ def test_round_trip_and_every_key_is_in_the_text(tmp_path: Path) -> None:
 
 CASES: list[tuple[str, str]] = [
     ("[trainig]\nsteps = 3", r"\[trainig\] is unknown; did you mean training\?"),
-    ("[training]\nstesp = 3", r"stesp in \[training\] is unknown; did you mean steps\?"),
-    ("[data]\nzzz = 3", r"zzz in \[data\] is unknown; known are path, key"),
-    ("steps = 3", "steps is unknown|steps. is unknown"),
-    ("training = 3", r"training = 3, expected a section \[training\]"),
+    ("[training]\nstesp = 3", r"\[training\] stesp is unknown; did you mean steps\?"),
+    ("[data]\nzzz = 3", r"\[data\] zzz is unknown; known are path, key"),
+    ("steps = 3", r"\[steps\] is unknown"),
+    ("training = 3", r"got 3, expected a section \[training\]"),
     ("[training]\nsteps = 3.5", r"\[training\] steps: got 3.5, expected int"),
     ("[training]\nsteps = true", r"\[training\] steps: got True, expected int"),
     ("[training]\nlearning_rate = '1'", r"learning_rate: got '1', expected float"),
-    ("[training]\nlearning_rate = nan", "learning_rate: got nan, expected a finite number"),
     ("[training]\ncosine = 1", "cosine: got 1, expected bool"),
     ("[training]\nloss = 'mse'", "loss: got 'mse', expected one of dsm, ssm"),
     ("[noise]\nsigma_max = [1]", r"sigma_max: got \[1\], expected float"),
@@ -63,7 +62,7 @@ def test_what_is_refused_names_the_file_and_the_key(tmp_path: Path, text: str, w
 
 
 def test_a_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="config: got"):
+    with pytest.raises(FileNotFoundError, match="none.toml"):
         config.load(tmp_path / "none.toml")
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="no TOML"):

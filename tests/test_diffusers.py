@@ -227,12 +227,12 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="prediction_type: got 'other', expected one of"):
         score_of(net, DDPMScheduler(prediction_type="other"))
     learned = score_of(unet(predicted=2), DDPMScheduler(variance_type="learned_range"))
-    with pytest.raises(ValueError, match=r"kind: got 'epsilon' of .*\(2, 2, 8, 8\).*variances too"):
+    with pytest.raises(ValueError, match=r"net: got .*\(2, 2, 8, 8\).*variances too"):
         learned(torch.randn(2, 1, 8, 8), torch.ones(2))
     x = torch.randn(2, 1, 4, 4)
     for variance in ("learned", "learned_range", "fixed_large_log"):
         with pytest.raises(
-            ValueError, match=f"variance_type: got '{variance}', expected 'fixed_sm"
+            ValueError, match=f"variance_type: got '{variance}', expected one of 'fixed_sm"
         ):
             FusedDDPMScheduler(variance_type=variance).step(x, 3, x)
     with pytest.raises(ValueError, match="prediction_type: got 'other', expected"):

@@ -215,7 +215,6 @@ def bad(value: float) -> Tensor:
         (torch.zeros(3, 2, dtype=torch.uint8), TypeError, r"data: got dtype torch.uint8.*/ 255"),
         (torch.zeros(3, 2, dtype=torch.complex64), TypeError, "data: got dtype torch.complex64"),
         ([[0.0], [1.0]], TypeError, "data: got list"),
-        (torch.eye(3).to_sparse(), TypeError, "data: got layout"),
     ],
 )
 def test_wrong_data_is_named(function: Any, data: Any, error: type[Exception], match: str) -> None:

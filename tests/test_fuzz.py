@@ -227,15 +227,8 @@ target("ops.table_step_ by row", _table, "bits", **_step, table=table(None, 3), 
 target("ops.table_step_ known", _table, "bits", **_step, **_known, table=table(4, 5), step=_line)
 
 target("ops.perturb", ops.perturb, "bits", x=STATE, sigma=PER_SAMPLE, noise=KEY)
-target(
-    "ops.dsm_loss_from_score",
-    ops.dsm_loss_from_score,
-    "sums",
-    score=SCORE_VALUES,
-    sigma=PER_SAMPLE,
-    noise=KEY,
-    weight=maybe(PER_SAMPLE),
-)
+_dsm = {"score": SCORE_VALUES, "sigma": PER_SAMPLE, "noise": KEY, "weight": maybe(PER_SAMPLE)}
+target("ops.dsm_loss_from_score", ops.dsm_loss_from_score, "sums", **_dsm)
 _probe: dict[str, Any] = {"noise": KEY, "probe": PROBE}
 _reduce: dict[str, Any] = {**_probe, "variance_reduced": FLAG}
 _per_row = tensor(lambda batch: batch.values(batch.shape[:1]))
@@ -243,23 +236,10 @@ target("ops.probe_dot", ops.probe_dot, "sums", s=SCORE_VALUES, **_probe)
 target("ops.probe_scale", ops.probe_scale, "close", g=_per_row, shape=SHAPE, **_probe)
 target("ops.ssm_reduce", ops.ssm_reduce, "sums", g=SCORE_VALUES, s=SCORE_VALUES, **_reduce)
 target("ops.fd_pair", ops.fd_pair, "close", x=STATE, step=PER_SAMPLE, **_probe)
-target(
-    "ops.fd_reduce",
-    ops.fd_reduce,
-    "sums",
-    above=SCORE_VALUES,
-    below=SCORE_VALUES,
-    step=PER_SAMPLE,
-    **_reduce,
-)
-target(
-    "NoiseKey",
-    sk.NoiseKey,
-    seed=SEED,
-    purpose=integer(0, 255),
-    draw=integer(0, 9),
-    first_sample=integer(0, 9),
-)
+_pair = {"above": SCORE_VALUES, "below": SCORE_VALUES, "step": PER_SAMPLE}
+target("ops.fd_reduce", ops.fd_reduce, "sums", **_pair, **_reduce)
+_fields = {"purpose": integer(0, 255), "draw": integer(0, 9), "first_sample": integer(0, 9)}
+target("NoiseKey", sk.NoiseKey, seed=SEED, **_fields)
 
 
 def gaussian(x: Tensor, sigma: Tensor | None = None) -> Tensor:
@@ -271,49 +251,25 @@ def gaussian(x: Tensor, sigma: Tensor | None = None) -> Tensor:
 
 SCORE = one_of(gaussian, kind="function")
 _levels = ([2.0, 1.0, 0.5], [1.0], [50.0, 0.01], [3.0, 0.1])
+_kinds_of_levels = st.sampled_from([list, torch.tensor, np.array])
 LEVELS = drawn(
-    "levels",
-    st.builds(lambda kind, made: kind(made), st.sampled_from([list, torch.tensor, np.array]),
-              st.sampled_from(_levels)),
-)  # fmt: skip
+    "levels", st.builds(lambda kind, made: kind(made), _kinds_of_levels, st.sampled_from(_levels))
+)
 REDUCTION = one_of("mean", "sum", "none")
 LABELS = tensor(lambda batch: torch.zeros(batch.shape[0], dtype=torch.int64))
 
-for _name, _weighting in (("", number()), (" weighted", PER_SAMPLE)):
-    target(
-        f"dsm_loss{_name}",
-        sk.dsm_loss,
-        "close",
-        on=SMALL,
-        net=SCORE,
-        x=CLEAN,
-        sigmas=LEVELS,
-        seed=SEED,
-        weighting=_weighting,
-        labels=maybe(LABELS),
-        reduction=REDUCTION,
-        return_per_level=FLAG,
-    )
-for _name, _sigma in (("", maybe(number(0.1))), (" per sample", PER_SAMPLE)):
-    target(
-        f"sliced_score_loss{_name}",
-        sk.sliced_score_loss,
-        "close",
-        on=SMALL,
-        score=SCORE,
-        x=CLEAN,
-        seed=SEED,
-        probe=PROBE,
-        sigma=_sigma,
-        method=one_of("auto", "double_backward", "jvp", "finite_difference"),
-        reduction=REDUCTION,
-        probes=integer(1, 3),
-        fd_step=number(0.5),
-        variance_reduced=FLAG,
-    )
-target(
-    "exact_score_loss", sk.exact_score_loss, on=SMALL, score=SCORE, x=CLEAN, sigma=maybe(number(1))
-)
+_dsm = {"net": SCORE, "x": CLEAN, "sigmas": LEVELS, "seed": SEED, "labels": maybe(LABELS)}
+_dsm |= {"reduction": REDUCTION, "return_per_level": FLAG}
+target("dsm_loss", sk.dsm_loss, "close", on=SMALL, **_dsm, weighting=number())
+target("dsm_loss weighted", sk.dsm_loss, "close", on=SMALL, **_dsm, weighting=PER_SAMPLE)
+_ssm = {"score": SCORE, "x": CLEAN, "seed": SEED, "probe": PROBE, "reduction": REDUCTION}
+_ssm |= {"method": one_of("auto", "double_backward", "jvp", "finite_difference")}
+_ssm |= {"probes": integer(1, 3), "fd_step": number(0.5), "variance_reduced": FLAG}
+_ssm_loss = sk.sliced_score_loss
+target("sliced_score_loss", _ssm_loss, "close", on=SMALL, **_ssm, sigma=maybe(number(0.1)))
+target("sliced_score_loss per sample", _ssm_loss, "close", on=SMALL, **_ssm, sigma=PER_SAMPLE)
+_exact = {"score": SCORE, "x": CLEAN, "sigma": maybe(number(1))}
+target("exact_score_loss", sk.exact_score_loss, on=SMALL, **_exact)
 
 # What every sampler takes besides its own.
 OPTIONS: dict[str, Any] = {
@@ -344,55 +300,23 @@ def sampler(name: str, compare: str = "chain", **own: Parameter) -> None:
 _steps = integer(1, 5)
 _sde = {"sde": one_of(*SDES, kind="any"), "steps": _steps, "end": number(0.001, 0.5)}
 sampler("langevin", step_size=number(0.01), steps=integer(0, 4), sigma=maybe(number(0.1)))
-sampler(
-    "annealed_langevin",
-    sigmas=LEVELS,
-    step_size=number(1e-5, 1e-3),
-    steps_per_level=integer(1, 3),
-    denoise=FLAG,
-)
-sampler(
-    "consistent_annealed",
-    sigmas=one_of([1.0, 0.9, 0.8], kind="levels"),
-    step_size=number(0.5, 1.5),
-    denoise=FLAG,
-)
+_annealed = {"step_size": number(1e-5, 1e-3), "steps_per_level": integer(1, 3)}
+sampler("annealed_langevin", sigmas=LEVELS, denoise=FLAG, **_annealed)
+_sigmas = one_of([1.0, 0.9, 0.8], kind="levels")
+sampler("consistent_annealed", sigmas=_sigmas, step_size=number(0.5, 1.5), denoise=FLAG)
 sampler("euler_maruyama", **_sde, denoise=FLAG)
-sampler(
-    "predictor_corrector",
-    "close chain",
-    **_sde,
-    denoise=FLAG,
-    snr=number(0.05, 0.2),
-    corrector_steps=integer(1, 2),
-    predictor=one_of("reverse_diffusion", "ancestral", "euler_maruyama", None),
-    corrector=one_of("langevin", "ald", None),
-    corrector_first=FLAG,
-    batch_mean=FLAG,
-)
+_corrector = {"snr": number(0.05, 0.2), "corrector_steps": integer(1, 2), "batch_mean": FLAG}
+_corrector |= {"predictor": one_of("reverse_diffusion", "ancestral", "euler_maruyama", None)}
+_corrector |= {"corrector": one_of("langevin", "ald", None), "corrector_first": FLAG}
+sampler("predictor_corrector", "close chain", **_sde, **_corrector, denoise=FLAG)
 sampler("ddpm", schedule=one_of(CHAIN, kind="any"), variance=one_of("small", "large"))
 sampler("ddim", schedule=one_of(CHAIN, kind="any"), steps=integer(1, 20), eta=number(0.0, 1.0))
-sampler(
-    "probability_flow",
-    sigmas=LEVELS,
-    method=one_of("heun", "euler"),
-    churn=number(),
-    churn_noise=number(),
-    churn_range=one_of((0.0, math.inf), kind="any"),
-)
-target(
-    "log_likelihood",
-    sk.log_likelihood,
-    "close",
-    on=SMALL,
-    score=SCORE,
-    x=CLEAN,
-    sigmas=LEVELS,
-    probe=PROBE,
-    probes=integer(1, 3),
-    seed=SEED,
-    prior_std=number(0.1),
-)
+_churn = {"churn": number(), "churn_noise": number()}
+_churn |= {"churn_range": one_of((0.0, math.inf), kind="any")}
+sampler("probability_flow", sigmas=LEVELS, method=one_of("heun", "euler"), **_churn)
+_likelihood = {"score": SCORE, "x": CLEAN, "sigmas": LEVELS, "probe": PROBE, "seed": SEED}
+_likelihood |= {"probes": integer(1, 3), "prior_std": number(0.1)}
+target("log_likelihood", sk.log_likelihood, "close", on=SMALL, **_likelihood)
 
 
 class Net(torch.nn.Module):
@@ -414,42 +338,18 @@ def wrapper(name: str, first: str = "net", sigma: Parameter = PER_SAMPLE, **own:
     target(name, call, "close", on=SMALL, **inputs, **{first: net}, **own)
 
 
-_some_sde = one_of(None, *SDES, kind="any")
-wrapper(
-    "as_score",
-    kind=one_of("epsilon", "x0", "v", "score", "denoiser"),
-    schedule=one_of(None, *SDES, CHAIN, kind="any"),
-)
+_kinds = one_of("epsilon", "x0", "v", "score", "denoiser")
+wrapper("as_score", kind=_kinds, schedule=one_of(None, *SDES, CHAIN, kind="any"))
 wrapper("unconditional")
 wrapper("by_sigma", divide=FLAG)
-wrapper(
-    "by_label",
-    sigma=tensor(
-        lambda batch: torch.full(batch.shape[:1], batch.draw(st.sampled_from([1.0, 3.0])))
-    ),
-    sigmas=one_of([2.0, 1.0], kind="levels"),
-    divide=FLAG,
-)
-wrapper(
-    "classifier_free",
-    "score",
-    scale=number(),
-    cond=one_of({}, kind="any"),
-    uncond=one_of({}, kind="any"),
-)
+_ones = tensor(lambda batch: torch.ones(batch.shape[:1]))
+wrapper("by_label", sigma=_ones, sigmas=one_of([2.0, 1.0], kind="levels"), divide=FLAG)
+_empty = one_of({}, kind="any")
+wrapper("classifier_free", "score", scale=number(), cond=_empty, uncond=_empty)
 _names = one_of("epsilon", "x0", "v", "score")
-target(
-    "convert",
-    sk.convert,
-    "close",
-    on=SMALL,
-    value=STATE,
-    y=CLEAN,
-    sigma=PER_SAMPLE,
-    source=_names,
-    target=_names,
-    schedule=_some_sde,
-)
+_values = {"value": STATE, "y": CLEAN, "sigma": PER_SAMPLE, "source": _names, "target": _names}
+_schedule = one_of(None, *SDES, kind="any")
+target("convert", sk.convert, "close", on=SMALL, **_values, schedule=_schedule)
 _shares = tensor(lambda batch: torch.linspace(0, 1, 4))
 target("slerp_noise", sk.slerp_noise, "close", on=SMALL, a=STATE, b=CLEAN, shares=_shares)
 
@@ -464,24 +364,12 @@ target("level_count", sk.level_count, **_ends, ratio=_ratio)
 target("best_step_size", sk.best_step_size, **_best)
 target("variance_ratio", sk.variance_ratio, **_best, step_size=number(1e-6, 1e-4))
 target("max_pairwise_distance", sk.max_pairwise_distance, data=STATE)
-target(
-    "pairwise_distance_bounds",
-    sk.pairwise_distance_bounds,
-    data=STATE,
-    points=integer(1, 9),
-    seed=SEED,
-)
-target(
-    "suggest_schedule",
-    sk.suggest_schedule,
-    data=STATE,
-    sigma_min=maybe(number(0.001, 0.1)),
-    sigma_max=maybe(number(0.5, 50.0)),
-    levels=maybe(_count),
-    overlap=maybe(number(0.1, 0.9)),
-    steps_per_level=maybe(integer(1, 9)),
-    network_calls=maybe(integer(1, 900)),
-)
+_bounds = {"data": STATE, "points": integer(1, 9), "seed": SEED}
+target("pairwise_distance_bounds", sk.pairwise_distance_bounds, **_bounds)
+_wishes = {"sigma_min": maybe(number(0.001, 0.1)), "sigma_max": maybe(number(0.5, 50.0))}
+_wishes |= {"levels": maybe(_count), "overlap": maybe(number(0.1, 0.9))}
+_wishes |= {"steps_per_level": maybe(integer(1, 9)), "network_calls": maybe(integer(1, 900))}
+target("suggest_schedule", sk.suggest_schedule, data=STATE, **_wishes)
 target("preset", sk.preset, name=one_of(*sk.presets()))
 target("presets", sk.presets)
 target("backends", sk.backends)
@@ -505,21 +393,13 @@ def trainer(net: Any, sigmas: Any, **settings: Any) -> sk.Trainer:
     return sk.Trainer(net, sigmas, torch.optim.SGD(parameters, 0.1), **settings)
 
 
-target(
-    "Trainer",
-    trainer,
-    net=one_of(torch.nn.Linear(2, 2), kind="function"),
-    sigmas=LEVELS,
-    batch_size=maybe(integer(1, 9)),
-    accumulate=maybe(one_of(1, kind="integer")),
-    ema_decay=maybe(number(0.0, 0.99)),
-    clip_norm=maybe(number(0.1)),
-    warmup_steps=maybe(integer(0, 9)),
-    precision=maybe(one_of("float32", "bfloat16")),
-    weighting=maybe(number()),
-    loss=maybe(one_of("dsm", "ssm")),
-    seed=maybe(SEED),
-)
+_settings = {"batch_size": integer(1, 9), "accumulate": one_of(1, kind="integer")}
+_settings |= {"ema_decay": number(0.0, 0.99), "clip_norm": number(0.1), "seed": SEED}
+_settings |= {"warmup_steps": integer(0, 9), "precision": one_of("float32", "bfloat16")}
+_settings |= {"weighting": number(), "loss": one_of("dsm", "ssm")}
+_net = one_of(torch.nn.Linear(2, 2), kind="function")
+_optional = {name: maybe(setting) for name, setting in _settings.items()}
+target("Trainer", trainer, net=_net, sigmas=LEVELS, **_optional)
 
 # Public names that are no functions: what holds results, options or other functions.
 NOT_CALLED = {"Schedule", "ops", "Options", "Progress", "SDE"}

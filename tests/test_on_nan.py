@@ -47,7 +47,7 @@ def test_level_step_and_sample_are_named(step: int, value: float) -> None:
     sigma = f"{float(SIGMAS[step // 3]):g}"
     message = (
         rf"x: sample {2**40 + 3} is not finite after step {step} \(level {step // 3}, sigma = "
-        rf"{sigma}\), 1 of 5 samples in all; the score is not finite, from a state of up"
+        rf"{sigma}\): the score is not finite"
     )
     with pytest.raises(FloatingPointError, match=message.replace("+", r"\+")):
         sampler(Faulty(step, value=value), first_sample=2**40)
@@ -59,9 +59,7 @@ def test_the_denoising_is_checked() -> None:
 
 
 def test_a_step_too_large_is_called_so() -> None:
-    with pytest.raises(
-        FloatingPointError, match="step 1[0-9]*.*the step is too large, from a state"
-    ):
+    with pytest.raises(FloatingPointError, match="step 1[0-9]*.*: the step is too large"):
         sk.langevin(lambda x: -x, (2, 2), step_size=1e3, steps=40, seed=0)
 
 
@@ -154,5 +152,5 @@ def test_wrong_input_is_named(options: dict[str, Any], message: str) -> None:
 def test_a_start_that_is_not_finite_is_named() -> None:
     start = torch.zeros(4, 2)
     start[2, 1] = math.nan
-    with pytest.raises(ValueError, match="shape_or_init: got a state that is not finite in 1 of 4"):
+    with pytest.raises(ValueError, match="shape_or_init: got sample 2 not finite"):
         sk.langevin(lambda x: -x, start, step_size=0.1, steps=3)

@@ -394,7 +394,7 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: sk.log_likelihood(gaussian, torch.ones(2, 3), LEVELS, probes=300), "probes: got 300"),
     (lambda: sk.predictor_corrector(gaussian, (2, 3), VP(), steps=5),
      "steps: got 5, in which beta h reaches 4; expected it below 1, at least 20 steps"),
-    (lambda: SAMPLERS["heun"](gaussian, (2, 3), known=torch.ones(2, 3)), "mask: got none"),
+    (lambda: SAMPLERS["heun"](gaussian, (2, 3), known=torch.ones(2, 3)), "mask: got NoneType"),
     (lambda: SAMPLERS["heun"](gaussian, (2, 3), known=torch.ones(2, 3), mask=torch.ones(2, 3)),
      "mask: got dtype torch.float32"),
     (lambda: SAMPLERS["heun"](gaussian, (2, 3), known=torch.ones(2, 4),

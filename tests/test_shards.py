@@ -290,10 +290,10 @@ def test_a_stopped_run_makes_no_shard_twice(
     with monkeypatch.context() as patch:
         draw = sample.draw_samples
 
-        def stop(*arguments: Any, first: int, **options: Any) -> Tensor:
-            if first == 132:
+        def stop(*arguments: Any, first_sample: int, **options: Any) -> Tensor:
+            if first_sample == 132:
                 raise KeyboardInterrupt
-            return draw(*arguments, first=first, **options)
+            return draw(*arguments, first_sample=first_sample, **options)
 
         patch.setattr(sample, "draw_samples", stop)
         assert run(path, out, format=kind) == 130
@@ -336,10 +336,6 @@ def test_other_settings_are_refused(
     assert "settings: checkpoint_sha256 was " in refused(other)
     manifest = out / "manifest.json"
     text = manifest.read_text()
-    for broken in (text[:-40], ""):
-        manifest.write_text(broken)
-        before = digests(out)
-        assert "manifest.json: no manifest" in refused()
     manifest.write_text(text.replace(torch.__version__, "1.0"))
     before = digests(out)
     assert f"settings: torch was 1.0 and is {torch.__version__}" in refused()

@@ -32,7 +32,7 @@ def test_costs_little_more_than_cuda(kernel: Kernel, arch: str) -> None:
     function, _, metadata = built(kernel, arch)
     assert not sass.faults(function)
     # The last stage of a sum goes from warp to warp by shared memory, eight bytes each.
-    assert metadata.shared <= (32 if "TURNS" in dict(kernel.constants) else 0)
+    assert metadata.shared <= (32 if "ITERATIONS" in dict(kernel.constants) else 0)
     ours, cuda = kernel.cost(arch).instructions, kernel.row.cost(arch).instructions
     assert ours <= BUDGET * cuda, f"{ours:.1f} against {cuda:.1f} instructions per element"
 

@@ -1,4 +1,4 @@
-"""The backends: CUDA C++, C++ on CPUs, Triton, plain torch; and the choice between them."""
+"""The backends, and the choice between them."""
 
 from score_kernels.backends.registry import Backend, backends, choose, use_backend
 

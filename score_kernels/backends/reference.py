@@ -1,4 +1,4 @@
-"""Every op in plain torch: the truth the kernels are tested against, and the fallback everywhere.
+"""Every op in plain torch: the kernels' reference and fallback.
 
 It gives the contract's bits without an fma: noise is computed in fp64 with every step rounded to
 fp32, which csrc/noise.h's coefficients make exact, and the fp32 update emulates fma exactly. An
@@ -54,7 +54,7 @@ class Reference:
         return None
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why the backend cannot serve a state of this device and dtype, or None."""
+        """Why the backend cannot serve this device and dtype, or None."""
         return None
 
     def describe(self) -> str:

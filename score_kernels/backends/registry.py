@@ -26,7 +26,7 @@ cpu_float32: Backend | None = None
 
 
 def backends() -> dict[str, str]:
-    """Every backend by name, with what it is, or why it is not available here."""
+    """Every backend by name, with its description or why it is unavailable."""
     return {
         name: f"unavailable: {why}" if (why := backend.unavailable()) else backend.describe()
         for name, backend in _BACKENDS.items()
@@ -34,7 +34,7 @@ def backends() -> dict[str, str]:
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for a state of this device and dtype: the forced one, else the best.
+    """The backend for a device and dtype, forced or the best.
 
     Raises:
         ValueError: a forced backend cannot serve it.
@@ -74,7 +74,7 @@ def _force(name: str | None) -> None:
 
 
 class use_backend:
-    """Force a backend by name, for the whole process, or choose by device again with ``None``.
+    """Force a backend in the whole process; ``None`` chooses by device again.
 
     As a call it stays in force; as a context manager it ends with the block::
 

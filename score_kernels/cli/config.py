@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +28,7 @@ def _key(default: Any, words: str, *choices: str) -> Any:
 class DataConfig:
     """Where the training data are."""
 
-    path: str | None = _key(
-        None, "folder of images, .npy, .npz or IDX file; or --data on the command line"
-    )
+    path: str | None = _key(None, "folder of images, .npy, .npz or IDX file (--data)")
     key: str | None = _key(None, "which array of an .npz that holds several")
 
 
@@ -56,9 +52,7 @@ class NoiseConfig:
     sigma_min: float | None = _key(None, "smallest level; not set: a hundredth of the range")
     levels: int | None = _key(None, "their number; not set: from the overlap of neighbours")
     steps_per_level: int = _key(5, "Langevin steps at each level")
-    step_size: float | None = _key(
-        None, "epsilon of x + (a/2) s + sqrt(a) z at the smallest level; not set: technique 4"
-    )
+    step_size: float | None = _key(None, "alpha at the smallest level; not set: technique 4")
 
 
 @dataclass(frozen=True)
@@ -75,9 +69,7 @@ class TrainingConfig:
     clip_norm: float = _key(1.0, "largest norm of the gradient; 0 for none")
     ema_decay: float = _key(0.999, "of the averaged weights")
     ema_warmup: bool = _key(True, "average over less at the start")
-    precision: str = _key(
-        "float32", "of the network under autocast", "float32", "bfloat16", "float16"
-    )
+    precision: str = _key("float32", "under autocast", "float32", "bfloat16", "float16")
     seed: int = _key(0, "decides everything random, 0 to 2^63 - 1")
     device: str = _key("cpu", "cpu, cuda, cuda:1, ...")
     save_every: int = _key(1000, "steps between checkpoints")
@@ -103,57 +95,58 @@ class Config:
 
 
 def load(path: str | os.PathLike[str]) -> Config:
-    """The settings of a TOML file; keys that it leaves out have their defaults.
+    """The settings of a TOML file, with defaults for missing keys.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no TOML, or a key is unknown (the closest known one is named), of
-            the wrong type, or not among its choices.
+        ValueError: it is no TOML, or a key is unknown, of the wrong type or not among its choices.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config: got {path}, expected a file")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"config {path}: no TOML ({error})") from error
     return from_dict(tables, str(path))
 
 
 def from_dict(tables: dict[str, Any], source: str) -> Config:
     """Settings from nested dictionaries, checked as :func:`load` does; source is for messages."""
-    defaults, sections = vars(Config()), {}
-    for name, table in tables.items():
-        _check_known(f"config {source}: [{name}]", name, defaults)
+    config = Config()
+    for section, table in tables.items():
+        where = f"config {source}: [{section}]"
+        _check_known(where, section, vars(config))
         if not isinstance(table, dict):
-            raise ValueError(f"config {source}: {name} = {table!r}, expected a section [{name}]")
-        keys = {key.name: key for key in dataclasses.fields(defaults[name])}
-        checked = {}
-        for key, value in table.items():
-            _check_known(f"config {source}: {key} in [{name}]", key, keys)
-            checked[key] = _checked(f"config {source}: [{name}] {key}", keys[key], value)
-        sections[name] = dataclasses.replace(defaults[name], **checked)
-    return Config(**sections)
+            raise ValueError(f"{where}: got {table!r}, expected a section [{section}]")
+        keys = {key.name: key for key in fields(getattr(config, section))}
+        values = {}
+        for name, value in table.items():
+            _check_known(f"{where} {name}", name, keys)
+            # Annotations are strings here: "int", "float | None", ...
+            wanted, choices = str(keys[name].type).split(" | ")[0], keys[name].metadata["choices"]
+            value = float(value) if wanted == "float" and type(value) is int else value
+            if type(value).__name__ != wanted or (choices and value not in choices):
+                expected = f"one of {', '.join(choices)}" if choices else wanted
+                raise ValueError(f"{where} {name}: got {value!r}, expected {expected}")
+            values[name] = value
+        config = replace(config, **{section: replace(getattr(config, section), **values)})
+    return config
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The inverse of :func:`from_dict`; keys that are not set are left out."""
     return {
         section: {key: value for key, value in table.items() if value is not None}
-        for section, table in dataclasses.asdict(config).items()
+        for section, table in asdict(config).items()
     }
 
 
 def to_toml(config: Config) -> str:
-    """The text of a file with these settings; every key with its meaning, unset ones commented."""
+    """Settings as TOML: every key with its meaning, unset ones commented."""
     lines = ["# Settings of `score-kernels train`. Every key may be left out.", ""]
     for section, table in vars(config).items():
         lines.append(f"[{section}]")
-        for key in dataclasses.fields(table):
-            value, choices = getattr(table, key.name), key.metadata["choices"]
-            lines.append(
-                "# " + key.metadata["words"] + (f" ({', '.join(choices)})" if choices else "")
-            )
+        for key in fields(table):
+            value, choices = getattr(table, key.name), ", ".join(key.metadata["choices"])
+            lines.append(f"# {key.metadata['words']}" + (f" ({choices})" if choices else ""))
             # A JSON string, number or truth value is TOML's too.
             text = f"{key.name} = {json.dumps(value, ensure_ascii=False)}"
             lines.append(text if value is not None else f"# {key.name} =")
@@ -166,17 +159,3 @@ def _check_known(where: str, name: str, known: Iterable[str]) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         raise ValueError(f"{where} is unknown; {hint}")
-
-
-def _checked(where: str, key: dataclasses.Field, value: Any) -> Any:
-    # Annotations are strings here: "int", "float | None", ...
-    wanted, choices = str(key.type).split(" | ")[0], key.metadata["choices"]
-    if wanted == "float" and type(value) is int:
-        value = float(value)
-    if type(value).__name__ != wanted:
-        raise ValueError(f"{where}: got {value!r}, expected {wanted}")
-    if wanted == "float" and not math.isfinite(value):
-        raise ValueError(f"{where}: got {value}, expected a finite number")
-    if choices and value not in choices:
-        raise ValueError(f"{where}: got {value!r}, expected one of {', '.join(choices)}")
-    return value

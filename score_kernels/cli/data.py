@@ -1,4 +1,4 @@
-"""Training data from disk: folders of images, NumPy files, IDX files (MNIST's format)."""
+"""Training data from image folders, NumPy and IDX (MNIST) files."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from tqdm.auto import tqdm
 __all__ = ["Data", "load"]
 
 # A fixed list, so that what a folder holds does not depend on Pillow's version.
-_IMAGE_SUFFIXES = {
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".webp"),
-    *(".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm"),
-}
+_IMAGE_SUFFIXES = set(
+    ".png .apng .jpg .jpeg .jpe .jfif .bmp .dib .gif .webp .tif .tiff .pbm .pgm .ppm .pnm".split()
+)
 # The third byte of an IDX file is the type of its elements, stored big-endian.
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+# Types that are kept as another one: torch supports wide unsigned integers only in part.
+_KEPT = {"b1": "u1", "u2": "i4", "u4": "i8", "u8": "i8", "f2": "f4", "f8": "f4"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
     """Samples in memory in their stored type; a map-style data set.
 
-    With ``m = (low + high) / 2`` and ``h = (high - low) / 2``, a network sees
-    ``clamp((value - m) / h, -1, 1)`` in float32, which ``data[i]`` is for sample i, and `unscale`
-    is the way back.
+    ``data[i]``, what a network sees of sample i, is ``clamp((value - m) / h, -1, 1)`` in float32
+    with ``m = (low + high) / 2`` and ``h = (high - low) / 2``; `unscale` is the inverse.
 
     Attributes:
         values: ``[N, ...]`` on the CPU, images as ``[N, C, H, W]``: uint8, int8, int16, int32,
@@ -49,16 +49,15 @@ class Data:
     names: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"Data({len(self)} samples of shape {self.shape}, {self.values.dtype}, "
-            f"{self.low:g} to {self.high:g}, from {self.source})"
-        )
+        kind = f"{len(self)} samples of shape {self.shape}, {self.values.dtype}"
+        return f"Data({kind}, {self.low:g} to {self.high:g}, from {self.source})"
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self._scale(self.values[index])
+    def __getitem__(self, index: int | Tensor) -> Tensor:
+        wide, middle, half = self._scaling()
+        return self.values[index].to(wide).sub_(middle).div_(half).clamp_(-1, 1).float()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,18 +65,14 @@ class Data:
         return tuple(self.values.shape[1:])
 
     def scaled(self, rows: Tensor) -> Tensor:
-        """The samples of these indices (``[B]`` int64), scaled to [-1, 1]: float32 on the CPU."""
-        return self._scale(self.values.index_select(0, rows.cpu()))
+        """Samples by index ``[B]`` int64, in [-1, 1], float32, on the CPU."""
+        return self[rows.cpu()]
 
     def unscale(self, x: Tensor) -> Tensor:
-        """From [-1, 1] back to the stored range and type; what is outside is clamped.
+        """From [-1, 1] to the stored range and type, rounded and clamped.
 
-        x is floating point of any shape and device, and the result has both. Integers are rounded
-        to the nearest; ``unscale(scaled(rows))`` is ``values[rows]`` to the bit for integers with
-        ``high - low <= 2**23``, so for 8- and 16-bit pixels.
-
-        Raises:
-            ValueError: x holds NaN.
+        x is floating point of any shape and device, and the result has both; NaN is a ValueError.
+        For integers with ``high - low <= 2**23`` ``unscale(scaled(rows))`` is ``values[rows]``.
         """
         if bool(x.isnan().any()):
             raise ValueError("x: got NaN, expected numbers")
@@ -85,10 +80,6 @@ class Data:
         x = (x.detach().to(wide) * half + middle).clamp_(self.low, self.high)
         dtype = self.values.dtype
         return x.to(dtype) if dtype.is_floating_point else x.round_().to(dtype)
-
-    def _scale(self, values: Tensor) -> Tensor:
-        wide, middle, half = self._scaling()
-        return values.to(wide).sub_(middle).div_(half).clamp_(-1, 1).float()
 
     def _scaling(self) -> tuple[torch.dtype, float, float]:
         # For 8 bits float32 is as good as exact, and on every device.
@@ -105,27 +96,22 @@ def load(
 ) -> Data:
     """Read training data into memory.
 
-    - **A folder of images**, with its subfolders, sorted by relative path (code points, with "/").
-      Read are files named .png, .apng, .jpg, .jpeg, .jpe, .jfif, .bmp, .dib, .gif, .webp, .tif,
-      .tiff, .pbm, .pgm, .ppm or .pnm in any case; other files are counted in `Data.source`, and
-      names that begin with a dot are skipped. All images have one size and one kind: 8-bit grey
-      (1-bit too, as 0 and 255) or RGB (palettes too) become uint8 ``[N, 1 or 3, H, W]``, 16-bit
-      grey becomes int32. Pillow reads them: the first frame, colours in 8 bits, turned upright by
-      their EXIF orientation. Transparency, CMYK and other modes are errors. Needs Pillow
-      (``pip install score-kernels[images]``).
+    - **A folder of images** (png, apng, jpg, jpeg, jpe, jfif, bmp, dib, gif, webp, tif, tiff, pbm,
+      pgm, ppm, pnm) with its subfolders, sorted by relative path; hidden files are skipped. All
+      have one size and kind: 8-bit grey (1-bit too, as 0 and 255) or RGB (palettes too) become
+      uint8 ``[N, 1 or 3, H, W]``, 16-bit grey becomes int32; transparency, CMYK and other modes are
+      errors. Pillow (``pip install score-kernels[images]``) reads the first frame, turned upright.
     - **.npy**, or **.npz** with one array or with `key` to choose one. Pickles are never read.
-    - **IDX**, the format of MNIST and Fashion-MNIST, plain or gzipped. Files are known by their
-      first bytes, not by their names.
+    - **IDX**, the format of MNIST, plain or gzipped. Arrays are known by their first bytes.
     - **A folder without images** with exactly one file named ``train-images...``: that file.
 
-    Arrays: ``[N, D]`` are points. ``[N, H, W]`` are grey images and become ``[N, 1, H, W]``. Four
-    dimensions are images: 1, 3 or 4 in the second dimension only are channels first, in the last
-    only channels last, which become channels first; neither: channels first; both: an error, and
-    `channels` decides. More dimensions stay as they are. Integers keep their type, but uint16
-    becomes int32 and uint32 and uint64 int64; bool becomes uint8; floats become float32.
+    Arrays: ``[N, D]`` are points, ``[N, H, W]`` grey images, which become ``[N, 1, H, W]``. Four
+    dimensions are images, channels last (and become channels first) where only the last dimension
+    is 1, 3 or 4; where the second is too, `channels` decides. More dimensions stay as they are.
+    bool becomes uint8, uint16 int32, uint32 and uint64 int64, and floats float32.
 
-    The range ``low``, ``high`` is 0 to 255 for uint8 images, 0 to 65535 for 16-bit image files, and
-    the data's own least and largest value for everything else.
+    ``low``, ``high`` are 0, 255 of uint8 images, 0, 65535 of 16-bit image files, and otherwise the
+    data's own least and largest value.
 
     Args:
         path: of the file or folder.
@@ -135,10 +121,7 @@ def load(
 
     Raises:
         FileNotFoundError, PermissionError: path, or a file in it, is missing or not readable.
-        ValueError: the data cannot be used; the message begins with the file's name: damaged, no
-            or several candidates, images that differ, NaN or infinity (also from a float64 beyond
-            float32), fewer than 2 samples, only equal values, integers beyond 2**53, a type or
-            shape that holds no samples.
+        ValueError: the data cannot be used; the message begins with the file's name.
         ImportError: a folder of images, without Pillow.
     """
     path = Path(path)
@@ -149,20 +132,20 @@ def load(
     images = [name for name in files if Path(name).suffix.lower() in _IMAGE_SUFFIXES]
     if images:
         if key is not None or channels is not None:
-            raise ValueError(f"{path}: got key or channels, expected none for a folder of images")
+            raise ValueError(
+                f"key, channels: got {key!r}, {channels!r} with {path}, a folder of images"
+            )
         return _load_images(path, images, len(files) - len(images), progress)
     training = [name for name in files if Path(name).name.startswith("train-images")]
     if len(training) != 1:
-        raise ValueError(
-            f"{path}: got a folder without images and {len(training)} files named "
-            f"train-images..., expected one; it holds {', '.join(files[:10]) or 'nothing'}"
-        )
+        words = f"got no images and {len(training)} files named train-images..., expected one"
+        raise ValueError(f"{path}: {words}; it holds {', '.join(files[:10]) or 'nothing'}")
     return _load_array(path / training[0], key, channels)
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """One kind of error that begins with the file's name, whatever its bytes make parsers raise."""
+    """One kind of error, with the file's name, whatever its bytes make parsers raise."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -175,37 +158,28 @@ def _load_array(path: Path, key: str | None, channels: str | None) -> Data:
     with _naming(path):
         with open(path, "rb") as file:
             head = file.read(2)
+        source = str(path)
         if head == b"PK":
             array, source = _read_npz(path, key)
         elif key is not None:
             raise ValueError(f"key: got {key!r}, expected none: it is no .npz")
         elif head == b"\x93N":
             # Mapped, so that memory holds the converted array only.
-            array, source = np.load(path, mmap_mode="r"), str(path)
+            array = np.load(path, mmap_mode="r")
         else:
-            array, source = _read_idx(path, gzipped=head == b"\x1f\x8b"), str(path)
-        if array.dtype.kind not in "buif":
-            raise ValueError(f"got an array of {array.dtype}, expected integers, floats or bool")
-        if array.ndim < 2 or array.shape[0] < 2 or not array.size:
-            raise ValueError(f"got shape {array.shape}, expected [N, D], [N, H, W] or more, N > 1")
-        if array.dtype.kind in "iu" and not -(2**53) <= array.min() <= array.max() <= 2**53:
-            raise ValueError("got integers beyond 2**53, which float64 does not hold")
-        image = array.dtype == np.uint8 and array.ndim > 2
-        array = _channels_first(array, channels)
-        # A float64 beyond float32 becomes an infinity, which is looked for.
-        with np.errstate(over="ignore"):
-            values = torch.from_numpy(array.astype(_kept(array.dtype), order="C"))
+            array = _read_idx(path, gzipped=head == b"\x1f\x8b")
+        images = array.dtype == np.uint8 and array.ndim > 2
+        kept = _KEPT.get(array.dtype.str[1:], array.dtype.newbyteorder("="))
+        values = torch.from_numpy(_channels_first(array, channels).astype(kept, order="C"))
         low, high = _bounds(values)
-        return Data(values, 0.0, 255.0, source) if image else Data(values, low, high, source)
+        return Data(values, 0.0, 255.0, source) if images else Data(values, low, high, source)
 
 
 def _read_npz(path: Path, key: str | None) -> tuple[np.ndarray, str]:
     with np.load(path) as arrays:
-        names = ", ".join(arrays.files)
-        if key is None and len(arrays.files) != 1:
-            raise ValueError(f"got arrays {names or '(none)'}, expected one; choose it with key")
-        name = key or arrays.files[0]
+        name = arrays.files[0] if key is None and len(arrays.files) == 1 else key
         if name not in arrays.files:
+            names = ", ".join(arrays.files)
             raise ValueError(f"key: got {key!r}, expected one of its arrays: {names}")
         return arrays[name], f"{path}[{name}]"
 
@@ -221,40 +195,28 @@ def _read_idx(path: Path, *, gzipped: bool) -> np.ndarray:
 
 def _channels_first(array: np.ndarray, channels: str | None) -> np.ndarray:
     """``[N, H, W]`` and ``[N, H, W, C]`` as ``[N, C, H, W]``."""
-    if channels not in (None, "first", "last") or (channels and array.ndim != 4):
-        raise ValueError(
-            f"channels: got {channels!r} with shape {array.shape}, expected 'first' or 'last' for "
-            "images in four dimensions, or None"
-        )
-    if array.ndim == 3:
-        return array[:, None]
-    if array.ndim == 4 and channels is None:
-        first, last = array.shape[1] in (1, 3, 4), array.shape[3] in (1, 3, 4)
-        if first and last:
-            raise ValueError(
-                f"got shape {array.shape}: both [N, C, H, W] and [N, H, W, C] are possible; say "
-                "channels='first' or channels='last'"
-            )
+    if array.ndim != 4:
+        if channels is not None:
+            raise ValueError(f"channels: got {channels!r}, expected none with shape {array.shape}")
+        return array[:, None] if array.ndim == 3 else array
+    first, last = (array.shape[dim] in (1, 3, 4) for dim in (1, 3))
+    if channels not in ("first", "last") and (channels is not None or (first and last)):
+        got = f"{channels!r} with shape {array.shape}"
+        raise ValueError(f"channels: got {got}, expected 'first' or 'last'")
+    if channels is None:
         channels = "last" if last else "first"
     return np.moveaxis(array, 3, 1) if channels == "last" else array
 
 
-def _kept(dtype: np.dtype) -> np.dtype:
-    """The type to keep values in; torch supports wide unsigned integers only in part."""
-    if dtype.kind == "f":
-        return np.dtype(np.float32)
-    if dtype.kind == "u" and dtype.itemsize > 1:
-        return np.dtype(np.int32 if dtype.itemsize == 2 else np.int64)
-    return np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
-
-
 def _bounds(values: Tensor) -> tuple[float, float]:
     """Least and largest value, of data that can be learnt from."""
-    if values.is_floating_point():
-        finite = values.isfinite().flatten(1).all(1)
-        if not finite.all():
-            bad = int(finite.logical_not().nonzero()[0])
-            raise ValueError(f"sample {bad} holds NaN, infinity or a value beyond float32")
+    if values.dim() < 2 or len(values) < 2:
+        shape = tuple(values.shape)
+        raise ValueError(f"got shape {shape}, expected [N, D], [N, H, W] or more, N > 1")
+    finite = values.isfinite().flatten(1).all(1)
+    if not finite.all():
+        bad = int(finite.logical_not().nonzero()[0])
+        raise ValueError(f"sample {bad} holds NaN, infinity or a value beyond float32")
     low, high = (value.item() for value in values.aminmax())
     if low == high:
         raise ValueError(f"every value is {low}: there is nothing to learn from constant data")
@@ -266,8 +228,6 @@ def _load_images(folder: Path, names: list[str], others: int, progress: bool) ->
         import PIL  # noqa: F401
     except ImportError as error:
         raise ImportError("images need Pillow: pip install score-kernels[images]") from error
-    if len(names) < 2:
-        raise ValueError(f"{folder}: got 1 image ({names[0]}), expected at least 2 samples")
     samples = np.empty(0)
     for i, name in enumerate(tqdm(names, desc="reading", unit="image", disable=not progress)):
         with _naming(folder / name):
@@ -275,10 +235,8 @@ def _load_images(folder: Path, names: list[str], others: int, progress: bool) ->
             if i == 0:
                 samples = np.empty((len(names), *pixels.shape), pixels.dtype)
             if (pixels.shape, pixels.dtype) != (samples.shape[1:], samples.dtype):
-                raise ValueError(
-                    f"got {pixels.shape} {pixels.dtype}, expected {samples.shape[1:]} "
-                    f"{samples.dtype} as in {names[0]}; make all images one size and kind"
-                )
+                wanted = f"{samples.shape[1:]} {samples.dtype} as in {names[0]}"
+                raise ValueError(f"got {pixels.shape} {pixels.dtype}, expected {wanted}")
             samples[i] = pixels
     values = torch.from_numpy(samples)
     with _naming(folder):
@@ -294,21 +252,14 @@ def _pixels(path: Path) -> np.ndarray:
 
     with Image.open(path) as image:
         if image.has_transparency_data:
-            raise ValueError(
-                f"got transparency (mode {image.mode}), expected opaque images; lay them over a "
-                "background, or drop it with im.convert('RGBA').convert('RGB')"
-            )
+            raise ValueError(f"got transparency (mode {image.mode}), expected opaque images")
         image = ImageOps.exif_transpose(image)
         if image.mode in ("1", "P"):
             image = image.convert("L" if image.mode == "1" else "RGB")
         pixels = np.asarray(image)
-    if image.mode == "L":
-        return pixels[None]
-    if image.mode == "RGB":
-        return pixels.transpose(2, 0, 1)
+    if image.mode in ("L", "RGB"):
+        return np.atleast_3d(pixels).transpose(2, 0, 1)
     if not image.mode.startswith("I") or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(
-            f"got mode {image.mode}, expected 8-bit grey, RGB, a palette or 16-bit grey; convert "
-            "it with im.convert('RGB'), or save all images as one .npy"
-        )
+        expected = "8-bit grey, RGB, a palette or 16-bit grey; convert it to one of them"
+        raise ValueError(f"got mode {image.mode}, expected {expected}")
     return pixels.astype(np.int32)[None]

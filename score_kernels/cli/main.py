@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,15 +15,8 @@ import score_kernels
 
 # Every environment variable the library reads.
 VARIABLES = (
-    "SCORE_KERNELS_BACKEND",
-    "SCORE_KERNELS_ISA",
-    "SCORE_KERNELS_NATIVE",
-    "SCORE_KERNELS_CUDA",
-    "SCORE_KERNELS_CUDA_ARCHS",
-)
-_BATCH_SIZE = (
-    "changes no sample's noise; torch's own sums may round differently for other sizes, on a CPU "
-    "for batches of less than 16, and other numbers of threads (default 64)"
+    *("SCORE_KERNELS_BACKEND", "SCORE_KERNELS_ISA"),
+    *("SCORE_KERNELS_NATIVE", "SCORE_KERNELS_CUDA", "SCORE_KERNELS_CUDA_ARCHS"),
 )
 
 
@@ -53,10 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add("--quick", action="store_true", help="a tenth of the numbers, in seconds")
 
-    add = commands.add_parser(
-        "train", help="train a network on a folder of images, an .npy, .npz or IDX file"
-    ).add_argument
-    add("--data", help="the folder or file")
+    add = commands.add_parser("train", help="train a network on images or arrays").add_argument
+    add("--data", help="a folder of images, an .npy, .npz or IDX file")
     add("--out", type=Path, default=Path("run"), help="folder to write to (run)")
     add("--config", type=Path, help="settings, a TOML file; see --print-config")
     add("--steps", type=int, help="training steps in place of the settings'")
@@ -65,26 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--print-config", action="store_true", help="print all settings and what they mean")
 
-    add = commands.add_parser(
-        "sample",
-        help="make new samples with a checkpoint of train",
-        description="Make new samples with a checkpoint of train, in shards with a manifest. "
-        "Stopped or killed, the same command goes on. With several processes: torchrun "
-        "--nproc-per-node 2 -m score_kernels.cli sample CHECKPOINT --num-samples 50000 ...",
-    ).add_argument
+    add = commands.add_parser("sample", help="sample a checkpoint of train").add_argument
     add("path", metavar="checkpoint", type=Path)
-    # torchrun takes --num, anywhere, for an abbreviation of an option of its own.
-    num = "how many (default 64); under torchrun by the longer name only"
-    add("--num", "--num-samples", dest="count", metavar="NUM", type=int, default=64, help=num)
+    # The longer name is for torchrun, which takes --num for an abbreviation of its own option.
+    add("--num", "--num-samples", dest="count", type=int, default=64, help="how many (64)")
     add("--out", type=Path, default=Path("samples"), help="folder (samples)")
-    images = "arrays, or images of 1 or 3 channels (default npz)"
-    add("--format", choices=("npz", "png"), default="npz", help=images)
+    add("--format", choices=("npz", "png"), default="npz", help="arrays or images (npz)")
     add("--shard-size", type=int, default=1024, help="samples a shard (1024)")
     add("--seed", type=int, default=0, help="names all noise (default 0)")
-    first = "id of the first sample"
-    add("--first", dest="first_sample", metavar="FIRST", type=int, default=0, help=first)
+    add("--first", dest="first_sample", type=int, default=0, help="id of the first sample (0)")
     add("--weights", choices=("ema", "raw"), default="ema")
-    add("--batch-size", type=int, default=64, help=_BATCH_SIZE)
+    add("--batch-size", type=int, default=64, help="samples at a time, changes no noise (64)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add("--overwrite", action="store_true", help="remove an earlier run from --out first")
     return parser
@@ -96,24 +77,21 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _selfcheck(arguments: argparse.Namespace) -> int:
-    from score_kernels.cli import selfcheck
+    from score_kernels.cli.selfcheck import run
 
     print(info())
-    return selfcheck.run(arguments.device, quick=arguments.quick)
+    return run(arguments.device, quick=arguments.quick)
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from score_kernels.cli import config
     from score_kernels.cli.train import train
 
-    tables: dict[str, Any] = {"data": {}, "training": {}}
-    if arguments.config is not None:
-        tables |= config.to_dict(config.load(arguments.config))
-    if arguments.data is not None:
-        tables["data"]["path"] = arguments.data
-    for key in ("steps", "seed", "device"):
-        if getattr(arguments, key) is not None:
-            tables["training"][key] = getattr(arguments, key)
+    file, given = arguments.config, vars(arguments)
+    tables = config.to_dict(config.load(file) if file else config.Config())
+    tables["data"] |= {"path": arguments.data} if arguments.data else {}
+    named = ("steps", "seed", "device")
+    tables["training"] |= {key: given[key] for key in named if given[key] is not None}
     settings = config.from_dict(tables, "of the command line")
     if arguments.print_config:
         print(config.to_toml(settings))

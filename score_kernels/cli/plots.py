@@ -1,4 +1,4 @@
-"""Sheets of images and curves of a training, as PNG files. Needs Pillow and Matplotlib."""
+"""Sheets of images and loss curves; needs Pillow and Matplotlib."""
 
 from __future__ import annotations
 
@@ -20,40 +20,32 @@ BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
 _SMALLEST_SHEET = 600
 
 
-def require(extra: str = "images") -> None:
+def require() -> None:
     """Raise an ImportError that names the package's extra, without Pillow or Matplotlib."""
     try:
         import matplotlib  # noqa: F401
         import PIL  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"pictures need Pillow and Matplotlib ({error}): pip install score-kernels[{extra}]"
-        ) from error
+        need = f"pictures need Pillow and Matplotlib ({error})"
+        raise ImportError(f"{need}: pip install score-kernels[images]") from error
 
 
-def sheet(images: Tensor, columns: int | None = None, line: float = 0.2) -> Tensor:
+def sheet(images: Tensor, columns: int | None = None) -> Tensor:
     """Images on one sheet with thin lines between them.
 
     Args:
-        images: ``[N, C, H, W]`` of values in [-1, 1] (what is outside is clamped), C 1, 3 or more;
-            of other numbers of channels the first is shown. N at least 1.
+        images: ``[N, C, H, W]``, clamped to [-1, 1]; unless C is 3 the first channel is shown.
         columns: images a row; by default as square as it gets.
-        line: the grey of the lines, from 0 (black) to 1 (white).
 
     Returns:
         ``[rows (H + 1) + 1, columns (W + 1) + 1, C]`` float32 in [0, 1], C 1 or 3.
-
-    Raises:
-        ValueError: images has another shape.
     """
-    if images.dim() != 4 or not len(images):
-        raise ValueError(f"images: got shape {tuple(images.shape)}, expected [N, C, H, W]")
     images = (images.detach().float().cpu().clamp(-1, 1) + 1) / 2
     images = images if images.shape[1] == 3 else images[:, :1]
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    out = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), line)
+    out = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 0.2)
     for i, image in enumerate(images):
         top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
         out[top : top + height, left : left + width] = image.permute(1, 2, 0)
@@ -77,16 +69,11 @@ def draw_losses(
     *,
     zero_network: float | None = None,
     held_out: tuple[Sequence[int], Sequence[float]] | None = None,
-    label: str = "denoising loss per sample",
 ) -> None:
-    """The loss at every step and its running mean; logarithmic where all are above 0.
+    """The losses and their running mean, logarithmic where all are above 0.
 
-    Args:
-        path: the PNG to write.
-        losses: of every training step.
-        zero_network: the loss of a network that always answers 0, drawn as a line.
-        held_out: (steps, losses) on data that training does not see.
-        label: of the vertical axis.
+    A line shows the loss of a network that always answers 0, and dots show held_out, the (steps,
+    losses) on data that training does not see.
     """
     require()
     plot = figure(8, 4.5)
@@ -94,36 +81,27 @@ def draw_losses(
     loss = torch.as_tensor(losses)
     steps = torch.arange(1, len(loss) + 1)
     window = max(1, len(loss) // 40)
-    mean = loss.unfold(0, window, 1).mean(1) if len(loss) else loss
+    mean = loss.unfold(0, window, 1).mean(1)
     # Some tens of thousands of points are more than a picture shows.
     every = max(1, len(loss) // 5000)
     axes.plot(steps[::every], loss[::every], color=BLUE, alpha=0.25, linewidth=0.7)
     axes.plot(steps[window - 1 :: every], mean[::every], color=BLUE, label="training, running mean")
     if held_out is not None:
-        name = "held out, averaged weights"
-        axes.plot(*held_out, color=ORANGE, marker="o", markersize=4, label=name)
+        axes.plot(*held_out, "o-", color=ORANGE, label="held out, averaged weights")
     if zero_network is not None:
-        axes.axhline(zero_network, color=GREY, linestyle="--", linewidth=1)
-        axes.annotate(
-            f"a network that always answers 0: {zero_network:g}",
-            (len(loss), zero_network),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="right",
-            color=GREY,
-        )
-    if len(loss) and float(loss.min()) > 0:
+        name = f"a network that always answers 0: {zero_network:g}"
+        axes.axhline(zero_network, color=GREY, linestyle="--", linewidth=1, label=name)
+    if float(loss.min()) > 0:
         highest = max(float(loss.max()), zero_network or 0.0)
         logarithmic(axes, 0.7 * float(mean.min()), 1.3 * highest)
-    axes.set_xlabel("training step")
-    axes.set_ylabel(label)
+    axes.set(xlabel="training step", ylabel="loss per sample")
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.85), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     plot.savefig(path, format="png")
 
 
 def figure(width: float, height: float) -> Figure:
-    """A figure without pyplot: no window system, and none of the caller's plots are touched."""
+    """A figure without pyplot, which leaves the caller's plots alone."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")

@@ -1,8 +1,4 @@
-"""Shards of samples on disk: each is written whole or not at all, and has a checksum.
-
-A shard is an .npz or a folder of PNGs. Its bytes are a function of its samples, their ids and the
-checksum of the run's settings.
-"""
+"""Shards of samples, .npz files or folders of PNGs, written atomically."""
 
 from __future__ import annotations
 
@@ -21,18 +17,13 @@ __all__ = ["atomic", "checksum", "read", "remove", "write"]
 def write(path: Path, samples: np.ndarray, first: int, settings: str) -> str:
     """Write a shard in place of what is there, and return its checksum.
 
-    Args:
-        path: with the suffix .npz for a file of the arrays ``samples``, ``ids`` ``[n]`` int64 and
-            ``settings``; without one for a folder of PNGs named by id (8-bit grey or RGB, 16-bit
-            grey), with the id and the settings' checksum as text ("sample", "settings").
-        samples: ``[n, ...]``, of images ``[n, C, H, W]``.
-        first: id of the first sample.
-        settings: checksum of the run's settings.
+    An .npz has the arrays ``samples``, ``ids`` ``[n]`` int64 and ``settings``, a checksum. Without
+    a suffix it is a folder of PNGs of samples ``[n, C, H, W]`` (uint8, C 1 or 3; 16-bit, C 1),
+    named by id, with the texts "sample", the id, and "settings".
     """
     ids = np.arange(first, first + len(samples), dtype=np.int64)
     with atomic(path) as temporary:
         if path.suffix == ".npz":
-            # Its members are dated 1980, whatever the clock says.
             with open(temporary, "wb") as file:
                 np.savez(file, samples=samples, ids=ids, settings=np.array(settings))
         else:
@@ -49,11 +40,8 @@ def read(path: Path) -> np.ndarray:
             return arrays["samples"]
     from PIL import Image
 
-    images = []
-    for name in sorted(path.glob("*.png")):
-        with Image.open(name) as image:
-            images.append(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))
-    return np.stack(images)
+    images = [np.atleast_3d(np.asarray(Image.open(name))) for name in sorted(path.iterdir())]
+    return np.stack(images).transpose(0, 3, 1, 2)
 
 
 def checksum(path: Path) -> str:
@@ -71,19 +59,15 @@ def atomic(path: Path) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        folder = temporary.is_dir()
-        for file in temporary.iterdir() if folder else (temporary,):
-            _sync(file)
-        if folder:
-            _sync(temporary)
-            # A folder is renamed to a free name only.
+        if temporary.is_dir():
+            # A folder is renamed to a free name only. Its checksum shows what a crash has lost.
             remove(path)
+        else:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         remove(temporary)
-        raise
-    # The new name is on the disk once the folder is.
-    _sync(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -103,13 +87,3 @@ def _write_png(path: Path, image: np.ndarray, id_: int, settings: str) -> None:
     pixels = image if image.dtype == np.uint8 else image.astype(np.uint16)
     pixels = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
     Image.fromarray(pixels).save(path, format="PNG", pnginfo=text)
-
-
-def _sync(path: Path) -> None:
-    # Only POSIX can open a folder.
-    if os.name == "posix" or path.is_file():
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

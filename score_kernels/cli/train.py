@@ -17,19 +17,19 @@ from score_kernels.cli.config import Config
 from score_kernels.cli.trained import draw_samples, network, read_about
 from score_kernels.diffusion.sigmas import suggest_schedule
 from score_kernels.training import Trainer
-from score_kernels.training.distributed import Ranks, joined
+from score_kernels.training.distributed import joined
 
 __all__ = ["train"]
 
 # Settings that a resumed training may have other values of.
-_MAY_DIFFER = {
+_MAY_DIFFER = (
     *("data.path", "training.device", "training.save_every", "sampling.count", "sampling.every"),
-}
+)
 _REPORT_EVERY = 50
 
 
 def train(settings: Config, out: Path, *, resume: bool = False, progress: bool = True) -> Trainer:
-    """Train a network on files, and write to a folder.
+    """Train a network on files, and return the trainer at its last step.
 
     Written are ``checkpoint.pt``, ``config.toml`` (all settings), ``loss.png`` and, of images,
     ``samples.png`` (a sheet of samples of the averaged weights). For the network values are scaled
@@ -42,88 +42,74 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
         resume: go on from the checkpoint in it, with the bits of a training never stopped.
         progress: whether to show progress bars (on stderr).
 
-    Returns:
-        The trainer, at the last step.
-
     Raises:
         FileExistsError: there is a checkpoint in the folder and resume is False.
         ImportError: without Pillow or Matplotlib.
-        OSError, ValueError: the data, the settings or the checkpoint cannot be used. The message
+        OSError, ValueError: the data, the settings or the checkpoint cannot be used; the message
             names the file, and nothing is overwritten.
     """
     plots.require()
-    with joined(settings.training.device) as ranks:
-        return _train(settings, out, ranks, resume, progress)
-
-
-def _train(settings: Config, out: Path, ranks: Ranks, resume: bool, progress: bool) -> Trainer:
-    path, shown = out / "checkpoint.pt", progress and ranks.first
-    training, sheet = settings.training, settings.sampling
+    path, training, sheet = out / "checkpoint.pt", settings.training, settings.sampling
     # After a rank has died torchrun starts all of them again, with the same command.
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    earlier = read_about(path) if path.exists() else None
-    if earlier and not resume:
-        raise FileExistsError(f"{path} exists; go on from it with --resume, or name another --out")
-    if settings.data.path is None:
-        raise ValueError("data: got none, expected a path: --data PATH or path = in [data]")
-    source = data.load(settings.data.path, key=settings.data.key, progress=shown)
-    about = earlier or _describe(settings, source, shown)
-    _check_same(path, about, settings, source)
-    checks.device("device", training.device)
-    trainer = _trainer(settings, about, ranks.device(training.device))
-    if ranks.first:
-        print(f"{source}\n{about['schedule']['why']}")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
-    # A network that answers 0 has half a unit of denoising loss for each number of a sample.
-    zero_network = math.prod(source.shape) / 2 if training.loss == "dsm" else None
-    plotted = 0
+    with joined(training.device) as ranks:
+        shown = progress and ranks.first
+        about = read_about(path) if path.exists() else None
+        if about and not resume:
+            hint = "go on from it with --resume, or name another --out"
+            raise FileExistsError(f"{path} exists; {hint}")
+        if settings.data.path is None:
+            raise ValueError("data: got none, expected a path: --data PATH or path = in [data]")
+        source = data.load(settings.data.path, key=settings.data.key, progress=shown)
+        about = about or _describe(settings, source, shown)
+        _check_same(path, about, settings, source)
+        checks.device("device", training.device)
+        trainer = _trainer(settings, about, ranks.device(training.device))
+        every = math.gcd(_REPORT_EVERY, sheet.every)
+        # A network that answers 0 has half a unit of denoising loss for each number of a sample.
+        zero_network = math.prod(source.shape) / 2 if training.loss == "dsm" else None
 
-    def draw_sheet(name: str) -> None:
-        if sheet.count and len(source.shape) == 3:
-            x = draw_samples(trainer.ema, about, sheet.count, seed=training.seed, progress=shown)
-            plots.save_sheet(out / name, x)
+        def draw_sheet(name: str) -> None:
+            if sheet.count and len(source.shape) == 3:
+                options = {"seed": training.seed, "progress": shown}
+                x = draw_samples(trainer.ema, about, sheet.count, **options)
+                plots.save_sheet(out / name, x)
 
-    def report(trainer: Trainer) -> None:
-        nonlocal plotted
-        # As often as the checkpoint: a picture costs as much as some steps of a small network.
-        if trainer.step == training.steps or trainer.step - plotted >= training.save_every:
-            plotted = trainer.step
-            plots.draw_losses(out / "loss.png", trainer.losses, zero_network=zero_network)
-        if sheet.every and trainer.step % sheet.every == 0:
-            draw_sheet(f"samples-{trainer.step:08d}.png")
+        def report(trainer: Trainer) -> None:
+            # As often as the checkpoint: a picture costs as much as some steps of a small network.
+            if trainer.step == training.steps or trainer.step % training.save_every < every:
+                plots.draw_losses(out / "loss.png", trainer.losses, zero_network=zero_network)
+            if sheet.every and trainer.step % sheet.every == 0:
+                draw_sheet(f"samples-{trainer.step:08d}.png")
 
-    trainer.fit(
-        source,
-        training.steps,
-        checkpoint=path,
-        resume=resume,
-        save_every=training.save_every,
-        report_every=math.gcd(_REPORT_EVERY, sheet.every) if sheet.every else _REPORT_EVERY,
-        callback=report if ranks.first else None,
-        progress=progress,
-    )
-    if ranks.first:
-        draw_sheet("samples.png")
-        print(f"Trained to step {trainer.step}; written to {out}")
-    return trainer
+        if ranks.first:
+            print(f"{source}\n{about['schedule']['why']}")
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
+        trainer.fit(
+            source,
+            training.steps,
+            checkpoint=path,
+            resume=resume,
+            save_every=training.save_every,
+            report_every=every,
+            callback=report if ranks.first else None,
+            progress=progress,
+        )
+        if ranks.first:
+            draw_sheet("samples.png")
+            print(f"Trained to step {trainer.step}; written to {out}")
+        return trainer
 
 
 def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, Any]:
     """What `sample` needs and a resumed training compares; saved in the checkpoint."""
-    x = source.scaled(torch.arange(len(source)))
-    noise = settings.noise
-    schedule = suggest_schedule(
-        x,
-        sigma_max=noise.sigma_max,
-        sigma_min=noise.sigma_min,
-        levels=noise.levels,
-        steps_per_level=noise.steps_per_level,
-        progress=progress,
-    )
+    x, noise = source.scaled(torch.arange(len(source))), vars(settings.noise)
+    options = {key: value for key, value in noise.items() if key != "step_size"}
+    schedule = suggest_schedule(x, progress=progress, **options)
     step_size, why = schedule.step_size, schedule.why
-    if noise.step_size is not None:
-        step_size = noise.step_size
+    if noise["step_size"] is not None:
+        step_size = noise["step_size"]
         why += f"\nstep_size given: {step_size:g} in place of {schedule.step_size:g}."
     return {
         "version": score_kernels.__version__,
@@ -138,7 +124,7 @@ def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, 
         },
         "schedule": {
             "sigmas": schedule.sigmas.tolist(),
-            "steps_per_level": noise.steps_per_level,
+            "steps_per_level": noise["steps_per_level"],
             "step_size": step_size,
             "why": why,
         },
@@ -152,14 +138,13 @@ def _identity(source: data.Data) -> dict[str, Any]:
 
 def _check_same(path: Path, about: dict[str, Any], settings: Config, source: data.Data) -> None:
     """A resumed training has the settings and the data that it began with."""
-    before, now = about["config"], config.to_dict(settings)
-    free = _MAY_DIFFER if settings.training.cosine else {*_MAY_DIFFER, "training.steps"}
-    differ = [
-        f"[{section}] {key} was {before[section].get(key)} and is {now[section].get(key)}"
-        for section in now
-        for key in sorted(before[section].keys() | now[section].keys())
-        if f"{section}.{key}" not in free and before[section].get(key) != now[section].get(key)
-    ]
+    free = _MAY_DIFFER if settings.training.cosine else (*_MAY_DIFFER, "training.steps")
+    differ = []
+    for section, table in config.to_dict(settings).items():
+        before = about["config"][section]
+        for key in sorted(before.keys() | table.keys()):
+            if f"{section}.{key}" not in free and before.get(key) != table.get(key):
+                differ.append(f"[{section}] {key} was {before.get(key)} and is {table.get(key)}")
     if about["data"] | _identity(source) != about["data"]:
         differ.append(f"the data, {source.source}, are not those it began with")
     if differ:
@@ -167,26 +152,15 @@ def _check_same(path: Path, about: dict[str, Any], settings: Config, source: dat
 
 
 def _trainer(settings: Config, about: dict[str, Any], device: torch.device) -> Trainer:
+    not_its = ("device", "save_every", "steps", "learning_rate", "cosine")
     training = settings.training
+    options = {key: value for key, value in vars(training).items() if key not in not_its}
     # The initial weights alone are drawn from torch's global generator: leave that as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         net = network(about).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=training.learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR
-    return Trainer(
-        net,
-        about["schedule"]["sigmas"],
-        optimizer,
-        loss=training.loss,
-        batch_size=training.batch_size,
-        accumulate=training.accumulate,
-        ema_decay=training.ema_decay,
-        ema_warmup=training.ema_warmup,
-        clip_norm=training.clip_norm or None,
-        warmup_steps=training.warmup_steps,
-        scheduler=cosine(optimizer, training.steps) if training.cosine else None,
-        precision=training.precision,
-        seed=training.seed,
-        about=about,
-    )
+    options["scheduler"] = cosine(optimizer, training.steps) if training.cosine else None
+    options["clip_norm"] = training.clip_norm or None
+    return Trainer(net, about["schedule"]["sigmas"], optimizer, about=about, **options)

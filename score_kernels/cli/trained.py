@@ -1,4 +1,4 @@
-"""The contents of a checkpoint of ``train``, and the network and samples that they describe."""
+"""The network and the samples of a checkpoint that ``train`` wrote."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from score_kernels.cli import config, data
+from score_kernels.cli import config
 from score_kernels.networks import ConvScore, MLPScore
 from score_kernels.sampling import annealed_langevin
 from score_kernels.training import checkpoint
 
-__all__ = ["draw_samples", "empty_data", "network", "read_about"]
+__all__ = ["draw_samples", "network", "read_about"]
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The settings, data and noise levels of a training, from its checkpoint."""
+    """The settings (config), data and noise levels (schedule) of a training."""
     about = checkpoint.read(path).get("about")
-    if not isinstance(about, dict) or not {"config", "data", "schedule"} <= about.keys():
+    if not isinstance(about, dict) or "schedule" not in about:
         raise ValueError(f"checkpoint {path}: not written by score-kernels train")
     return about
 
@@ -38,32 +37,11 @@ def network(about: dict[str, Any]) -> nn.Module:
     return ConvScore(shape[0], settings.width, levels=settings.depth, data_std=std)
 
 
-def draw_samples(
-    net: nn.Module,
-    about: dict[str, Any],
-    count: int,
-    *,
-    seed: int,
-    first: int = 0,
-    progress: bool = False,
-) -> Tensor:
-    """Samples of annealed Langevin dynamics, in [-1, 1] or near it, on the CPU."""
-    schedule = about["schedule"]
-    return annealed_langevin(
-        net,
-        (count, *about["data"]["shape"]),
-        schedule["sigmas"],
-        steps_per_level=schedule["steps_per_level"],
-        step_size=schedule["step_size"],
-        seed=seed,
-        first_sample=first,
-        device=next(net.parameters()).device,
-        progress=progress,
-    ).cpu()
+def draw_samples(net: nn.Module, about: dict[str, Any], count: int, **options: Any) -> Tensor:
+    """Samples of annealed Langevin dynamics, in [-1, 1] or near it, on the CPU.
 
-
-def empty_data(about: dict[str, Any]) -> data.Data:
-    """The range and type of the training data, without samples."""
-    found = about["data"]
-    values = torch.empty(0, *found["shape"], dtype=getattr(torch, found["dtype"]))
-    return data.Data(values, found["low"], found["high"], "a checkpoint")
+    Options are those of :func:`score_kernels.annealed_langevin`.
+    """
+    shape, device = (count, *about["data"]["shape"]), next(net.parameters()).device
+    schedule = {key: value for key, value in about["schedule"].items() if key != "why"}
+    return annealed_langevin(net, shape, **schedule, device=device, **options).cpu()

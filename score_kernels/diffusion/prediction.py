@@ -1,7 +1,7 @@
-"""Networks of other forms as scores ``score(x, sigma)``, which losses, trainer and samplers call.
+"""Networks of other forms as scores ``score(x, sigma)``.
 
 The wrappers are modules with the parameters, devices and state dictionary (under ``net.``) of the
-network inside. Keyword arguments beyond ``x`` and ``sigma`` (classes, say) are passed on to it.
+network inside, to which keyword arguments beyond ``x`` and ``sigma`` (classes, say) are passed on.
 
 Diffusion models predict one of four quantities, each of which gives the others. With data plus
 noise ``y = x_0 + sigma z``, m the factor of the data of a schedule (1 without one), ``std = m
@@ -35,24 +35,24 @@ __all__ = ["as_score", "by_label", "by_sigma", "convert", "unconditional"]
 
 # (value, y, sigma, m) -> value, all of one dtype, the last two [B, 1, ...].
 _Map = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-_TO_SCORE: dict[str, _Map] = {
-    "epsilon": lambda epsilon, y, sigma, m: -epsilon / sigma,
-    # Divided twice: sigma^2 leaves float32's range long before sigma does.
-    "x0": lambda x0, y, sigma, m: (x0 - y) / sigma / sigma,
-    "v": lambda v, y, sigma, m: -(v / m + sigma * y) / sigma / (1 + sigma * sigma),
-    "score": lambda score_t, y, sigma, m: m * score_t,
-}
 _FROM_SCORE: dict[str, _Map] = {
     "epsilon": lambda score, y, sigma, m: -sigma * score,
     "x0": lambda score, y, sigma, m: y + sigma * (sigma * score),
     "v": lambda score, y, sigma, m: -m * sigma * (y + (1 + sigma * sigma) * score),
     "score": lambda score, y, sigma, m: score / m,
 }
+_TO_SCORE: dict[str, _Map] = {
+    "epsilon": lambda epsilon, y, sigma, m: -epsilon / sigma,
+    # Divided twice: sigma^2 leaves float32's range long before sigma does.
+    "x0": lambda x0, y, sigma, m: (x0 - y) / sigma / sigma,
+    "v": lambda v, y, sigma, m: -(v / m + sigma * y) / sigma / (1 + sigma * sigma),
+    "score": lambda score_t, y, sigma, m: m * score_t,
+    "score * sigma": lambda product, y, sigma, m: product / sigma,
+}
 
 
 def as_score(net: nn.Module, *, kind: str, schedule: SDE | DDPMSchedule | None = None) -> nn.Module:
-    """A network that predicts the noise, the clean sample, v or a score, as a score.
+    """A network that predicts noise, x0, v or score, as a score.
 
     Args:
         net: ``net(x, level, **conditions)``; returns x's shape, or an object that has it as
@@ -60,27 +60,29 @@ def as_score(net: nn.Module, *, kind: str, schedule: SDE | DDPMSchedule | None =
         kind: what it predicts: "epsilon", "x0", "v" or "score" of this module's table, or
             "denoiser", the x_0 of EDM's ``D(y, sigma)`` (Karras et al. 2022, arXiv 2206.00364),
             without a schedule.
-        schedule: what x and level are.
-
-            - none: ``(y, sigma)`` with sigma ``[B]`` float32.
-            - a :class:`SDE`: ``(x_t, t)`` with t ``[B]`` float32, the time of sigma, outside 0 to 1
-              where sigma is outside the schedule; not multiplied by 999 or the like.
-            - a :class:`DDPMSchedule`: ``(x_t, i)`` with i ``[B]`` int64, the timestep whose level
-              is nearest to sigma; between levels, ``x_t = y / sqrt(1 + sigma^2)`` with sigma
-              itself.
+        schedule: what x and level ``[B]`` are: without one ``(y, sigma)``; of a :class:`SDE`
+            ``(x_t, t)`` with t float32, the time of sigma, outside 0 to 1 where sigma is outside
+            the schedule and not multiplied by 999 or the like; of a :class:`DDPMSchedule`
+            ``(x_t, i)`` with i int64, the timestep whose level is nearest to sigma, and between
+            levels ``x_t = y / sqrt(1 + sigma^2)``.
 
     Returns:
-        A module called as ``score(y, sigma, **conditions)`` with sigma ``[B]``. Times and m are
-        computed in float64, the score in float32 at least. Nothing waits for the device.
+        A module called as ``score(y, sigma, **conditions)`` with sigma ``[B]`` float32. Times and
+        m are computed in float64, the score in float32 at least. Nothing waits for the device.
 
     Raises:
-        TypeError: net is not a module, or schedule not a schedule; when called, net returns
-            something else than above.
-        ValueError: kind is not one of the above, or is "denoiser" with a schedule; when called,
-            sigma is not ``[B]`` or net returns another shape, such as twice the channels because it
-            predicts variances too.
+        TypeError: net is not a module, schedule not a schedule, or what net returns no tensor.
+        ValueError: kind is none of the above, or "denoiser" with a schedule; when called, sigma is
+            not ``[B]`` or net returns another shape, as if it predicts variances too.
     """
-    return _AsScore(net, kind, schedule)
+    _check_schedule(schedule)
+    checks.choice("kind", kind, (*_FROM_SCORE, "denoiser"))
+    if kind == "denoiser" and schedule is not None:
+        raise ValueError(
+            f"schedule: got {type(schedule).__name__} with kind = 'denoiser', expected none; "
+            "'x0' takes schedules"
+        )
+    return _Score(net, "x0" if kind == "denoiser" else kind, schedule)
 
 
 def convert(
@@ -107,16 +109,13 @@ def convert(
         precise to a few roundings of y, not of themselves.
 
     Raises:
-        TypeError: schedule is not a schedule, or a tensor not one of floats.
-        ValueError: a name is not one of the above, or a shape is wrong.
+        TypeError, ValueError: a tensor or schedule of another type, a wrong name or shape.
     """
-    checks.choice("source", source, _TO_SCORE)
+    checks.choice("source", source, _FROM_SCORE)
     checks.choice("target", target, _FROM_SCORE)
     _check_schedule(schedule)
     for name, tensor in (("y", y), ("value", value), ("sigma", sigma)):
         checks.score(name, tensor)
-        if tensor.device != y.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected that of y, {y.device}")
     checks.sigma(sigma, y)
     if value.shape != y.shape:
         raise ValueError(
@@ -139,98 +138,65 @@ def unconditional(net: nn.Module) -> nn.Module:
         A module called as ``score(x, sigma, **conditions)``; there a sigma that is not ``[B]``
         raises a ValueError.
     """
-    return _Unconditional(net)
+    return _Score(net, "score * sigma", takes_level=False)
 
 
 def by_sigma(net: nn.Module, *, divide: bool = True) -> nn.Module:
-    """``score(x, sigma) = net(x, sigma) / sigma``, or ``net(x, sigma)`` itself.
+    """``score(x, sigma) = net(x, sigma) / sigma``, or the output itself without `divide`.
 
-    Args:
-        net: a module ``net(x, sigma, **conditions)`` with sigma ``[B]``; returns x's shape.
-        divide: whether its output is divided by sigma.
-
-    Returns:
-        As :func:`unconditional`.
+    Network and result are otherwise those of :func:`unconditional`.
     """
-    return _BySigma(net, divide)
+    return _Score(net, "score * sigma" if divide else "score")
 
 
 def by_label(net: nn.Module, sigmas: Any, *, divide: bool = True) -> nn.Module:
-    """``score(x, sigma_i) = net(x, i) / sigma_i``, or ``net(x, i)`` itself; i = 0 is the largest.
+    """``score(x, sigma_i) = net(x, i) / sigma_i``, or the output itself without `divide`.
 
-    With `divide` the form of NCSNv2's code (Song and Ermon 2020, arXiv 2006.09011), without it that
-    of NCSN (Song and Ermon 2019, arXiv 1907.05600).
+    The labels i are ``[B]`` int64, 0 that of the largest of `sigmas`, the strictly decreasing
+    levels that the network was trained on. With `divide` it is the form of NCSNv2's code (Song and
+    Ermon 2020, arXiv 2006.09011), without it that of NCSN (2019, arXiv 1907.05600).
 
-    Args:
-        net: a module ``net(x, labels, **conditions)`` with labels ``[B]`` int64; returns x's shape.
-        sigmas: the levels it was trained on, strictly decreasing.
-        divide: whether its output is divided by sigma.
-
-    Returns:
-        As :func:`unconditional`. A sigma that is none of the levels raises a ValueError on a CPU;
-        on other devices, which the check would wait for, that sample's score is nan.
+    Network and result are otherwise those of :func:`unconditional`. A sigma that is none of the
+    levels raises a ValueError on a CPU; on other devices, which the check would wait for, that
+    sample's score is nan.
     """
-    return _ByLabel(net, sigmas, divide)
+    levels = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32)
+    return _Score(net, "score * sigma" if divide else "score", levels=levels)
 
 
-class _Wrapper(nn.Module):
-    def __init__(self, net: nn.Module, divide: bool = True) -> None:
+class _Score(nn.Module):
+    """A network that is called with a noise level, its time or label, or without, as a score."""
+
+    rising: Tensor | None
+
+    def __init__(
+        self,
+        net: nn.Module,
+        kind: str,
+        schedule: SDE | DDPMSchedule | None = None,
+        levels: Tensor | None = None,
+        takes_level: bool = True,
+    ) -> None:
         super().__init__()
         checks.instance("net", net, nn.Module, "a torch.nn.Module")
         self.net = net
-        self.divide = divide
-
-
-class _Unconditional(_Wrapper):
-    def forward(self, x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        checks.sigma(sigma, x)
-        return _divided(self.net(x, **conditions), sigma)
-
-
-class _BySigma(_Wrapper):
-    def forward(self, x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        checks.sigma(sigma, x)
-        out = self.net(x, sigma, **conditions)
-        return _divided(out, sigma) if self.divide else out
-
-
-class _ByLabel(_Wrapper):
-    sigmas: Tensor
-
-    def __init__(self, net: nn.Module, sigmas: Any, divide: bool) -> None:
-        super().__init__(net, divide)
-        table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32)
-        # Rising, as searchsorted wants it.
-        self.register_buffer("sigmas", table.flip(0), persistent=False)
-
-    def forward(self, x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
-        checks.sigma(sigma, x)
-        last = len(self.sigmas) - 1
-        index = torch.searchsorted(self.sigmas, sigma).clamp_(max=last)
-        known = self.sigmas[index] == sigma
-        if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not known.all():
-            other = float(sigma[~known][0])
-            raise ValueError(f"sigma: got {other:g}, expected one of the {last + 1} levels")
-        out = self.net(x, last - index, **conditions)
-        return _divided(out, torch.where(known, sigma if self.divide else 1.0, math.nan))
-
-
-class _AsScore(_Wrapper):
-    def __init__(self, net: nn.Module, kind: str, schedule: SDE | DDPMSchedule | None) -> None:
-        super().__init__(net)
-        _check_schedule(schedule)
-        checks.choice("kind", kind, (*_TO_SCORE, "denoiser"))
-        if kind == "denoiser" and schedule is not None:
-            raise ValueError(
-                f"schedule: got {type(schedule).__name__} with kind = 'denoiser', expected none; "
-                "'x0' takes schedules"
-            )
         self.kind = kind
         self.schedule = schedule
+        self.takes_level = takes_level
+        self.register_buffer("rising", None if levels is None else levels.flip(0), persistent=False)
 
     def forward(self, y: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
         checks.sigma(sigma, y)
         x, level, m = y, sigma, _mean(self.schedule, sigma)
+        if self.rising is not None:
+            last = len(self.rising) - 1
+            index = torch.searchsorted(self.rising, sigma).clamp_(max=last)
+            known = self.rising[index] == sigma
+            if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not known.all():
+                other = float(sigma[~known][0])
+                raise ValueError(f"sigma: got {other:g}, expected one of the {last + 1} levels")
+            level, m = last - index, torch.where(known, m, math.nan)
+            sigma = m * sigma
         if isinstance(self.schedule, DDPMSchedule):
             level = self.schedule.index(sigma)
         elif self.schedule is not None:
@@ -240,34 +206,25 @@ class _AsScore(_Wrapper):
         if self.schedule is not None:
             wide = y.double()
             x = (expand_like(m, wide) * wide).to(y.dtype)
-        out = self.net(x, level, **conditions)
+        out = self.net(x, level, **conditions) if self.takes_level else self.net(x, **conditions)
         if not isinstance(out, Tensor):
             out = getattr(out, "sample", out)
             checks.instance("net", out, Tensor, "a tensor, or an object with one as .sample")
         if out.shape != y.shape:
             raise ValueError(
-                f"kind: got {self.kind!r} of a network that returns shape {tuple(out.shape)}, "
-                f"expected that of x, {tuple(y.shape)}; of a network that predicts variances too, "
-                "wrap the half that is the prediction"
+                f"net: got an output of shape {tuple(out.shape)}, expected that of x, "
+                f"{tuple(y.shape)}; if it predicts variances too, wrap the rest"
             )
-        to_score = _TO_SCORE["x0" if self.kind == "denoiser" else self.kind]
-        return to_score(*_aligned(out, y, sigma, m))
-
-
-def _divided(out: Tensor, sigma: Tensor) -> Tensor:
-    # In float32 at least: at small sigma half precision overflows.
-    out = out.to(torch.promote_types(out.dtype, sigma.dtype))
-    return out / expand_like(sigma, out)
+        return _TO_SCORE[self.kind](*_aligned(out, y, sigma, m))
 
 
 def _mean(schedule: SDE | DDPMSchedule | None, sigma: Tensor) -> Tensor:
-    """m of each level, in float64."""
-    sigma = sigma.double()
+    """m of each level, in float64 with a schedule."""
     if schedule is None:
         return torch.ones_like(sigma)
     if isinstance(schedule, SDE):
-        return schedule.mean(schedule.time(sigma))
-    return (1 + sigma.square()).rsqrt()
+        return schedule.mean(schedule.time(sigma.double()))
+    return (1 + sigma.double().square()).rsqrt()
 
 
 def _aligned(value: Tensor, y: Tensor, sigma: Tensor, m: Tensor) -> tuple[Tensor, ...]:

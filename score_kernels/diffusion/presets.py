@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from score_kernels import checks
 from score_kernels.diffusion.sigmas import Schedule, geometric_sigmas
@@ -12,17 +13,14 @@ __all__ = ["Preset", "preset", "presets"]
 
 @dataclass(frozen=True, eq=False)
 class Preset(Schedule):
-    """Published settings; a :class:`Schedule` with how its network was trained.
+    """Published settings of sampling and training for images in [0, 1].
 
     ``annealed_langevin(net, shape, p.sigmas, steps_per_level=p.steps_per_level,
-    step_size=p.step_size)`` samples with the preset p. The data are images in [0, 1].
+    step_size=p.step_size)`` samples with the preset p. Its step_size is twice the published
+    epsilon, which is that of ``x + alpha score + sqrt(2 alpha) z``.
 
     Attributes:
-        sigmas: ``[L]`` float32, geometric.
-        steps_per_level: T.
-        step_size: of ``x + (alpha/2) score + sqrt(alpha) z``: twice the published epsilon, which is
-            that of ``x + alpha score + sqrt(2 alpha) z``.
-        why: the settings and their source as text.
+        sigmas, steps_per_level, step_size, why: as in :class:`Schedule`.
         name: as in `presets`.
         dim: D, numbers in a sample.
         iterations: training steps.
@@ -39,11 +37,10 @@ class Preset(Schedule):
     source: str
 
 
-_SIGMA_MIN = 0.01
 _V1 = "Song and Ermon 2019, arXiv 1907.05600, section 5 and appendix B"
 _V2 = "Song and Ermon 2020, arXiv 2006.09011, configuration file"
-# Name: channels, side, sigma_max, L, T, epsilon, iterations, learning rate, batch, source.
-_TABLE = {
+# channels, side, sigma_max (sigma_min: 0.01), L, T, epsilon, iterations, rate, batch, source
+_TABLE: dict[str, tuple[Any, ...]] = {
     "ncsn-cifar10": (3, 32, 1, 10, 100, 2e-5, 200_000, 1e-3, 128, _V1),
     "ncsn-mnist": (1, 28, 1, 10, 100, 2e-5, 200_000, 1e-3, 128, _V1),
     "ncsn-celeba32": (3, 32, 1, 10, 100, 2e-5, 200_000, 1e-3, 128, _V1),
@@ -62,33 +59,19 @@ def presets() -> tuple[str, ...]:
 
 
 def preset(name: str) -> Preset:
-    """Published settings for images in [0, 1], by name; see :class:`Preset`.
-
-    Raises:
-        TypeError, ValueError: there is no preset of that name.
-    """
+    """Published settings by name; any other name raises a ValueError."""
     checks.choice("name", name, _TABLE)
-    channels, side, sigma_max, levels, steps, epsilon, iterations, rate, batch, source = _TABLE[
-        name
-    ]
+    channels, side, sigma_max, levels, steps, epsilon, *training = _TABLE[name]
+    iterations, rate, batch, source = training
     why = f"""\
 {name}: published settings for {channels} x {side} x {side} images in [0, 1]
   source           {source}
-  sigmas           {levels} from {sigma_max} to {_SIGMA_MIN}, geometric
+  sigmas           {levels} from {sigma_max} to 0.01, geometric
   steps_per_level  {steps}
   step_size        {2 * epsilon:g} for x + (alpha/2) score + sqrt(alpha) z; published
                    as {epsilon:g} for x + alpha score + sqrt(2 alpha) z
   training         {iterations} batches of {batch}, Adam at {rate:g}
   network calls    {levels * steps} for each batch of samples"""
-    return Preset(
-        sigmas=geometric_sigmas(sigma_max, _SIGMA_MIN, levels),
-        steps_per_level=steps,
-        step_size=2 * epsilon,
-        why=why,
-        name=name,
-        dim=channels * side**2,
-        iterations=iterations,
-        learning_rate=rate,
-        batch=batch,
-        source=source,
-    )
+    sigmas = geometric_sigmas(sigma_max, 0.01, levels)
+    dim = channels * side**2
+    return Preset(sigmas, steps, 2 * epsilon, why, name, dim, *training)

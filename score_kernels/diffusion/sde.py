@@ -24,17 +24,17 @@ __all__ = ["SDE", "VE", "VP", "DDPMSchedule", "SubVP"]
 class SDE(ABC):
     """A diffusion over the times ``0 <= t <= 1``."""
 
-    @abstractmethod
     def mean(self, t: Tensor) -> Tensor:
         """m(t), the factor of the data."""
+        return torch.ones_like(t)
+
+    def drift(self, t: Tensor) -> Tensor:
+        """f(t) = m'(t) / m(t)."""
+        return torch.zeros_like(t)
 
     @abstractmethod
     def std(self, t: Tensor) -> Tensor:
         """std(t), the standard deviation of the noise."""
-
-    @abstractmethod
-    def drift(self, t: Tensor) -> Tensor:
-        """f(t) = m'(t) / m(t)."""
 
     @abstractmethod
     def diffusion(self, t: Tensor) -> Tensor:
@@ -52,22 +52,15 @@ class SDE(ABC):
 class VE(SDE):
     """Variance exploding: ``m = 1``, ``std = sigma_min (sigma_max / sigma_min)^t``. NCSN's limit.
 
-    Args:
-        sigma_min, sigma_max: noise levels at times 0 and 1, ``0 < sigma_min < sigma_max``.
+    The noise levels at times 0 and 1 are ``0 < sigma_min < sigma_max``.
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         self.sigma_max, self.sigma_min = checks.ends(sigma_max, sigma_min)
         self._rate = math.log(self.sigma_max / self.sigma_min)
 
-    def mean(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
-
     def std(self, t: Tensor) -> Tensor:
         return self.sigma_min * (self._rate * t).exp()
-
-    def drift(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
 
     def diffusion(self, t: Tensor) -> Tensor:
         return 2 * self._rate * self.std(t).square()
@@ -77,25 +70,19 @@ class VE(SDE):
 
 
 class VP(SDE):
-    """Variance preserving: ``beta(t)`` linear, ``f = -beta / 2``, ``g^2 = beta``. DDPM's limit.
+    """Variance preserving: ``f = -beta / 2``, ``g^2 = beta``. DDPM's limit.
 
-    ``m = exp(-1/2 int beta)``, ``std^2 = 1 - m^2``.
-
-    Args:
-        beta_min, beta_max: beta at times 0 and 1, above 0.
+    ``beta(t)`` is linear from beta_min to beta_max, both above 0; ``m = exp(-1/2 int beta)``,
+    ``std^2 = 1 - m^2``.
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         self.beta_min = checks.positive("beta_min", beta_min)
         self.beta_max = checks.positive("beta_max", beta_max)
-        self._rise = self.beta_max - self.beta_min
 
     def beta(self, t: Tensor) -> Tensor:
         """beta(t)."""
-        return self.beta_min + self._rise * t
-
-    def _integral(self, t: Tensor) -> Tensor:
-        return t * (self.beta_min + 0.5 * self._rise * t)
+        return self.beta_min + (self.beta_max - self.beta_min) * t
 
     def mean(self, t: Tensor) -> Tensor:
         return (-0.5 * self._integral(t)).exp()
@@ -112,10 +99,13 @@ class VP(SDE):
     def time(self, sigma: Tensor) -> Tensor:
         return self._time_of(sigma.square().log1p())
 
+    def _integral(self, t: Tensor) -> Tensor:
+        return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
+
     def _time_of(self, integral: Tensor) -> Tensor:
         # The root of rise/2 t^2 + beta_min t = integral, in the form that does not cancel.
-        root = (self.beta_min**2 + 2 * self._rise * integral).sqrt()
-        return 2 * integral / (self.beta_min + root)
+        rise = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + (self.beta_min**2 + 2 * rise * integral).sqrt())
 
 
 class SubVP(VP):
@@ -135,10 +125,8 @@ class SubVP(VP):
 class DDPMSchedule:
     """DDPM's timesteps, ``x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) z`` for ``i = 0 .. N - 1``.
 
-    Ho et al. 2020, arXiv 2006.11239.
-
-    Args:
-        alphas_bar: ``[N]``, products of ``1 - beta``, strictly decreasing inside (0, 1).
+    Ho et al. 2020, arXiv 2006.11239. The argument `alphas_bar` is ``[N]``, the products of
+    ``1 - beta``, strictly decreasing inside (0, 1).
 
     Attributes:
         alphas_bar: as given, float64 on the CPU.

@@ -1,4 +1,4 @@
-"""Noise levels and step sizes: given by hand, or computed from the data by NCSNv2's techniques.
+"""Noise levels and step sizes, chosen by hand or from the data.
 
 NCSNv2 is Song and Ermon, "Improved Techniques for Training Score-Based Generative Models" (2020,
 arXiv 2006.09011). Its technique 1 is `max_pairwise_distance`, 2 `sigma_ratio`, 4 `best_step_size`;
@@ -10,7 +10,6 @@ wrong kind or out of range raise a TypeError or a ValueError.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,8 +41,7 @@ __all__ = [
 _FULL_OVERLAP = math.erf(3 / math.sqrt(2))
 # NCSN's ten levels from 1 to 0.01 (Song and Ermon 2019, arXiv 1907.05600).
 _NCSN_RATIO = 10 ** (2 / 9)
-# The largest distance is exact up to so many floating-point operations, N^2 D: MNIST's 60,000
-# images are within them.
+# Floating-point operations, N^2 D, for an exact largest distance: enough for MNIST's 60,000 images.
 _EXACT_OPERATIONS = 3e12
 
 
@@ -53,7 +51,7 @@ class Schedule:
 
     Attributes:
         sigmas: ``[L]`` float32, decreasing.
-        steps_per_level: T, update steps at each level.
+        steps_per_level: T.
         step_size: of ``x + (alpha/2) score + sqrt(alpha) z`` at the smallest level, in squared
             units of the data.
         why: each number and where it comes from, as text of several lines.
@@ -74,17 +72,10 @@ class Schedule:
 
 
 def geometric_sigmas(sigma_max: float, sigma_min: float, levels: int) -> Tensor:
-    """Noise levels in a geometric progression, ``sigma_1 = sigma_max > ... > sigma_L = sigma_min``.
+    """Noise levels in a geometric progression from sigma_max to sigma_min.
 
-    The schedule of NCSN (Song and Ermon 2019, arXiv 1907.05600). Computed in float64.
-
-    Args:
-        sigma_max: the largest noise level, in units of the data.
-        sigma_min: the smallest, ``0 < sigma_min < sigma_max``.
-        levels: their number L, at least 2 (or 1 with ``sigma_min == sigma_max``).
-
-    Returns:
-        ``[L]`` float32, decreasing.
+    The schedule of NCSN (Song and Ermon 2019, arXiv 1907.05600), in units of the data: ``[levels]``
+    float32, decreasing, computed in float64. One level is allowed with ``sigma_min == sigma_max``.
     """
     levels = checks.count("levels", levels, least=1)
     if levels == 1:
@@ -103,15 +94,9 @@ def edm_sigmas(
     """Noise levels equally spaced in ``sigma^(1/rho)``, for `probability_flow`.
 
     ``sigma_i = (sigma_max^(1/rho) + i / (L - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho``
-    (Karras et al. 2022, arXiv 2206.00364, equation 5). Computed in float64.
-
-    Args:
-        sigma_max, sigma_min: the ends, ``0 < sigma_min < sigma_max``, in units of the data.
-        levels: their number L, at least 2, without the 0 that the paper appends.
-        rho: 1 for equal steps; a larger one puts more levels at small noise.
-
-    Returns:
-        ``[L]`` float32, decreasing.
+    (Karras et al. 2022, arXiv 2206.00364, equation 5), L = levels: ``[L]`` float32, decreasing,
+    computed in float64, without the 0 that the paper appends. A rho of 1 makes the steps equal, a
+    larger one puts more levels at small noise.
     """
     sigma_max, sigma_min = checks.ends(sigma_max, sigma_min)
     levels = checks.count("levels", levels, least=2)
@@ -122,16 +107,13 @@ def edm_sigmas(
 
 
 def level_overlap(dim: int, ratio: float) -> float:
-    """Probability that a sample of one noise level looks like one of the next.
+    """Probability that noise of one level looks like that of the next.
 
     ``Phi(sqrt(2 D) (ratio - 1) + 3 ratio) - Phi(sqrt(2 D) (ratio - 1) - 3 ratio)``, Phi being the
-    standard normal distribution function. In D dimensions the radius of noise of level sigma_i is
-    about ``N(sqrt(D) sigma_i, sigma_i^2 / 2)``; this is the probability that it is within three
-    standard deviations of the next level's. Technique 2 of Song and Ermon (2020, arXiv 2006.09011).
-
-    Args:
-        dim: D, numbers in a sample.
-        ratio: of neighbouring levels, ``sigma_i / sigma_{i+1} >= 1``.
+    standard normal distribution function, D = dim the numbers in a sample, and ratio that of the
+    levels, ``sigma_i / sigma_{i+1} >= 1``. The radius of noise of level sigma_i is about
+    ``N(sqrt(D) sigma_i, sigma_i^2 / 2)``; this is the probability that it is within three standard
+    deviations of the next level's. Technique 2 of Song and Ermon (2020, arXiv 2006.09011).
     """
     dim = checks.count("dim", dim, least=1)
     ratio = checks.number("ratio", ratio)
@@ -148,16 +130,10 @@ def level_overlap(dim: int, ratio: float) -> float:
 def sigma_ratio(dim: int, overlap: float = 0.5) -> float:
     """The ratio of neighbouring noise levels with the given overlap.
 
-    Solves ``level_overlap(dim, ratio) = overlap`` to 1e-12 of the ratio. Technique 2 of Song and
-    Ermon (2020, arXiv 2006.09011), who take about 0.5; in 3072 dimensions (CIFAR-10) that gives
-    1.039796.
-
-    Args:
-        dim: D, numbers in a sample, at least 5.
-        overlap: above 0 and below 0.9973, the overlap at ratio 1.
-
-    Raises:
-        ValueError: dim is at most 4: there any two levels overlap by 0.9973 or more.
+    Solves ``level_overlap(dim, ratio) = overlap`` to 1e-12 of the ratio, for an overlap above 0 and
+    below 0.9973, that at ratio 1. The paper takes about 0.5, which in 3072 dimensions (CIFAR-10)
+    gives 1.039796. Raises a ValueError for a dim of at most 4, where any two levels overlap by
+    0.9973 or more.
     """
     dim = checks.count("dim", dim, least=1)
     overlap = checks.positive("overlap", overlap)
@@ -178,14 +154,10 @@ def sigma_ratio(dim: int, overlap: float = 0.5) -> float:
 
 
 def level_count(sigma_max: float, sigma_min: float, ratio: float) -> int:
-    """Number of geometric levels from sigma_max to sigma_min whose ratio is nearest to `ratio`.
+    """Number of geometric levels whose ratio is nearest to `ratio`.
 
     ``1 + round(log(sigma_max / sigma_min) / log(ratio))``, at least 2. From 50 to 0.01 with the
     ratio of overlap 0.5 in 3072 dimensions: 219.
-
-    Args:
-        sigma_max, sigma_min: the ends, ``0 < sigma_min < sigma_max``.
-        ratio: of neighbouring levels, above 1.
     """
     sigma_max, sigma_min = checks.ends(sigma_max, sigma_min)
     ratio = _above_one(ratio)
@@ -193,19 +165,13 @@ def level_count(sigma_max: float, sigma_min: float, ratio: float) -> int:
 
 
 def variance_ratio(step_size: float, ratio: float, sigma_min: float, steps_per_level: int) -> float:
-    """Variance of a chain at the end of a noise level, divided by sigma_i^2.
+    """Variance of a chain after a noise level, divided by sigma_i^2.
 
     ``r = (1 - eta)^(2 T) (ratio^2 - f) + f``, ``f = 2 / (2 - eta)``, ``eta = step_size /
     (2 sigma_min^2)``, at every level and above 1: the chain comes from the level above with the
-    variance ``ratio^2 sigma_i^2`` and does T steps towards a single data point. Proposition behind
-    technique 4 of Song and Ermon (2020, arXiv 2006.09011).
-
-    Args:
-        step_size: of ``x + (alpha/2) score + sqrt(alpha) z`` at the smallest level, below
-            ``4 sigma_min^2``; the paper's epsilon is half of it.
-        ratio: of neighbouring levels, above 1.
-        sigma_min: the smallest level.
-        steps_per_level: T.
+    variance ``ratio^2 sigma_i^2`` and does T = steps_per_level steps towards a single data point.
+    The step_size, twice the paper's epsilon, is that of the smallest level, sigma_min, and below
+    ``4 sigma_min^2``. Proposition behind technique 4 of Song and Ermon (2020, arXiv 2006.09011).
     """
     step_size = checks.positive("step_size", step_size)
     ratio = _above_one(ratio)
@@ -224,21 +190,13 @@ def variance_ratio(step_size: float, ratio: float, sigma_min: float, steps_per_l
 
 
 def best_step_size(ratio: float, sigma_min: float, steps_per_level: int) -> float:
-    """The step size whose variance at the end of each noise level is closest to the level's.
+    """The step size whose `variance_ratio` is closest to 1.
 
     Minimises ``|r - 1|`` over ``0 < eta < 1``, with r the `variance_ratio` at ``step_size =
-    2 eta sigma_min^2``, to float64 rounding. Technique 4 of Song and Ermon (2020, arXiv
-    2006.09011). For CIFAR-10's published levels, 232 from 50 to 0.01 with T = 5, it is 1.24e-5, r
-    being 1.0555; the paper's epsilon, half of it, is published as 6.2e-6.
-
-    Args:
-        ratio: of neighbouring levels, above 1.
-        sigma_min: the smallest level.
-        steps_per_level: T.
-
-    Returns:
-        The step size of ``x + (alpha/2) score + sqrt(alpha) z`` at the smallest level, in squared
-        units of the data; at level i it is ``step_size sigma_i^2 / sigma_min^2``.
+    2 eta sigma_min^2``, to float64 rounding: technique 4. Returns the step size of the smallest
+    level, in squared units of the data; at level i it is ``step_size sigma_i^2 / sigma_min^2``. For
+    CIFAR-10's published levels, 232 from 50 to 0.01 with 5 steps at each, it is 1.24e-5, r being
+    1.0555; the paper's epsilon, half of it, is published as 6.2e-6.
     """
     ratio = _above_one(ratio)
     sigma_min = checks.noise_level("sigma_min", sigma_min)
@@ -270,27 +228,23 @@ def suggest_schedule(
     network_calls: int | None = None,
     progress: bool = False,
 ) -> Schedule:
-    """Noise levels and a step size for some data, by the techniques of NCSNv2.
+    """Noise levels and a step size for data, by NCSNv2's techniques.
 
     ``print(suggest_schedule(data))`` says what was chosen and why. The techniques are rules of
     thumb for images (Song and Ermon 2020, arXiv 2006.09011).
 
-    - sigma_max: the largest distance between two samples (technique 1) where that takes at most
-      3e12 operations, ``N^2 D``; otherwise the upper one of `pairwise_distance_bounds`: a level
-      too large costs a few more levels, one too small can cut chains off from some of the data.
-    - sigma_min: a hundredth of the data's range, the largest difference of two samples in any of
-      their numbers: 0.01 for images in [0, 1].
-    - levels: geometric, their number from `sigma_ratio` (technique 2), with a ratio of at most
-      10^(2/9) = 1.668 as in NCSN's published levels.
-    - step_size: `best_step_size` (technique 4) for these levels.
-
     Args:
         data: ``[N, ...]`` as in `max_pairwise_distance`: the training data or a good part of it,
             scaled as the network sees it.
-        sigma_min, sigma_max: the smallest and the largest level, instead of those above.
-        levels: their number L, at least 2, instead of that above; overlap is then not used.
-        overlap: of neighbouring levels; see `sigma_ratio`.
-        steps_per_level: T; default 5, as in NCSNv2.
+        sigma_min: default: a hundredth of the data's range, the largest difference of two samples
+            in any of their numbers: 0.01 for images in [0, 1].
+        sigma_max: default: technique 1, the largest distance between two samples where that takes
+            at most 3e12 operations, ``N^2 D``, or else the upper one of `pairwise_distance_bounds`:
+            a level too large costs a few more levels, one too small can cut off some of the data.
+        levels: the number L of geometric levels; default: technique 2, `sigma_ratio`, with a ratio
+            of at most 10^(2/9) = 1.668 as in NCSN's published levels.
+        overlap: of neighbouring levels, where levels is not given.
+        steps_per_level: default: 5, as in NCSNv2. The step size is technique 4's `best_step_size`.
         network_calls: instead of steps_per_level, how many calls of the network a batch of samples
             may cost: ``T = max(1, network_calls // L)``.
         progress: show progress bars.
@@ -299,6 +253,10 @@ def suggest_schedule(
         TypeError, ValueError: as in `max_pairwise_distance`; all samples are equal; both
             steps_per_level and network_calls are given; a number is out of range.
     """
+    steps, why_steps = 5, "as in NCSNv2 for CIFAR-10"
+    if steps_per_level is not None:
+        steps = checks.count("steps_per_level", steps_per_level, least=1)
+        why_steps = "given"
     if network_calls is not None:
         network_calls = checks.count("network_calls", network_calls, least=1)
         if steps_per_level is not None:
@@ -306,107 +264,61 @@ def suggest_schedule(
                 f"network_calls: got {network_calls} beside steps_per_level = {steps_per_level}, "
                 "expected one of the two"
             )
-    steps = 5 if steps_per_level is None else steps_per_level
-    steps = checks.count("steps_per_level", steps, least=1)
     overlap = checks.positive("overlap", overlap)
     rows, least, largest = samples(data)
     count, dim = rows.shape
     data_range = (largest - least).max().item()
     if data_range == 0:
         raise ValueError(f"data: got {count} equal samples, expected data that differ")
-    why_low = why_high = "given"
+    why_low = why_high = why_levels = "given"
     if sigma_min is None:
         sigma_min, why_low = 0.01 * data_range, f"1/100 of the range of the data, {data_range:.6g}"
-    if sigma_max is None:
-        sigma_max, why_high = _largest_distance(data, count**2 * dim, progress)
-    low = checks.noise_level("sigma_min", sigma_min)
-    high = checks.noise_level("sigma_max", sigma_max)
-    if not low < high:
-        raise ValueError(
-            f"sigma_max: got {high:g}, expected more than sigma_min = {low:g} ({why_low})"
-        )
+    if sigma_max is None and count**2 * dim <= _EXACT_OPERATIONS:
+        sigma_max = max_pairwise_distance(data, progress=progress)
+        why_high = "technique 1: the largest distance between two samples, exact"
+    elif sigma_max is None:
+        lower, sigma_max = pairwise_distance_bounds(data, progress=progress)
+        why_high = f"technique 1: the largest distance is from {lower:.6g} to {sigma_max:.6g}"
+    high, low = checks.ends(sigma_max, sigma_min)
+    log_range = math.log(high) - math.log(low)
     if levels is None:
-        levels, why_levels = _spacing(high, low, dim, overlap)
-        ratio = _realised(high, low, levels)
-    else:
-        levels = checks.count("levels", levels, least=2)
-        ratio = _realised(high, low, levels)
-        shared = level_overlap(dim, ratio)
-        why_levels = f"Their number is given; by technique 2 neighbours overlap by {shared:.3g}"
-    why_steps = "as in NCSNv2 for CIFAR-10" if steps_per_level is None else "given"
+        asked = math.inf if dim <= 4 else sigma_ratio(dim, overlap)
+        why_levels = f"technique 2 asks for {asked:.6g}"
+        if asked > _NCSN_RATIO:
+            why_levels = f"at most {_NCSN_RATIO:.4g} as in NCSN"
+        levels = level_count(high, low, min(asked, _NCSN_RATIO))
+        # The nearest number of levels may be one short of the limit.
+        if log_range / (levels - 1) > math.log(_NCSN_RATIO) + 1e-9:
+            levels += 1
+    levels = checks.count("levels", levels, least=2)
+    ratio = math.exp(log_range / (levels - 1))
     if network_calls is not None:
         steps = max(1, network_calls // levels)
         why_steps = f"{network_calls} network calls given, for {levels} levels"
         if network_calls < levels:
-            why_steps += "; one step at each level is the least, and costs more"
+            why_steps += "; 1 each costs more"
     step_size = best_step_size(ratio, low, steps)
-    left = variance_ratio(step_size, ratio, low, steps)
-    shape = " x ".join(map(str, data.shape[1:])) or "1"
-    why = [
-        f"Annealed Langevin dynamics for {count} samples of {shape} numbers.",
-        "Sigmas are in units of the data. Techniques 1, 2 and 4 are those of NCSNv2",
-        "(Song and Ermon 2020, arXiv 2006.09011).",
-        "",
-        _row("sigma_max", f"{high:.6g}", why_high),
-        _row("sigma_min", f"{low:.6g}", why_low),
-        _row("levels", f"{levels}", f"geometric, each {ratio:.6g} times the next. {why_levels}"),
-        _row("steps_per_level", f"{steps}", why_steps),
-        _row(
-            "step_size",
-            f"{step_size:.6g}",
-            "technique 4: leaves each level with a variance as close as can be to that of its "
-            f"noise, {left:.4g} times it. In squared units of the data, for x + (alpha/2) score + "
-            "sqrt(alpha) z; codes that write x + alpha score + sqrt(2 alpha) z take half of it, "
-            f"{step_size / 2:.6g}",
-        ),
-        _row(
-            "network calls",
-            f"{levels * steps}",
-            "levels x steps_per_level for each batch of samples; one more with a denoising step "
-            "at the end",
-        ),
+    overlap, left = level_overlap(dim, ratio), variance_ratio(step_size, ratio, low, steps)
+    table = [
+        ("sigma_max", f"{high:.6g}", why_high),
+        ("sigma_min", f"{low:.6g}", why_low),
+        ("levels", f"{levels}", f"geometric, ratio {ratio:.6g}; {why_levels}"),
+        ("", "", f"neighbours overlap by {overlap:.3g} in {dim} dimensions"),
+        ("steps_per_level", f"{steps}", why_steps),
+        ("step_size", f"{step_size:.6g}", "technique 4, for x + (alpha/2) score + sqrt(alpha) z"),
+        ("", "", f"levels end with {left:.4g} times the variance of their noise"),
+        ("", "", f"{step_size / 2:.6g} for x + alpha score + sqrt(2 alpha) z"),
+        ("network calls", f"{levels * steps}", "levels x steps_per_level for a batch of samples"),
     ]
-    return Schedule(geometric_sigmas(high, low, levels), steps, step_size, "\n".join(why))
-
-
-def _largest_distance(data: Tensor, operations: int, progress: bool) -> tuple[float, str]:
-    """Technique 1, exact where this takes few operations, and a sentence about it."""
-    if operations <= _EXACT_OPERATIONS:
-        exact = max_pairwise_distance(data, progress=progress)
-        return exact, "technique 1: the largest distance between two samples, exact"
-    lower, upper = pairwise_distance_bounds(data, progress=progress)
-    return upper, (
-        "technique 1, an upper bound: the largest distance between two samples is from "
-        f"{lower:.6g} to {upper:.6g}. sigma_max = max_pairwise_distance(data) is exact, and would "
-        "take long here"
-    )
-
-
-def _spacing(high: float, low: float, dim: int, overlap: float) -> tuple[int, str]:
-    """Number of levels by technique 2, and a sentence about it."""
-    ratio = math.inf if dim <= 4 else sigma_ratio(dim, overlap)
-    why = f"Technique 2: overlap {overlap:g} in {dim} dimensions asks for {ratio:.6g}"
-    if ratio > _NCSN_RATIO:
-        allowed = "any ratio" if dim <= 4 else f"{ratio:.4g}"
-        why = (
-            f"At most {_NCSN_RATIO:.4g} as in NCSN (Song and Ermon 2019, arXiv 1907.05600): "
-            f"technique 2 would allow {allowed} in {dim} dimensions"
-        )
-        ratio = _NCSN_RATIO
-    levels = level_count(high, low, ratio)
-    # The nearest number of levels may be one short of the limit.
-    if _realised(high, low, levels) > _NCSN_RATIO * (1 + 1e-9):
-        levels += 1
-    return levels, why
-
-
-def _realised(sigma_max: float, sigma_min: float, levels: int) -> float:
-    return math.exp((math.log(sigma_max) - math.log(sigma_min)) / (levels - 1))
-
-
-def _row(name: str, value: str, reason: str) -> str:
-    head = f"{name:<16}{value:<13}"
-    return textwrap.fill(reason, 90, initial_indent=head, subsequent_indent=" " * len(head))
+    shape = " x ".join(map(str, data.shape[1:])) or "1"
+    why = f"""\
+Annealed Langevin dynamics for {count} samples of {shape} numbers.
+Sigmas are in units of the data. Techniques 1, 2 and 4 are those of NCSNv2
+(Song and Ermon 2020, arXiv 2006.09011).
+"""
+    for row in table:
+        why += "\n{:<16}{:<13}{}".format(*row)
+    return Schedule(geometric_sigmas(high, low, levels), steps, step_size, why)
 
 
 def _above_one(ratio: float) -> float:

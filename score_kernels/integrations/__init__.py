@@ -1,1 +1,1 @@
-"""Other libraries' networks and samplers with this one's scores and steps, a module for each."""
+"""Networks and samplers of other libraries, a module for each."""

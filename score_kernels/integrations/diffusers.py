@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from score_kernels import ops
+from score_kernels import checks, ops
 from score_kernels.backends import choose
 from score_kernels.diffusion.prediction import as_score
 from score_kernels.diffusion.sde import DDPMSchedule
@@ -39,16 +39,10 @@ _KINDS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 def from_scheduler(scheduler: Any) -> DDPMSchedule:
     """The DDPM schedule of a diffusers scheduler, from its ``alphas_cumprod``.
 
-    Args:
-        scheduler: DDPMScheduler, DDIMScheduler or another with ``alphas_cumprod``.
-
-    Raises:
-        TypeError: it has none (flow matching, say).
-        ValueError: its last timestep is noise alone, at sigma = infinity
-            (``rescale_betas_zero_snr``).
+    Raises a TypeError for a scheduler that has none (flow matching, say), a ValueError for one
+    whose last timestep is noise alone, at sigma = infinity (``rescale_betas_zero_snr``).
     """
-    alphas_bar = getattr(scheduler, "alphas_cumprod", None)
-    if alphas_bar is None:
+    if not hasattr(scheduler, "alphas_cumprod"):
         raise TypeError(
             f"scheduler: got {type(scheduler).__name__}, expected one with alphas_cumprod, such as "
             "DDPMScheduler or DDIMScheduler"
@@ -58,31 +52,20 @@ def from_scheduler(scheduler: Any) -> DDPMSchedule:
             "scheduler: got rescale_betas_zero_snr, expected one whose last timestep has a finite "
             "sigma"
         )
-    return DDPMSchedule(alphas_bar)
+    return DDPMSchedule(scheduler.alphas_cumprod)
 
 
 def score_of(net: nn.Module, scheduler: Any) -> nn.Module:
-    """A diffusers network as a score: ``score(y, sigma, **conditions)``.
+    """A diffusers network ``net(x_t, timesteps, **conditions)``, such as UNet2DModel, as a score.
 
-    Args:
-        net: ``net(x_t, timesteps, **conditions)``, such as a UNet2DModel.
-        scheduler: the one it was trained with; its ``prediction_type`` is "epsilon", "sample" or
-            "v_prediction".
-
-    Returns, Raises:
-        As :func:`score_kernels.as_score` and :func:`from_scheduler`; a ValueError for other
-        prediction types.
+    The scheduler is the one that it was trained with, its ``prediction_type`` "epsilon", "sample"
+    or "v_prediction". Result and errors as of :func:`score_kernels.as_score` and `from_scheduler`.
     """
     return as_score(net, schedule=from_scheduler(scheduler), kind=_kind(scheduler))
 
 
 def _kind(scheduler: Any) -> str:
-    predicts = scheduler.config.get("prediction_type")
-    if predicts not in _KINDS:
-        raise ValueError(
-            f"prediction_type: got {predicts!r}, expected one of {', '.join(map(repr, _KINDS))}"
-        )
-    return _KINDS[predicts]
+    return _KINDS[checks.choice("prediction_type", scheduler.config.prediction_type, _KINDS)]
 
 
 class _Keyed:
@@ -119,12 +102,8 @@ class FusedDDPMScheduler(_Keyed, DDPMScheduler):
         generator: None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """The parent's step with the noise of this step's key."""
-        if self.variance_type not in ("fixed_small", "fixed_small_log", "fixed_large"):
-            raise ValueError(
-                f"variance_type: got {self.variance_type!r}, expected 'fixed_small', "
-                "'fixed_small_log' or 'fixed_large'"
-            )
+        variances = ("fixed_small", "fixed_small_log", "fixed_large")
+        checks.choice("variance_type", self.variance_type, variances)
         kind = _kind(self)
         key = self._next(generator)
         t = int(timestep)
@@ -136,10 +115,8 @@ class FusedDDPMScheduler(_Keyed, DDPMScheduler):
         root, noise_root = float(abar**0.5), float((1 - abar) ** 0.5)
         if kind == "x0":
             x0 = model_output
-        elif kind == "v":
-            x0 = ops.affine_step_(sample.clone(), model_output, root, -noise_root, 0.0, key)
         else:
-            a, b = 1 / root, -noise_root / root
+            a, b = (root, -noise_root) if kind == "v" else (1 / root, -noise_root / root)
             x0 = ops.affine_step_(sample.clone(), model_output, a, b, 0.0, key)
         if self.config.thresholding:
             x0 = self._threshold_sample(x0)
@@ -169,7 +146,6 @@ class FusedScoreSdeVeScheduler(_Keyed, ScoreSdeVeScheduler):
         generator: None = None,
         return_dict: bool = True,
     ) -> SdeVeOutput | tuple[Tensor, Tensor]:
-        """The parent's step with the noise of this step's key."""
         key = self._next(generator)
         # The parent's arithmetic, which truncates a float32 product.
         time = torch.as_tensor(timestep, dtype=torch.float32).cpu()
@@ -187,7 +163,6 @@ class FusedScoreSdeVeScheduler(_Keyed, ScoreSdeVeScheduler):
         generator: None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """The parent's step with the noise of this step's key."""
         key = self._next(generator)
         x = sample.clone(memory_format=torch.contiguous_format)
         backend, score = choose(x.device, x.dtype), model_output.contiguous()

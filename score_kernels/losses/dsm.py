@@ -11,9 +11,12 @@ from torch import Tensor
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
 from score_kernels.ops._dispatch import modes_active, transforms_active
+from score_kernels.ops.dsm import dsm_losses
 
 __all__ = ["dsm_loss"]
 
+# As plain integers, which a key takes faster than members of an enumeration.
+_LEVEL, _NOISE = int(Purpose.DSM_LEVEL), int(Purpose.DSM_NOISE)
 # The sigmas of the last call and their table: a schedule of thousands is checked once.
 _checked: tuple[Tensor, Tensor] | None = None
 
@@ -65,37 +68,46 @@ def dsm_loss(
     checks.function("net", net)
     checks.state("x", x)
     checks.reduction(reduction)
-    if not len(x):
+    batch = x.shape[0]
+    if not batch:
         raise ValueError("x: got a batch of 0, expected at least one sample")
     table = _table(sigmas, x.device)
     noise = resolve(noise, seed)
     if labels is None:
-        labels = draw_labels(len(x), len(table), noise, x.device)
+        labels = draw_labels(batch, table.shape[0], noise, x.device)
     else:
-        _check_labels(labels, x, len(table))
-    sigma = table[labels]
+        checks.per_sample("labels", labels, x, torch.int64)
+        if not torch.compiler.is_compiling():
+            low, high = (int(v) for v in torch.aminmax(labels))
+            if low < 0 or high >= len(table):
+                raise ValueError(
+                    f"labels: got values from {low} to {high}, expected 0 to {len(table) - 1}"
+                )
+    sigma = table.index_select(0, labels)
     if isinstance(weighting, Tensor):
         checks.per_sample("weighting", weighting, x)
         weight: Tensor | None = weighting
     else:
         power = checks.number("weighting", weighting)
         weight = None if power == 2.0 else sigma ** (power - 2.0)
-    each = denoising_losses(net, x, sigma, noise, weight, conditions)
+    mean = reduction == "mean" and not return_per_level
+    each = denoising_losses(net, x, sigma, noise, weight, conditions, mean=mean)
+    if mean:
+        return each
     loss = each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
     if not return_per_level:
         return loss
-    sums, counts = (
-        torch.zeros(len(table), dtype=each.dtype, device=x.device).index_add_(0, labels, values)
-        for values in (each.detach(), torch.ones_like(each))
-    )
+    sums, counts = each.new_zeros(2, len(table))
+    sums.index_add_(0, labels, each.detach())
+    counts.index_add_(0, labels, torch.ones_like(each))
     return loss, sums / counts
 
 
 def draw_labels(batch: int, levels: int, noise: NoiseKey, device: torch.device) -> Tensor:
     """The noise level of each sample of a batch, uniform: ``[B]`` int64."""
-    words = ops.words((batch,), noise.for_purpose(Purpose.DSM_LEVEL), device=device)
+    words = ops.words((batch,), noise.for_purpose(_LEVEL), device=device)
     # floor(word * L / 2^32), exact in 64-bit integers.
-    return words * levels >> 32
+    return words.mul_(levels).bitwise_right_shift_(32)
 
 
 def denoising_losses(
@@ -105,45 +117,30 @@ def denoising_losses(
     noise: NoiseKey,
     weight: Tensor | None,
     conditions: dict[str, Any],
+    *,
+    mean: bool = False,
 ) -> Tensor:
-    """The ``[B]`` losses of :func:`dsm_loss` at given noise levels, unchecked."""
-    key = noise.for_purpose(Purpose.DSM_NOISE)
+    """The ``[B]`` losses of :func:`dsm_loss` at given noise levels, or their mean, unchecked."""
+    key = noise.for_purpose(_NOISE)
     score = net(ops.perturb(x, sigma, key), sigma, **conditions)
     checks.score_like(x, score, "net")
-    return ops.dsm_loss_from_score(score, sigma, key, weight=weight)
+    return dsm_losses(score, sigma, key, weight, mean=mean)
 
 
 def _table(sigmas: Any, device: torch.device) -> Tensor:
     """The noise levels as float32 on x's device, checked."""
     global _checked
-    if not isinstance(sigmas, Tensor):
-        return torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32, device=device)
-    if torch.compiler.is_compiling():
+    tensor = isinstance(sigmas, Tensor)
+    if tensor and torch.compiler.is_compiling():
         return sigmas.to(device, torch.float32)
     # Read once: another thread may replace it.
-    if (checked := _checked) is not None:
+    if tensor and (checked := _checked) is not None:
         seen, table = checked
         same = (seen.dtype, seen.device, table.device) == (sigmas.dtype, sigmas.device, device)
         if same and torch.equal(seen, sigmas):
             return table
     table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32, device=device)
     # Tensors made under a transform or a mode do not outlive it.
-    if not (transforms_active() or modes_active()):
+    if tensor and not (transforms_active() or modes_active()):
         _checked = sigmas.detach().clone(), table
     return table
-
-
-def _check_labels(labels: Any, x: Tensor, levels: int) -> None:
-    checks.instance("labels", labels, Tensor, "a tensor of level indices")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
-    if labels.shape != x.shape[:1] or labels.device != x.device:
-        raise ValueError(
-            f"labels: got shape {tuple(labels.shape)} on {labels.device}, expected [B] = "
-            f"{tuple(x.shape[:1])} on {x.device}"
-        )
-    if torch.compiler.is_compiling():
-        return
-    low, high = (int(v) for v in torch.aminmax(labels))
-    if low < 0 or high >= levels:
-        raise ValueError(f"labels: got values from {low} to {high}, expected 0 to {levels - 1}")

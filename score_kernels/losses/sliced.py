@@ -1,4 +1,4 @@
-"""Sliced and exact score matching: losses that need only a differentiable score, no noisy data.
+"""Sliced and exact score matching, without noisy data.
 
 Both estimate ``E[ tr(grad s) + 1/2 ||s||^2 ]`` (Hyvarinen 2005).
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
+from score_kernels.ops._dispatch import state_dtype
 
 __all__ = ["exact_score_loss", "sliced_score_loss"]
 
@@ -33,19 +34,7 @@ def exact_score_loss(
     """Explicit score matching, ``mean over the batch of tr(grad s) + 1/2 ||s||^2``.
 
     Hyvarinen (2005), with the exact trace: one backward pass per element of a sample. For small
-    samples, and as the truth in tests.
-
-    Args:
-        score: ``score(x)``, or ``score(x, sigma)`` with sigma ``[B]`` when sigma is given. Samples
-            must not influence each other.
-        x: ``[B, ...]`` float32 or float64, B at least 1.
-        sigma: noise levels ``[B]`` float32, or one number for all.
-
-    Returns:
-        The loss, a tensor without dimensions; its gradient reaches the score's parameters and x.
-
-    Raises:
-        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
+    samples, and as the truth in tests. Arguments, result and errors: :func:`sliced_score_loss`.
     """
     call = _score_at(score, _check(score, x, sigma))
     training = torch.is_grad_enabled()
@@ -79,16 +68,6 @@ def sliced_score_loss(
     Song et al. (2019, arXiv 1905.07088); without variance reduction the second term is
     ``1/2 (v . s)^2``. E[v v^T] = I, so that both estimate the explicit objective.
 
-    Methods, for the first term:
-
-    - "double_backward": the gradient of ``v . s``, differentiated again in training.
-    - "jvp": forward-mode differentiation along v.
-    - "finite_difference": ``v . (s(x + h v) - s(x - h v)) / (2 h)`` (Pang et al. 2020, arXiv
-      2007.03317), with an error of the order of h^2; s becomes the mean of the two, which are one
-      batch of 2 B except on a CPU.
-    - "auto": double_backward, or finite_difference where the network's gradient has no derivative
-      (flash attention). It warns once per score.
-
     Args:
         score: ``score(x)``, or ``score(x, sigma)`` with sigma ``[B]`` when sigma is given. Samples
             must not influence each other.
@@ -100,7 +79,15 @@ def sliced_score_loss(
         probe: "rademacher", "gaussian" or "sphere"; see :func:`score_kernels.ops.probe_dot`.
         probes: their number per sample, 1 to 64.
         variance_reduced: which second term.
-        method: one of the above.
+        method: how the first term is computed.
+
+            - "double_backward": the gradient of ``v . s``, differentiated again in training.
+            - "jvp": forward-mode differentiation along v.
+            - "finite_difference": ``v . (s(x + h v) - s(x - h v)) / (2 h)`` (Pang et al. 2020,
+              arXiv 2007.03317), with an error of the order of h^2; s becomes the mean of the two,
+              which are one batch of 2 B except on a CPU.
+            - "auto": double_backward, or finite_difference where the network's gradient has no
+              derivative (flash attention). It warns once per score.
         fd_step: h of finite differences, in units of x, times sigma where sigma is given.
         reduction: "mean" or "sum" over the batch, or "none" for the ``[B]`` losses, each the mean
             over its probes.
@@ -114,7 +101,6 @@ def sliced_score_loss(
             got scores in half precision.
     """
     level = _check(score, x, sigma)
-    call = _score_at(score, level)
     noise = resolve(noise, seed)
     probes = checks.count("probes", probes, least=1)
     if probes > 64:
@@ -127,45 +113,53 @@ def sliced_score_loss(
     used = method
     if method == "auto":
         used = "finite_difference" if score in _no_double_backward else "double_backward"
-    if used == "double_backward":
+    losses = []
+    if used != "finite_difference":
         try:
-            losses = _by_double_backward(call, x, keys, kind)
+            losses = _by_derivative(_score_at(score, level), x, keys, kind, used)
         except _NoDoubleBackward:
             if method != "auto":
                 raise
-            used = "finite_difference"
             _no_double_backward.add(score)
             warnings.warn(
                 "sliced_score_loss: the gradient of this score has no derivative; using "
-                f"method={used!r}",
+                "method='finite_difference'",
                 stacklevel=2,
             )
-    if used == "jvp":
-        losses = _by_jvp(call, x, keys, kind)
-    elif used == "finite_difference":
+    if not losses:
         losses = _by_finite_difference(score, x, level, fd_step, keys, kind)
     each = losses[0] if probes == 1 else torch.stack(losses).mean(0)
     return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
 
 
-def _by_double_backward(
-    call: Callable[[Tensor], Tensor], x: Tensor, keys: list[NoiseKey], kind: dict[str, Any]
+def _by_derivative(
+    call: Callable[[Tensor], Tensor],
+    x: Tensor,
+    keys: list[NoiseKey],
+    kind: dict[str, Any],
+    method: str,
 ) -> list[Tensor]:
-    training = torch.is_grad_enabled()
+    training, reverse = torch.is_grad_enabled(), method == "double_backward"
     losses = []
-    with torch.enable_grad():
-        leaf = x if x.requires_grad else x.detach().requires_grad_()
-        value = call(leaf)
-        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-        ones = x.new_ones(len(x), dtype=dtype)
+    with torch.set_grad_enabled(training or reverse):
+        if reverse:
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            value = like = call(x)
+        else:
+            # A tangent gets the strides of x, which must not overlap.
+            x = like = x.contiguous()
+        ones = x.new_ones(len(x), dtype=state_dtype(like))
         for key in keys:
-            v = ops.probe_scale(ones, value.shape, key, probe=kind["probe"]).to(value.dtype)
-            retain = training or key is not keys[-1]
-            (grad,) = torch.autograd.grad(
-                value, leaf, v, create_graph=training, retain_graph=retain
-            )
-            if training and key is keys[0]:
-                _require_derivative(grad)
+            v = ops.probe_scale(ones, x.shape, key, probe=kind["probe"]).to(like.dtype)
+            if reverse:
+                retain = training or key is not keys[-1]
+                (grad,) = torch.autograd.grad(
+                    value, x, v, create_graph=training, retain_graph=retain
+                )
+                if training and key is keys[0]:
+                    _require_derivative(grad)
+            else:
+                value, grad = torch.func.jvp(call, (x,), (v,))[:2]
             losses.append(ops.ssm_reduce(grad, value.to(grad.dtype), key, **kind))
     return losses if training else [loss.detach() for loss in losses]
 
@@ -187,19 +181,6 @@ def _require_derivative(gradient: Tensor) -> None:
         queue += [following for following, _ in node.next_functions]
 
 
-def _by_jvp(
-    call: Callable[[Tensor], Tensor], x: Tensor, keys: list[NoiseKey], kind: dict[str, Any]
-) -> list[Tensor]:
-    # A tangent gets the strides of x, which must not overlap.
-    x = x.contiguous()
-    losses = []
-    for key in keys:
-        v = ops.probe_scale(x.new_ones(len(x)), x.shape, key, probe=kind["probe"])
-        value, grad = torch.func.jvp(call, (x,), (v,))[:2]
-        losses.append(ops.ssm_reduce(grad, value.to(grad.dtype), key, **kind))
-    return losses
-
-
 def _by_finite_difference(
     score: Callable[..., Tensor],
     x: Tensor,
@@ -213,12 +194,11 @@ def _by_finite_difference(
         step = step * level.to(x.dtype)
     # Two batches of B stay in a CPU's cache longer than one of 2 B; a GPU wants fewer launches.
     calls = 2 if x.device.type == "cpu" else 1
-    if calls == 1 and level is not None:
-        level = level.repeat(2)
+    call = _score_at(score, level if level is None or calls == 2 else level.repeat(2))
     losses = []
     for key in keys:
         pair = ops.fd_pair(x, step, key, probe=kind["probe"])
-        values = [_score_at(score, level)(y) for y in pair.chunk(calls)]
+        values = [call(y) for y in pair.chunk(calls)]
         above, below = values if calls == 2 else values[0].chunk(2)
         if above.dtype.itemsize < 4:
             raise RuntimeError(

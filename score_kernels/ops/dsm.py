@@ -1,4 +1,4 @@
-"""Denoising score matching from a given score: noisy data and the loss, noise never stored."""
+"""Denoising score matching: noisy data, and the loss of a score."""
 
 from __future__ import annotations
 
@@ -81,12 +81,21 @@ def dsm_loss_from_score(
     if weight is not None:
         checks.per_sample("weight", weight, score)
     check_key(noise, "score", score)
+    return dsm_losses(score, sigma, noise, weight, mean=False)
+
+
+def dsm_losses(
+    score: Tensor, sigma: Tensor, noise: NoiseKey, weight: Tensor | None, *, mean: bool
+) -> Tensor:
+    """:func:`dsm_loss_from_score` of checked arguments, or its mean, by a single autograd node."""
     if direct(score, sigma, weight):
-        return _dsm_loss(score, sigma, weight, False, noise)[0]
-    if transformed() or wants_grad(sigma, weight):
+        each = _dsm_loss(score, sigma, weight, False, noise)[0]
+    elif transformed() or wants_grad(sigma, weight):
         each = 0.5 * sums(_residual(score, sigma, noise).square())
-        return each if weight is None else weight.to(each.dtype) * each
-    return apply(_DsmLoss, score, sigma, weight, noise)
+        each = each if weight is None else weight.to(each.dtype) * each
+    else:
+        return apply(_DsmLoss, score, sigma, weight, noise, mean)
+    return each.mean() if mean else each
 
 
 def _residual(score: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
@@ -112,29 +121,41 @@ class _DsmLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, score: Tensor, sigma: Tensor, weight: Tensor | None, noise: NoiseKey
+        ctx: Any,
+        score: Tensor,
+        sigma: Tensor,
+        weight: Tensor | None,
+        noise: NoiseKey,
+        mean: bool,
     ) -> Tensor:
         eager = not is_compiling()
         keep = eager and ctx.needs_input_grad[0] and score.is_cpu and score.dtype == torch.float32
         loss, gradient = _dsm_loss_op(score, sigma, weight, keep, noise)
         ctx.save_for_backward(score, sigma, weight)
-        ctx.noise, ctx.gradient = noise, gradient if keep else None
-        return loss
+        ctx.noise, ctx.mean, ctx.batch = noise, mean, score.shape[0]
+        ctx.gradient = gradient if keep else None
+        return loss.mean() if mean else loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        further = torch.is_grad_enabled()
+        if ctx.mean:
+            grad = grad / ctx.batch
+        if ctx.gradient is not None and not further:
+            gradient, ctx.gradient = ctx.gradient, None
+            gradient.mul_(grad if ctx.mean else expand_like(grad, gradient))
+            return gradient, None, None, None, None
         score, sigma, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # A further derivative is wanted: the formula in plain torch has them all.
+        # A tensor without dimensions would not promote sigma to float64.
+        grad = grad.expand_as(sigma)
+        if further:
+            # The formula in plain torch has all further derivatives.
             scale = grad * sigma if weight is None else grad * sigma * weight
             residual = _residual(score, sigma, ctx.noise)
-            return (expand_like(scale, residual) * residual).to(score.dtype), None, None, None
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            gradient = _dsm_gradient_op(score, sigma, weight, grad, ctx.noise)
+            gradient = (expand_like(scale, residual) * residual).to(score.dtype)
         else:
-            gradient.mul_(expand_like(grad, score))
-        return gradient, None, None, None
+            gradient = _dsm_gradient_op(score, sigma, weight, grad, ctx.noise)
+        return gradient, None, None, None, None
 
 
 def _perturb(x: Tensor, sigma: Tensor, key: Key) -> Tensor:

@@ -1,4 +1,4 @@
-"""The update of a chain: one affine step, of which Langevin's is a case."""
+"""The update of a chain: affine steps, Langevin's among them."""
 
 from __future__ import annotations
 

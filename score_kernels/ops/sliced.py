@@ -1,4 +1,4 @@
-"""Random projections for sliced score matching: the probe is made in the kernel, never stored.
+"""Sliced score matching: probes made in the kernel, never stored.
 
 A probe ``v`` has independent elements with E[v v^T] = I: Rademacher signs ("rademacher", the least
 variance), normals ("gaussian"), or a point of the sphere of radius sqrt(D) ("sphere").
@@ -119,7 +119,7 @@ def ssm_reduce(
 
 
 def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tensor:
-    """The batch of 2 B of a central difference along the probe: ``x + h v``, then ``x - h v``.
+    """A central difference's 2 B points: ``x + h v``, then ``x - h v``.
 
     Pang et al. (2020, arXiv 2007.03317).
 

@@ -31,7 +31,7 @@ def ddpm(
     variance: str = "small",
     **options: Unpack[Options],
 ) -> Tensor:
-    """Ancestral sampling of DDPM (Ho et al. 2020, arXiv 2006.11239, algorithm 2), all its steps.
+    """Ancestral DDPM, all timesteps (Ho et al. 2020, arXiv 2006.11239, algorithm 2).
 
     In DDPM's scale ``x <- (x - beta / sqrt(1 - abar) eps) / sqrt(1 - beta) + sqrt(v) z``, v the
     posterior's variance ("small") or beta ("large"), and no noise in the last step; in y::
@@ -40,18 +40,11 @@ def ddpm(
 
     with ``c = sigma_{i-1} sqrt(1 - sigma_{i-1}^2 / sigma_i^2)``, or ``sqrt(beta_i / abar_{i-1})``.
 
-    Args:
+    Args as in :func:`annealed_langevin`, except:
         score: ``score(y, sigma)``; of a network that predicts noise, see `as_score`.
-        shape_or_init: ``[B, ...]`` to start from the prior, ``N(0, 1)`` in x, or a state y.
-        schedule: the levels.
+        shape_or_init: the prior is ``N(0, 1)`` in x; a state, or the recorded ones, are y.
+        schedule: the levels, a :class:`score_kernels.diffusion.sde.DDPMSchedule`.
         variance: "small" or "large".
-        options: see :class:`score_kernels.sampling.Options`.
-
-    Returns:
-        Samples ``[B, ...]``, or the recorded states y.
-
-    Raises:
-        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
     checks.instance("schedule", schedule, DDPMSchedule, _SCHEDULE)
     checks.choice("variance", variance, ("small", "large"))
@@ -73,7 +66,7 @@ def ddim(
     eta: float = 0.0,
     **options: Unpack[Options],
 ) -> Tensor:
-    """DDIM (Song, Meng and Ermon 2021, arXiv 2010.02502) over some of a schedule's levels.
+    """DDIM (Song, Meng and Ermon 2021, arXiv 2010.02502) over some timesteps.
 
     From sigma to sigma' with ``c = eta sigma' sqrt(1 - sigma'^2 / sigma^2)``::
 
@@ -82,13 +75,9 @@ def ddim(
     ``eta = 0`` draws no noise but the start's and is Euler's method on the probability flow in
     sigma; ``eta = 1`` over all levels is :func:`ddpm`.
 
-    Args:
-        score, shape_or_init, schedule, options: as in :func:`ddpm`.
+    Args as in :func:`ddpm`, and:
         steps: how many of the N levels, spaced evenly over their indices; the last is level 0.
         eta: 0 to 1.
-
-    Returns, Raises:
-        As :func:`ddpm`.
     """
     checks.instance("schedule", schedule, DDPMSchedule, _SCHEDULE)
     steps, levels = checks.count("steps", steps, least=1), len(schedule.sigmas)

@@ -1,4 +1,4 @@
-"""The engine of the samplers: a plan of affine steps ``x <- a x + b score + c z``, run as a chain.
+"""Runs plans of affine steps ``x <- a x + b score + c z``.
 
 The noise of step ``t`` of a chain is draw ``t`` of the chain's key, and rows are global samples
 ``first_sample + row``: a chain does not depend on how a batch is split or where it is resumed.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,13 +21,12 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from score_kernels import checks, ops
-from score_kernels.backends import Backend, choose
+from score_kernels.backends import choose
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
 from score_kernels.sampling import graph
-from score_kernels.sampling.inpainting import known_elements
 from score_kernels.sampling.monitor import CHECK_EVERY, DivergenceMonitor
 
-__all__ = ["Options", "Phase", "PreStep", "Progress", "Score", "ScoreModel", "State", "run"]
+__all__ = ["Chain", "Options", "Phase", "Progress", "Score", "ScoreModel", "run"]
 
 Score = Callable[..., Tensor]
 
@@ -86,7 +85,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(slots=True)
 class Progress:
-    """The argument of a callback after each update step. One object serves a whole chain.
+    """The argument of a callback, one object for a whole chain.
 
     Attributes:
         step: index of the step just done, from 0 for the chain's first.
@@ -104,27 +103,6 @@ class Progress:
 
 
 @dataclass(slots=True)
-class State:
-    """What a chain carries from step to step: x and auxiliary tensors, all changed in place.
-
-    Attributes:
-        x: ``[B, ...]``.
-        aux: tensors ``[B, ...]`` by name, such as a momentum or the last score.
-    """
-
-    x: Tensor
-    aux: dict[str, Tensor] = field(default_factory=dict)
-
-    def clone(self) -> State:
-        return State(self.x.clone(), {name: value.clone() for name, value in self.aux.items()})
-
-    def copy_(self, other: State) -> None:
-        self.x.copy_(other.x)
-        for name, value in other.aux.items():
-            self.aux[name].copy_(value)
-
-
-@dataclass(slots=True)
 class Phase:
     """`steps` equal steps ``x <- a x + b score + c z`` at one noise level, one kernel each.
 
@@ -134,7 +112,10 @@ class Phase:
         steps: their number.
         mean: the score is called at ``x / mean``: m(t) of :mod:`score_kernels.diffusion.sde`.
         next_level: noise level and mean of the state after a step, where a step changes them.
-        pre_step: what a step does before its kernel, where one call of the score is not all.
+        pre_step: what a step does before its kernel, where one call of the score is not all:
+            ``pre_step(chain, key)``, key naming the step's noise, may write to ``chain.x`` and
+            ``chain.aux`` and returns the score for the kernel and, if samples have step sizes of
+            their own, factors r, ``[B]`` or ``[1]``: ``x <- a x + r b score + sqrt(r) c z``.
     """
 
     sigma: float
@@ -144,31 +125,13 @@ class Phase:
     steps: int = 1
     mean: float = 1.0
     next_level: tuple[float, float] | None = None
-    pre_step: PreStep | None = None
+    pre_step: Callable[[Chain, Key], tuple[Tensor, Tensor | None]] | None = None
 
-    @property
-    def end(self) -> tuple[float, float]:
-        """Noise level and mean of the state after a step."""
-        return self.next_level or (self.sigma, self.mean)
-
-    def coefficients(self) -> tuple[float, ...]:
+    def row(self) -> tuple[float, ...]:
         """a, b and c, and the factors of known elements and of their noise after a step."""
-        sigma, mean = self.end
+        sigma, mean = self.next_level or (self.sigma, self.mean)
         # Langevin dynamics without noise levels adds none to known elements.
         return self.a, self.b, self.c, mean, 0.0 if math.isnan(sigma) else mean * sigma
-
-
-class PreStep(Protocol):
-    """What a step does before its kernel; key names the step's noise.
-
-    It may write to x and to the auxiliary tensors of the state, and returns the score for the
-    kernel and, if samples have step sizes of their own, factors r of the step size, ``[B]`` or
-    ``[1]``: the kernel then does ``x <- a x + r b score + sqrt(r) c z``.
-    """
-
-    def __call__(
-        self, model: ScoreModel, backend: Backend, state: State, key: Key
-    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class ScoreModel:
@@ -184,9 +147,8 @@ class ScoreModel:
         checks.function("score", score)
         if guidance is not None:
             checks.function("guidance", guidance)
-        self.score = score
-        self.conditions = {} if conditions is None else checks.keywords("conditions", conditions)
-        self.guidance = guidance
+        self.score, self.guidance = score, guidance
+        self.conditions = checks.keywords("conditions", conditions or {})
         self.sigma = x.new_empty(x.shape[0], dtype=torch.float32)
         self.level: tuple[float, float] | None = None
         # Whether the score takes sigma, and what x is multiplied by (a tensor in a CUDA graph).
@@ -233,7 +195,7 @@ class ScoreModel:
 
 
 class Chain:
-    """The steps of a plan, by number, in place on a state.
+    """The steps of a plan, by number, in place on x and its auxiliary tensors.
 
     With denoise, one more step ends it: ``x <- x / m + sigma^2 score(x / m, sigma)``.
     """
@@ -241,92 +203,73 @@ class Chain:
     def __init__(
         self,
         model: ScoreModel,
-        backend: Backend,
         x: Tensor,
+        aux: dict[str, Tensor],
         plan: list[Phase],
-        noise: NoiseKey,
+        key: NoiseKey,
         known: tuple[Tensor, Tensor] | None,
         denoise: bool,
     ) -> None:
-        self.model, self.backend, self.known = model, backend, known
-        self.key, self.dtype = noise, x.dtype
-        # Of each phase: the number of steps up to its end.
-        self.ends = list(accumulate(phase.steps for phase in plan))
-        self.steps = self.ends[-1]
+        self.model, self.x, self.aux, self.key, self.known = model, x, aux, key, known
+        self.tensors = (x, *aux.values())
+        self.backend = choose(x.device, x.dtype)
         self.plan = plan
         if denoise:
-            sigma, mean = plan[-1].end
+            sigma, mean = plan[-1].next_level or (plan[-1].sigma, plan[-1].mean)
             last = Phase(sigma, 1 / mean, sigma**2, mean=mean, next_level=(0.0, 1.0))
             self.plan = [*plan, last]
-            self.ends.append(self.steps + 1)
-        self.plain = known is None and all(phase.pre_step is None for phase in plan)
-
-    @cached_property
-    def table(self) -> Tensor:
-        """The coefficients of the phases on the device: ``[phases, 3]``, with known elements 5."""
-        columns = 3 if self.known is None else 5
-        rows = [phase.coefficients()[:columns] for phase in self.plan]
-        return torch.tensor(rows, dtype=self.dtype).to(self.model.device)
+        # Of each phase: the number of steps up to its end.
+        self.ends = list(accumulate(phase.steps for phase in self.plan))
+        self.steps = self.ends[-1] - denoise
+        self.lines = x.new_empty(0, 0)
 
     @cached_property
     def rows(self) -> tuple[Tensor, ...]:
-        return self.table.split(1)
+        """The coefficients of each phase on the device: ``[1, 3]``, with known elements 5."""
+        columns = 3 if self.known is None else 5
+        rows = [phase.row()[:columns] for phase in self.plan]
+        return torch.tensor(rows, dtype=self.x.dtype).to(self.x.device).split(1)
 
     def phase_of(self, t: int) -> int:
         """The index of step t's phase."""
         return bisect_right(self.ends, t)
 
-    def advance(self, state: State, t: int, stop: int) -> None:
+    def advance(self, t: int, stop: int) -> None:
         """Do the steps from t up to and without stop."""
-        x, model, step = state.x, self.model, self.backend.affine_step
+        x, model, step = self.x, self.model, self.backend.affine_step
         seed, purpose, _, first_sample = self.key
+        known, mask = self.known or (None, None)
         index = self.phase_of(t)
         while t < stop:
             phase, end = self.plan[index], min(stop, self.ends[index])
             model.set_level(phase.sigma, phase.mean)
-            a, b, c = phase.a, phase.b, phase.c
-            for done in range(t, end):
-                key = (seed, purpose, done, first_sample)
-                if self.plain:
-                    step(x, x, model(x), a, b, c, key)
+            a, b, c, pre_step, factors = phase.a, phase.b, phase.c, phase.pre_step, None
+            for draw in range(t, end):
+                key = (seed, purpose, draw, first_sample)
+                if pre_step is None:
+                    score = model(x)
                 else:
-                    self._step(state, index, key)
+                    score, factors = pre_step(self, key)
+                if factors is None and known is None:
+                    step(x, x, score, a, b, c, key)
+                else:
+                    table = self.rows[index]
+                    if factors is not None:
+                        table = self._scaled(table, factors)
+                    self.backend.table_step(x, x, score, table, None, key, known, mask)
                 # A score that is itself a gradient may have saved x: let autograd notice.
                 increment_version(x)
             t, index = end, index + 1
 
-    def _step(self, state: State, index: int, key: Key) -> None:
-        """A step with known elements, or of more than a call of the score and an affine step."""
-        phase, x = self.plan[index], state.x
-        factors = None
-        if phase.pre_step is None:
-            score = self.model(x)
-        else:
-            score, factors = phase.pre_step(self.model, self.backend, state, key)
-        if factors is None and self.known is None:
-            self.backend.affine_step(x, x, score, phase.a, phase.b, phase.c, key)
-            return
-        row = self.rows[index]
-        if factors is not None:
-            # Of a, b and c, and of known elements and their noise.
-            ones = torch.ones_like(factors)
-            columns = [ones, factors, factors.sqrt(), ones, ones]
-            row = torch.stack(columns[: row.shape[1]], 1) * row
-        known, mask = self.known or (None, None)
-        self.backend.table_step(x, x, score, row, None, key, known, mask)
-
-    def start(self, x: Tensor) -> None:
-        """Bring known elements to the noise level of the first phase."""
-        if self.known is not None:
-            first = Phase(self.plan[0].sigma, mean=self.plan[0].mean)
-            row = x.new_tensor([first.coefficients()])
-            key = self.key.for_purpose(Purpose.KNOWN)
-            self.backend.table_step(x, x, x, row, None, key, *self.known)
-
-    def finish(self, x: Tensor) -> None:
-        """Make known elements exact."""
-        if self.known is not None:
-            torch.where(self.known[1], self.known[0], x, out=x)
+    def _scaled(self, row: Tensor, factors: Tensor) -> Tensor:
+        """The row for each sample, with the factors of its step size."""
+        if len(self.lines) != len(factors):
+            self.lines = row.repeat(len(factors), 1)
+            self.b, self.c = self.lines.unbind(1)[1:3]
+        self.lines.copy_(row)
+        self.b.mul_(factors)
+        self.c.mul_(factors.sqrt())
+        return self.lines
 
 
 def run(
@@ -358,58 +301,51 @@ def run(
         checks.function("callback", callback)
     total = sum(phase.steps for phase in plan)
     if total > 2**32:
-        raise ValueError(f"steps: got {total} steps in all, expected at most 2**32, one draw each")
+        raise ValueError(f"steps: got {total}, expected at most 2**32, one draw each")
     first_step = checks.count("first_step", options.get("first_step", 0), least=0)
     if first_step > total:
-        raise ValueError(
-            f"first_step: got {first_step}, expected at most the chain's {total} steps"
-        )
+        raise ValueError(f"first_step: got {first_step}, expected at most {total} steps")
     if first_step and not isinstance(shape_or_init, Tensor):
-        raise ValueError(
-            f"first_step: got {first_step} with a shape, expected the state after "
-            "that many steps as shape_or_init"
-        )
+        raise ValueError(f"first_step: got {first_step} with a shape, expected the state there")
     every = total + 1
     if record_every is not None:
         every = checks.count("record_every", record_every, least=1)
-    seed = options.get("seed")
-    noise = NoiseKey(
-        fresh_seed() if seed is None else seed,
-        purpose=Purpose.LANGEVIN,
-        first_sample=options.get("first_sample", 0),
-    )
+    seed, first_sample = options.get("seed"), options.get("first_sample", 0)
+    seed = fresh_seed() if seed is None else seed
+    key = NoiseKey(seed, purpose=Purpose.LANGEVIN, first_sample=first_sample)
     with torch.no_grad():
-        x = _start(shape_or_init, scale, noise, options)
-        state = State(x, {} if init_aux is None else init_aux(x, noise))
-        _resume(state.aux, options.get("aux"), first_step)
+        x = _start(shape_or_init, scale, key, options)
+        aux = {} if init_aux is None else init_aux(x, key)
+        _resume(aux, options.get("aux"), first_step)
         model = ScoreModel(score, x, options.get("conditions"), options.get("guidance"))
-        known = known_elements(x, options.get("known"), options.get("mask"))
-        chain = Chain(model, choose(x.device, x.dtype), x, plan, noise, known, denoise)
-        if not first_step:
-            chain.start(x)
-        advance = graph.replayed(chain, state, first_step) if cuda_graph else chain.advance
+        known = _known_elements(x, options.get("known"), options.get("mask"))
+        chain = Chain(model, x, aux, plan, key, known, denoise)
+        if known is not None and not first_step:
+            # Known elements at the noise level of the first phase.
+            row = x.new_tensor([Phase(plan[0].sigma, mean=plan[0].mean).row()])
+            chain.backend.table_step(x, x, x, row, None, key.for_purpose(Purpose.KNOWN), *known)
+        advance = graph.replayed(chain, first_step) if cuda_graph else chain.advance
         monitor = None
         if on_nan != "ignore":
-            monitor = DivergenceMonitor(chain, state, first_step, stop=on_nan == "stop")
+            monitor = DivergenceMonitor(chain, first_step, stop=on_nan == "stop")
         skipped = first_step // every
         frames = 0 if record_every is None else total // every - skipped + 1
-        trajectory = x.new_empty((frames, *x.shape), device="cpu") if frames else x
-        seen = Progress(step=0, level=-1, sigma=math.nan, x=x, aux=state.aux)
+        trajectory = x.new_empty((frames, *x.shape), device="cpu")
+        seen = Progress(step=0, level=-1, sigma=math.nan, x=x, aux=aux)
         bar = None
         if progress:
             bar = tqdm(total=total, initial=first_step, unit="step", desc="sampling")
-        t = first_step
-        check = total + 1 if monitor is None else t + CHECK_EVERY
+        t, check = first_step, first_step + CHECK_EVERY
         while t < total:
             # Up to the next step after which something is to be done.
             stop = min(total, check, t - t % every + every)
             if callback is not None or bar is not None:
                 stop = t + 1
-            advance(state, t, stop)
+            advance(t, stop)
             t = stop
-            if monitor is not None and t == check:
+            if t == check:
                 check += CHECK_EVERY
-                if not monitor.finite(state, t):
+                if monitor is not None and not monitor.finite(t):
                     t = monitor.done
                     break
             if callback is not None:
@@ -422,9 +358,10 @@ def run(
                 bar.update()
         else:
             if denoise:
-                chain.advance(state, total, total + 1)
-            chain.finish(x)
-            if monitor is not None and not monitor.finite(state, total + denoise):
+                chain.advance(total, total + 1)
+            if known is not None:
+                torch.where(known[1], known[0], x, out=x)
+            if monitor is not None and not monitor.finite(total + denoise):
                 t = monitor.done
         if bar is not None:
             bar.close()
@@ -436,44 +373,62 @@ def run(
 
 
 def _start(
-    shape_or_init: Sequence[int] | Tensor, scale: float, noise: NoiseKey, options: Options
+    shape_or_init: Sequence[int] | Tensor, scale: float, key: NoiseKey, options: Options
 ) -> Tensor:
     """The state that a chain starts from."""
     device = checks.device("device", options.get("device"))
     if isinstance(shape_or_init, Tensor):
         checks.state("shape_or_init", shape_or_init)
         checks.noise_shape(shape_or_init.shape)
-        checks.sample_range(noise.first_sample, shape_or_init.shape[0])
+        checks.sample_range(key.first_sample, shape_or_init.shape[0])
         here = shape_or_init.device
         if device and (device.type != here.type or device.index not in (None, here.index)):
-            raise ValueError(
-                f"device: got {device} with a state on {here}, expected the state's device or none"
-            )
-        if shape_or_init.is_meta:
-            raise ValueError("shape_or_init: got a tensor on meta, expected one with values")
-        return shape_or_init.detach().clone(memory_format=torch.contiguous_format)
-    if (device or torch.get_default_device()).type == "meta":
+            raise ValueError(f"device: got {device}, expected the state's, {here}, or none")
+        x = shape_or_init.detach().clone(memory_format=torch.contiguous_format)
+    else:
+        prior, init = key.for_purpose(Purpose.PRIOR), options.get("init", "normal")
+        if checks.choice("init", init, ("normal", "uniform")) == "uniform":
+            x = ops.uniform(shape_or_init, prior, device=device)
+        else:
+            x = ops.normal(shape_or_init, prior, device=device).mul_(scale)
+    if x.is_meta:
         raise ValueError("device: got meta, expected one that computes")
-    prior = noise.for_purpose(Purpose.PRIOR)
-    if checks.choice("init", options.get("init", "normal"), ("normal", "uniform")) == "uniform":
-        return ops.uniform(shape_or_init, prior, device=device)
-    return ops.normal(shape_or_init, prior, device=device).mul_(scale)
+    return x
+
+
+def _known_elements(
+    x: Tensor, known: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Copies of a user's known and mask in the shape of x and on its device, if there are any."""
+    if known is None and mask is None:
+        return None
+    copies = []
+    value: Any
+    for name, value, dtype in (("known", known, x.dtype), ("mask", mask, torch.bool)):
+        checks.instance(name, value, Tensor, "a tensor: known and mask go together")
+        if dtype == torch.bool and value.dtype != dtype:
+            raise TypeError(f"mask: got dtype {value.dtype}, expected torch.bool, true where known")
+        try:
+            copies.append(torch.empty_like(x, dtype=dtype).copy_(value))
+        except RuntimeError:
+            got, shape = tuple(value.shape), tuple(x.shape)
+            raise ValueError(f"{name}: got shape {got}, expected a part of {shape}") from None
+    values, where = copies
+    if not bool((values.isfinite() | ~where).all()):
+        raise ValueError("known: not finite where mask is true, expected finite numbers there")
+    return values, where
 
 
 def _resume(made: dict[str, Tensor], aux: Mapping[str, Tensor] | None, first_step: int) -> None:
     """Give the auxiliary tensors the values that they are resumed with."""
     if aux is None and made and first_step:
-        raise ValueError(
-            f"aux: got none with first_step {first_step}, expected Progress.aux after that many "
-            f"steps: {', '.join(made)}"
-        )
+        raise ValueError(f"aux: got none with first_step {first_step}, expected Progress.aux there")
     values = made if aux is None else checks.keywords("aux", aux)
     if values.keys() != made.keys():
         raise ValueError(f"aux: got {sorted(values)}, expected {sorted(made)}")
     for name, value in values.items():
         checks.instance(f"aux[{name!r}]", value, Tensor, "a tensor")
-        if value.shape != made[name].shape:
-            raise ValueError(
-                f"aux[{name!r}]: got shape {tuple(value.shape)}, expected {tuple(made[name].shape)}"
-            )
+        got, expected = tuple(value.shape), tuple(made[name].shape)
+        if got != expected:
+            raise ValueError(f"aux[{name!r}]: got shape {got}, expected {expected}")
         made[name].copy_(value)

@@ -1,4 +1,4 @@
-"""A step of a chain as a CUDA graph: captured once, replayed for every step."""
+"""A chain's step as a CUDA graph, captured once and replayed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from score_kernels.sampling.engine import Chain, State
+    from score_kernels.sampling.engine import Chain
 
 __all__ = ["captured", "replayed"]
 
@@ -17,35 +17,32 @@ __all__ = ["captured", "replayed"]
 _WARM_UPS = 3
 
 
-def replayed(chain: Chain, state: State, first_step: int) -> Callable[[State, int, int], None]:
+def replayed(chain: Chain, first_step: int) -> Callable[[int, int], None]:
     """``chain.advance`` for the steps from first_step on, replayed from a graph of one.
 
     Raises:
         ValueError: the steps, or the backend, cannot be captured.
         RuntimeError: the score does something that cannot be captured.
     """
-    x, model, backend = state.x, chain.model, chain.backend
+    x, model, backend, plan = chain.x, chain.model, chain.backend, chain.plan
     if not backend.capturable:
         raise ValueError(
             f"cuda_graph: got True with a state of {x.dtype} on {x.device}, which the backend "
             f"{backend.name!r} serves; expected float32 on a CUDA device and a backend of kernels"
         )
-    if any(phase.pre_step is not None for phase in chain.plan):
-        raise ValueError(
-            "cuda_graph: got True with steps that are more than one call of score and one "
-            "affine step, which are not captured"
-        )
+    if any(phase.pre_step is not None for phase in plan):
+        raise ValueError("cuda_graph: got True, expected steps of one call of score each")
     if first_step >= chain.steps:
         return chain.advance
     # What changes from step to step is in tables, with a row for each step.
-    repeats = torch.tensor([phase.steps for phase in chain.plan]).to(x.device)
-    table = chain.table.repeat_interleave(repeats, 0)
-    levels = torch.tensor([(phase.sigma, 1 / phase.mean) for phase in chain.plan])
+    repeats = torch.tensor([phase.steps for phase in plan]).to(x.device)
+    table = torch.cat(chain.rows).repeat_interleave(repeats, 0)
+    levels = torch.tensor([(phase.sigma, 1 / phase.mean) for phase in plan])
     sigmas, scales = levels.to(x.device).repeat_interleave(repeats, 0).unbind(1)
     counter = torch.full((), first_step, dtype=torch.int64, device=x.device)
     seed, purpose, _, first_sample = chain.key
-    model.set_level(chain.plan[0].sigma)
-    scaled = any(phase.mean != 1.0 for phase in chain.plan)
+    model.set_level(plan[0].sigma)
+    scaled = any(phase.mean != 1.0 for phase in plan)
     known, mask = chain.known or (None, None)
 
     def step() -> None:
@@ -61,30 +58,24 @@ def replayed(chain: Chain, state: State, first_step: int) -> Callable[[State, in
     # The graph writes to sigma behind the model's back.
     model.level = None
 
-    def advance(_: State, t: int, stop: int) -> None:
-        for _step in range(t, stop):
+    def advance(t: int, stop: int) -> None:
+        for _ in range(t, stop):
             replay()
 
     return advance
 
 
 def captured(step: Callable[[], None], x: Tensor, counter: Tensor) -> Callable[[], None]:
-    """`step`, which changes x and counter in place, as a function that replays it.
-
-    Raises:
-        RuntimeError: the score does something that cannot be captured.
-    """
+    """`step`, which changes x and counter in place, as a function that replays it."""
     before = x.clone(), counter.clone()
     with torch.cuda.device(x.device):
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UPS):
+                step()
                 x.copy_(before[0])
                 counter.copy_(before[1])
-                step()
-            x.copy_(before[0])
-            counter.copy_(before[1])
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -92,9 +83,9 @@ def captured(step: Callable[[], None], x: Tensor, counter: Tensor) -> Callable[[
                 step()
         except RuntimeError as error:
             raise RuntimeError(
-                f"cuda_graph: the score cannot be captured ({error}); it must not read values "
-                "back (.item(), .cpu(), print), wait for the device, or allocate outside torch. "
-                "Change it or pass cuda_graph=False"
+                f"cuda_graph: the score cannot be captured ({error}); expected one that does not "
+                "read values back (.item(), .cpu(), print), wait for the device, or allocate "
+                "outside torch"
             ) from error
 
     def replay() -> None:

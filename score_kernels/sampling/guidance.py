@@ -28,9 +28,6 @@ def classifier_free(
 
     Returns:
         A score ``(x, sigma)`` for any sampler.
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong kind or, when called, what score returns.
     """
     checks.function("score", score)
     scale = checks.number("scale", scale)
@@ -57,9 +54,6 @@ def slerp_noise(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
 
     Returns:
         ``[K, ...]``.
-
-    Raises:
-        TypeError, ValueError: a tensor is not one of floats, or the shapes or devices differ.
     """
     for name, value in (("a", a), ("b", b), ("shares", shares)):
         checks.score(name, value)

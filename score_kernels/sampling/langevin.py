@@ -29,16 +29,12 @@ def langevin(
     As in Song and Ermon (2019, arXiv 1907.05600). On a Gaussian target of variance v the chain
     settles at the variance ``v / (1 - step_size / (4 v))``.
 
-    Args:
-        score: ``score(x)``, or ``score(x, sigma)`` when sigma is given; see `annealed_langevin`.
-        shape_or_init: ``[B, ...]`` to start from standard normals, or the initial state.
+    Args as in :func:`annealed_langevin`, except:
+        score: ``score(x)``, or ``score(x, sigma)`` when sigma is given.
+        shape_or_init: the prior is N(0, 1).
         step_size: in squared units of x, above 0.
         steps: number of update steps of the whole chain.
         sigma: a noise level passed to the score as ``[B]``, for networks that take one.
-        options: see :class:`score_kernels.sampling.Options`.
-
-    Returns, Raises:
-        As :func:`annealed_langevin`.
     """
     level = math.nan if sigma is None else checks.noise_level("sigma", sigma)
     step_size = checks.positive("step_size", step_size)
@@ -119,15 +115,10 @@ def consistent_annealed(
     If x is data plus noise of standard deviation sigma_i and the score is that of a single data
     point, the step leaves noise of exactly sigma_{i+1}. For more steps, use more levels.
 
-    Args:
-        score, shape_or_init, denoise, options: as in :func:`annealed_langevin`.
-        sigmas: noise levels, strictly decreasing, at least two.
+    Args as in :func:`annealed_langevin`, except:
+        sigmas: at least two levels.
         step_size: twice the paper's epsilon. For every ratio g of neighbours
-            ``1 - g <= eta <= 1 + g``.
-
-    Returns, Raises:
-        As :func:`annealed_langevin`; a ValueError, too, for a step_size outside the range that the
-        levels allow, which the message names.
+            ``1 - g <= eta <= 1 + g``; a ValueError names the range that the levels allow.
     """
     levels = checks.noise_levels(sigmas)
     if len(levels) < 2:

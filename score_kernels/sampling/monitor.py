@@ -1,15 +1,17 @@
-"""Chains that diverge: noticed without waiting for the device at every step, and located."""
+"""Finds and locates the divergence of a chain."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from score_kernels.sampling.engine import Chain, State
+    from score_kernels.sampling.engine import Chain
 
 __all__ = ["CHECK_EVERY", "DivergenceMonitor"]
 
@@ -28,43 +30,40 @@ class DivergenceMonitor:
         done: steps done at the last state that was seen to be finite.
     """
 
-    def __init__(self, chain: Chain, state: State, done: int, stop: bool) -> None:
+    def __init__(self, chain: Chain, done: int, stop: bool) -> None:
         self.chain, self.done, self.stop = chain, done, stop
-        self.first_sample = chain.key[-1]
-        bad = _bad_rows(state)
-        if bad:
+        row = _first_bad_row(chain.tensors)
+        if row is not None:
+            sample = chain.key.first_sample + row
             raise ValueError(
-                f"shape_or_init: got a state that is not finite in {len(bad)} of {len(state.x)} "
-                f"samples, the first of them sample {self.first_sample + bad[0]}; expected finite "
-                "numbers"
+                f"shape_or_init: got sample {sample} not finite, expected finite numbers"
             )
-        self.last = state.clone()
+        self.last = [value.clone() for value in chain.tensors]
 
-    def finite(self, state: State, done: int) -> bool:
+    def finite(self, done: int) -> bool:
         """Whether the state is finite; if not, it is set back to the last one that was.
 
         Raises:
             FloatingPointError: it is not, and the chain is not one that just stops.
         """
-        if _all_finite(state):
+        if _first_bad_row(self.chain.tensors) is None:
             # Where the chain ends nothing will be repeated.
             if done < self.chain.ends[-1]:
-                self.last.copy_(state)
+                _copy(self.last, self.chain.tensors)
                 self.done = done
             return True
-        message = self._located(self.last.clone(), done)
+        message = self._located(done)
         if not self.stop:
             raise FloatingPointError(message)
-        warnings.warn(
-            f"{message}; stopped, with the state after {self.done} steps", RuntimeWarning, 4
-        )
-        state.copy_(self.last)
+        message += f"; stopped, with the state after {self.done} steps"
+        warnings.warn(message, RuntimeWarning, 4)
+        _copy(self.chain.tensors, self.last)
         return False
 
-    def _located(self, state: State, done: int) -> str:
+    def _located(self, done: int) -> str:
         """Repeat the steps from the last finite state, and say where they diverge."""
-        chain, model = self.chain, self.chain.model
-        score, finite = model.score, True
+        chain, score = self.chain, self.chain.model.score
+        finite = True
 
         def watched(*arguments: Any, **conditions: Any) -> Tensor:
             nonlocal finite
@@ -72,46 +71,37 @@ class DivergenceMonitor:
             finite = finite and bool(value.isfinite().all())
             return value
 
-        model.score = watched
-        bad: list[int] = []
+        _copy(chain.tensors, self.last)
+        chain.model.score = watched
         for t in range(self.done, done):
-            size = float(state.x.abs().max())
             finite = True
-            chain.advance(state, t, t + 1)
-            bad = _bad_rows(state)
-            if bad:
+            chain.advance(t, t + 1)
+            row = _first_bad_row(chain.tensors)
+            if row is not None:
                 break
-        model.score = score
-        if not bad:
+        else:
             return (
                 f"x: not finite after steps {self.done} to {min(done, chain.steps) - 1}, but "
-                "finite when they were repeated with the same noise: score returns other values "
-                "for the same arguments"
+                "finite when they were repeated with the same noise: score is not deterministic"
             )
         where = f"step {t}" if t < chain.steps else "the denoising at the end"
         level = chain.phase_of(min(t, chain.steps - 1))
         sigma = chain.plan[level].sigma
         if not math.isnan(sigma):
             where += f" (level {level}, sigma = {sigma:g})"
-        why = "the score is finite: the step is too large" if finite else "the score is not finite"
-        return (
-            f"x: sample {self.first_sample + bad[0]} is not finite after {where}, "
-            f"{len(bad)} of {len(state.x)} samples in all; {why}, from a state of up to {size:g}"
-        )
+        why = "the step is too large" if finite else "the score is not finite"
+        return f"x: sample {chain.key.first_sample + row} is not finite after {where}: {why}"
 
 
-def _all_finite(state: State) -> bool:
-    """In one pass without temporaries, as a rule: what is not finite shows in the sum."""
-    return all(
-        math.isfinite(float(value.sum())) or bool(value.isfinite().all())
-        for value in (state.x, *state.aux.values())
-    )
+def _first_bad_row(tensors: Sequence[Tensor]) -> int | None:
+    """The first sample that is not finite in one of the tensors."""
+    # In one pass without temporaries, as a rule: what is not finite shows in the sum.
+    if all(math.isfinite(float(v.sum())) or bool(v.isfinite().all()) for v in tensors):
+        return None
+    finite = [value.isfinite().reshape(len(value), -1).all(1) for value in tensors]
+    return int(torch.stack(finite).all(0).int().argmin())
 
 
-def _bad_rows(state: State) -> list[int]:
-    """The samples that are not finite."""
-    if _all_finite(state):
-        return []
-    rows = len(state.x)
-    bad = [~value.isfinite().reshape(rows, -1).all(1) for value in (state.x, *state.aux.values())]
-    return sum(bad[1:], bad[0]).nonzero().flatten().tolist()
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

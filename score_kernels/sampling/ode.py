@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from score_kernels import checks, ops
-from score_kernels.backends import Backend
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
-from score_kernels.sampling.engine import Options, Phase, Score, ScoreModel, State, run
+from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
 
 __all__ = ["log_likelihood", "probability_flow"]
 
@@ -38,15 +37,10 @@ def probability_flow(
     score a step, one in the last; or Euler's, one call. With `churn` each step first raises the
     noise from sigma to ``(1 + gamma) sigma``, ``gamma = min(churn / L, sqrt(2) - 1)``.
 
-    Args:
-        score, shape_or_init: as in `annealed_langevin`.
-        sigmas: noise levels, strictly decreasing; see :func:`score_kernels.edm_sigmas`.
+    Args as in :func:`annealed_langevin`, and:
+        sigmas: see :func:`score_kernels.edm_sigmas`.
         method: "heun" or "euler".
         churn, churn_noise, churn_range: S_churn, S_noise and (S_min, S_max) of the paper.
-        options: see :class:`score_kernels.sampling.Options`.
-
-    Returns, Raises:
-        As `annealed_langevin`.
     """
     levels = checks.noise_levels(sigmas)
     checks.choice("method", method, ("heun", "euler"))
@@ -60,37 +54,30 @@ def probability_flow(
         gamma = min(churn / len(levels), math.sqrt(2) - 1) if low <= sigma <= high else 0.0
         raised = (1 + gamma) * sigma
         noise = churn_noise * math.sqrt(raised**2 - sigma**2)
-        flow = _Flow(raised, following, noise, heun=method == "heun" and following > 0)
-        b = (raised - following) * (following / 2 if flow.heun else raised)
+        heun = method == "heun" and following > 0
+        b = (raised - following) * (following / 2 if heun else raised)
+        flow = partial(_flow, raised, following, noise, heun)
         plan.append(Phase(sigma, 1.0, b, next_level=(following, 1.0), pre_step=flow))
     return run("probability_flow", score, shape_or_init, plan, levels[0], **options)
 
 
-@dataclass(frozen=True, slots=True)
-class _Flow:
-    """From sigma, raised by noise, to the following level."""
-
-    sigma: float
-    following: float
-    noise: float
-    heun: bool
-
-    def __call__(
-        self, model: ScoreModel, backend: Backend, state: State, key: Key
-    ) -> tuple[Tensor, None]:
-        x, step = state.x, backend.affine_step
-        if self.noise:
-            step(x, x, x, 1.0, 0.0, self.noise, key)
-            model.set_level(self.sigma)
-        score = model(x)
-        if not self.heun:
-            return score, None
-        b = (self.sigma - self.following) * self.sigma
-        ahead = torch.empty_like(x)
-        step(ahead, x, score, 1.0, b, 0.0, key)
-        step(x, x, score, 1.0, b / 2, 0.0, key)
-        model.set_level(self.following)
-        return model(ahead), None
+def _flow(
+    sigma: float, following: float, noise: float, heun: bool, chain: Chain, key: Key
+) -> tuple[Tensor, None]:
+    """Add noise up to sigma and, for Heun's method, do half of the step to the following level."""
+    x, model, step = chain.x, chain.model, chain.backend.affine_step
+    if noise:
+        step(x, x, x, 1.0, 0.0, noise, key)
+        model.set_level(sigma)
+    score = model(x)
+    if not heun:
+        return score, None
+    b = (sigma - following) * sigma
+    ahead = torch.empty_like(x)
+    step(ahead, x, score, 1.0, b, 0.0, key)
+    step(x, x, score, 1.0, b / 2, 0.0, key)
+    model.set_level(following)
+    return model(ahead), None
 
 
 def log_likelihood(
@@ -105,7 +92,7 @@ def log_likelihood(
     first_sample: int = 0,
     progress: bool = False,
 ) -> Tensor:
-    """log p of samples at the smallest level, along the probability flow, in nats.
+    """log p of samples at the smallest level, in nats.
 
     ``log p(x) = log N(y_1; 0, prior_std^2) - int sigma tr(grad score(y, sigma)) dsigma`` over the
     flow from x at sigma_L to y_1 at sigma_1 (Song et al. 2021, arXiv 2011.13456, section 4.3), by
@@ -125,9 +112,6 @@ def log_likelihood(
 
     Returns:
         ``[B]``, x's dtype, without gradient.
-
-    Raises:
-        TypeError, ValueError: an argument, or what score returns, is of the wrong kind or shape.
     """
     checks.function("score", score)
     checks.flag("progress", progress)

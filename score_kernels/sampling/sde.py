@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from score_kernels import checks
 from score_kernels.backends import Backend
 from score_kernels.diffusion.sde import SDE, VE, VP, SubVP
 from score_kernels.noise import Key
-from score_kernels.sampling.engine import Options, Phase, Score, ScoreModel, State, run
+from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
 
 __all__ = ["euler_maruyama", "predictor_corrector"]
 
@@ -34,25 +33,19 @@ def euler_maruyama(
     """A diffusion's reverse, ``dx = (f x - g^2 s) dt + g dw``, in equal steps of time.
 
     ``x <- (1 - f h) x + g^2 h s + g sqrt(h) z`` from time 1 to `end` (Song et al. 2021, arXiv
-    2011.13456), s the score of x at its time.
+    2011.13456), s the score of x at its time. As `annealed_langevin`, except:
 
     Args:
         score: ``score(y, sigma)`` of data plus noise, as everywhere; it is called at ``y = x / m``.
-        shape_or_init: ``[B, ...]`` to start from the prior, N(0, 1) (VE: N(0, sigma_max^2)), or a
-            state at time 1.
+        shape_or_init: the prior is N(0, 1) (VE: N(0, sigma_max^2)); a state is x at time 1.
         sde: :class:`score_kernels.diffusion.sde.VE`, ``VP`` or ``SubVP``.
         steps: their number.
         end: the time to stop at, in [0, 1); for VP and SubVP above 0.
         denoise: end with ``y + sigma^2 score(y, sigma)``; without it the result is x at time `end`.
-        options: see :class:`score_kernels.sampling.Options`.
-
-    Returns, Raises:
-        As `annealed_langevin`.
     """
-    moments = _moments(sde, steps, end)
-    plan = [_predictor("euler_maruyama", sde, *pair) for pair in pairwise(moments)]
-    name = "euler_maruyama"
-    return run(name, score, shape_or_init, plan, _prior(sde), denoise=denoise, **options)
+    plan = [_predictor(_euler, now, then) for now, then in pairwise(_times(sde, steps, end))]
+    name, prior = "euler_maruyama", _prior(sde)
+    return run(name, score, shape_or_init, plan, prior, denoise=denoise, **options)
 
 
 def predictor_corrector(
@@ -74,7 +67,8 @@ def predictor_corrector(
     """Predictor-corrector sampling (Song et al. 2021, arXiv 2011.13456, algorithms 2 and 3).
 
     At each of `steps` times a predictor brings the state to the next one and corrector steps of
-    Langevin dynamics, ``x <- x + e s + sqrt(2 e) z``, bring it closer to its distribution there:
+    Langevin dynamics, ``x <- x + e s + sqrt(2 e) z``, bring it closer to its distribution there;
+    each of them is a step of the chain.
 
     - predictor "reverse_diffusion": VE ``x + G s + sqrt(G) z``, ``G = sigma_i^2 - sigma_{i-1}^2``;
       VP ``(2 - sqrt(1 - beta)) x + beta s + sqrt(beta) z``, ``beta = beta(t) h``; SubVP as
@@ -85,8 +79,7 @@ def predictor_corrector(
     - corrector "langevin": ``e = 2 k (snr ||z|| / ||s||)^2``, "ald": ``e = 2 k (snr std)^2``, with
       ``k = 1`` for VE and ``1 - beta`` else. None: predictors only.
 
-    Args:
-        score, shape_or_init, sde, steps, end, denoise, options: as in :func:`euler_maruyama`.
+    Args as in :func:`euler_maruyama`, and:
         predictor, corrector: see above; not both None.
         snr: r above, the corrector's signal-to-noise ratio.
         corrector_steps: at each time.
@@ -94,22 +87,17 @@ def predictor_corrector(
             predict and correct where that leads.
         batch_mean: take the norms' means over the batch, as the authors' code does; a sample then
             depends on those beside it. By default each sample has its own.
-
-    Returns, Raises:
-        As `annealed_langevin`; every predictor and corrector step is a step of the chain.
     """
-    moments = _moments(sde, steps, end)
+    times = _times(sde, steps, end)
+    predictors = next((p for kind, p in _PREDICTORS.items() if isinstance(sde, kind)), _OTHER)
     if predictor is not None:
-        names = ["euler_maruyama", "reverse_diffusion"]
-        if not isinstance(sde, SubVP):
-            names.append("ancestral")
-        checks.choice("predictor", predictor, names, f" for {type(sde).__name__}, or None")
-    steepest = max(now.beta * (now.time - then.time) for now, then in pairwise(moments))
+        checks.choice("predictor", predictor, predictors, f" for {type(sde).__name__}, or None")
+    steepest = max(now.beta for now in times)
     if steepest >= 1:
-        least = math.floor(steepest * (len(moments) - 1)) + 1
+        least = math.floor(steepest * steps) + 1
         raise ValueError(
-            f"steps: got {len(moments) - 1}, in which beta h reaches {steepest:.3g}; expected it "
-            f"below 1, at least {least} steps"
+            f"steps: got {steps}, in which beta h reaches {steepest:.3g}; expected it below 1, at "
+            f"least {least} steps"
         )
     if corrector is not None:
         checks.choice("corrector", corrector, ("langevin", "ald"), ", or None")
@@ -119,25 +107,38 @@ def predictor_corrector(
     batch_mean = checks.flag("batch_mean", batch_mean)
     snr = checks.positive("snr", snr)
     repeats = checks.count("corrector_steps", corrector_steps, least=1)
+
+    def by_norms(chain: Chain, key: Key) -> tuple[Tensor, Tensor]:
+        score = chain.model(chain.x)
+        return score, norm_ratio(chain.backend, score, key, batch_mean)
+
+    def correct(at: _Time, kept: float) -> Phase:
+        if corrector == "ald":
+            e = 2 * kept * (snr * at.std) ** 2
+            return Phase(at.sigma, 1.0, e / at.mean, math.sqrt(2 * e), repeats, at.mean)
+        # The norm is that of the score's value, m times the score of x.
+        e = 2 * kept * snr**2 * at.mean
+        return Phase(at.sigma, 1.0, e, math.sqrt(2 * at.mean * e), repeats, at.mean, None, by_norms)
+
     plan = []
-    for now, then in pairwise(moments):
-        phases = []
+    for now, then in pairwise(times):
+        if corrector is not None and corrector_first:
+            plan.append(correct(now, 1 - now.beta))
         if predictor is not None:
-            phases.append(_predictor(predictor, sde, now, then))
-        if corrector is not None:
-            kept = 1.0 if isinstance(sde, VE) else 1 - now.beta * (now.time - then.time)
-            at = now if corrector_first else then
-            phase = _corrector(corrector, at, kept, snr, batch_mean, repeats)
-            phases.insert(0 if corrector_first else 1, phase)
-        plan += phases
-    name = "predictor_corrector"
-    return run(name, score, shape_or_init, plan, _prior(sde), denoise=denoise, **options)
+            plan.append(_predictor(predictors[predictor], now, then))
+        if corrector is not None and not corrector_first:
+            plan.append(correct(then, 1 - now.beta))
+    name, prior = "predictor_corrector", _prior(sde)
+    return run(name, score, shape_or_init, plan, prior, denoise=denoise, **options)
 
 
-class _Moment(NamedTuple):
-    """A diffusion at a time."""
+def _prior(sde: SDE) -> float:
+    return sde.sigma_max if isinstance(sde, VE) else 1.0
 
-    time: float
+
+class _Time(NamedTuple):
+    """A diffusion at a time; drift, diffusion and beta are times the step h to the next one."""
+
     mean: float
     std: float
     sigma: float
@@ -146,67 +147,61 @@ class _Moment(NamedTuple):
     beta: float
 
 
-def _moments(sde: SDE, steps: int, end: float) -> list[_Moment]:
+def _times(sde: SDE, steps: int, end: float) -> list[_Time]:
     checks.instance("sde", sde, SDE, "a diffusion of score_kernels.diffusion.sde")
     steps = checks.count("steps", steps, least=1)
     end = checks.not_negative("end", end)
     if not end < 1 or not end and not isinstance(sde, VE):
         raise ValueError(f"end: got {end}, expected a time above 0 and below 1")
     t = torch.linspace(1, end, steps + 1, dtype=torch.float64)
+    h = -t.diff(append=t[-1:])
     beta = sde.beta(t) if isinstance(sde, VP) else torch.zeros_like(t)
-    columns = (t, sde.mean(t), sde.std(t), sde.sigma(t), sde.drift(t), sde.diffusion(t), beta)
-    return [_Moment(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    states = sde.mean(t), sde.std(t), sde.sigma(t)
+    rates = sde.drift(t) * h, sde.diffusion(t) * h, beta * h
+    return [_Time(*row) for row in torch.stack(states + rates, 1).tolist()]
 
 
-def _prior(sde: SDE) -> float:
-    return sde.sigma_max if isinstance(sde, VE) else 1.0
+# The coefficients a, b and c of a predictor, ``x <- a x + b s + c z``.
+_Coefficients = tuple[float, float, float]
+_Table = dict[str, Callable[["_Time", "_Time"], _Coefficients]]
 
 
-def _predictor(name: str, sde: SDE, now: _Moment, then: _Moment) -> Phase:
-    h = now.time - then.time
-    beta = now.beta * h
-    if isinstance(sde, VE) and name != "euler_maruyama":
-        g = now.sigma**2 - then.sigma**2
-        a, b, c = 1.0, g, math.sqrt(g)
-        if name == "ancestral":
-            c *= then.sigma / now.sigma
-    elif name == "reverse_diffusion" and not isinstance(sde, SubVP):
-        a, b, c = 2 - math.sqrt(1 - beta), beta, math.sqrt(beta)
-    elif name == "ancestral":
-        kept = math.sqrt(1 - beta)
-        a, b, c = 1 / kept, beta / kept, math.sqrt(beta)
-    else:
-        g = now.diffusion * h
-        a, b, c = 1 - now.drift * h, g, math.sqrt(g)
+def _euler(now: _Time, _: _Time) -> _Coefficients:
+    return 1 - now.drift, now.diffusion, math.sqrt(now.diffusion)
+
+
+def _ve_reverse(now: _Time, then: _Time) -> _Coefficients:
+    g = now.sigma**2 - then.sigma**2
+    return 1.0, g, math.sqrt(g)
+
+
+def _ve_ancestral(now: _Time, then: _Time) -> _Coefficients:
+    a, b, c = _ve_reverse(now, then)
+    return a, b, c * (then.sigma / now.sigma)
+
+
+def _vp_reverse(now: _Time, _: _Time) -> _Coefficients:
+    return 2 - math.sqrt(1 - now.beta), now.beta, math.sqrt(now.beta)
+
+
+def _vp_ancestral(now: _Time, _: _Time) -> _Coefficients:
+    kept = math.sqrt(1 - now.beta)
+    return 1 / kept, now.beta / kept, math.sqrt(now.beta)
+
+
+_OTHER: _Table = {"euler_maruyama": _euler, "reverse_diffusion": _euler}
+_PREDICTORS: dict[type[SDE], _Table] = {
+    VE: {**_OTHER, "reverse_diffusion": _ve_reverse, "ancestral": _ve_ancestral},
+    SubVP: _OTHER,
+    VP: {**_OTHER, "reverse_diffusion": _vp_reverse, "ancestral": _vp_ancestral},
+}
+
+
+def _predictor(coefficients: Callable[..., _Coefficients], now: _Time, then: _Time) -> Phase:
+    a, b, c = coefficients(now, then)
     # b is for the score of x itself: the score's value over m.
     following = then.sigma, then.mean
     return Phase(now.sigma, a, b / now.mean, c, mean=now.mean, next_level=following)
-
-
-def _corrector(
-    name: str, at: _Moment, kept: float, snr: float, batch_mean: bool, repeats: int
-) -> Phase:
-    """``x + e s + sqrt(2 e) z``, s the score of x itself."""
-    if name == "ald":
-        e = 2 * kept * (snr * at.std) ** 2
-        return Phase(at.sigma, 1.0, e / at.mean, math.sqrt(2 * e), repeats, at.mean)
-    # The norm is that of the score's value, m times the score of x.
-    e = 2 * kept * snr**2 * at.mean
-    c = math.sqrt(2 * at.mean * e)
-    return Phase(at.sigma, 1.0, e, c, repeats, at.mean, pre_step=_ByNorms(batch_mean))
-
-
-@dataclass(frozen=True, slots=True)
-class _ByNorms:
-    """Step sizes in proportion to ``(||z|| / ||score||)^2``."""
-
-    batch_mean: bool
-
-    def __call__(
-        self, model: ScoreModel, backend: Backend, state: State, key: Key
-    ) -> tuple[Tensor, Tensor]:
-        score = model(state.x)
-        return score, norm_ratio(backend, score, key, self.batch_mean)
 
 
 def norm_ratio(backend: Backend, score: Tensor, key: Key, batch_mean: bool) -> Tensor:
@@ -219,4 +214,5 @@ def norm_ratio(backend: Backend, score: Tensor, key: Key, batch_mean: bool) -> T
     if batch_mean:
         # The ratio of the means is that of the sums.
         sums = sums.sqrt().sum(1, keepdim=True).square()
-    return (sums[0] / sums[3]).nan_to_num_(0.0, 0.0)
+    noise, _, _, norm = sums.unbind()
+    return (noise / norm).nan_to_num_(0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Which samples a step of training sees: a pure function of (seed, step), so none of it is saved.
+"""The samples of a training step, a pure function of (seed, step).
 
 The epochs, each a permutation of the data, make one endless sequence, and step ``t`` takes its
 elements from ``t * batch_size`` on: every batch is full, and an epoch may end inside a batch.
@@ -30,11 +30,9 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 @dataclass
 class Batches:
-    """Batches of a tensor, a :class:`score_kernels.cli.data.Data` or a map-style dataset, in order.
+    """Batches in order; arguments as :meth:`Trainer.fit`'s, `conditions` name the parts of items.
 
-    A Data is any object with ``__len__`` and ``scaled(rows)``; a dataset's items are samples, or
-    tuples of a sample and its conditions, which get the names of `conditions`. Of each batch only
-    the samples at the ascending `indices` are fetched.
+    Of each batch only the samples at the ascending `indices` are fetched.
     """
 
     data: Any
@@ -83,8 +81,10 @@ class Batches:
         return torch.cat(parts)
 
     def between(self, first: int, last: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Samples, and conditions by name, of the steps from first to last - 1, on the CPU or on
-        the data's device. A dataset's item draws from torch's generator at ``next``."""
+        """Samples and conditions of the steps from first to last - 1, where the data is.
+
+        A dataset's item draws from torch's generator at ``next``.
+        """
         rows = (self.rows(step) for step in range(first, last))
         if isinstance(self.data, Tensor):
             return ((self.data[r.to(self.data.device)], {}) for r in rows)

@@ -21,11 +21,11 @@ FORMAT = 1
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write tensors, numbers, strings, and dictionaries and lists of them, atomically.
 
-    They go to ``path.tmp`` beside it, which is renamed when it is complete and on the disk: a
-    reader, or a crash at any moment, finds the earlier file or the new one.
+    They go to ``path.tmp``, which is renamed when it is complete and on the disk: whatever fails,
+    path is the earlier file or the new one.
 
     Raises:
-        OSError: the file cannot be written; an earlier one is as it was.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -67,7 +67,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_weights(path: str | os.PathLike[str], net: nn.Module, *, which: str = "ema") -> None:
-    """Give a network the weights and buffers of a :class:`score_kernels.Trainer`'s checkpoint.
+    """Load weights and buffers from a :class:`score_kernels.Trainer`'s checkpoint.
 
     Args:
         path: the checkpoint.
@@ -75,9 +75,8 @@ def load_weights(path: str | os.PathLike[str], net: nn.Module, *, which: str = "
         which: ``"ema"``, the averaged weights, or ``"raw"``, those of the last step.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or of another network: the message names the first entries
-            that differ, and net is as it was.
+        FileNotFoundError, ValueError: as :func:`read`; or the file is of another network: the first
+            entries that differ are named, and net is as it was.
     """
     if which not in ("ema", "raw"):
         raise ValueError(f"which: got {which!r}, expected 'ema' or 'raw'")

@@ -31,9 +31,8 @@ class Ranks:
 
     def device(self, name: str) -> torch.device:
         """The device of this process: "cuda" is the GPU of its local number."""
-        device = torch.device(name)
-        several = self.size > 1 and device.type == "cuda" and device.index is None
-        return torch.device("cuda", self.local) if several else device
+        several = name == "cuda" and self.size > 1
+        return torch.device(f"cuda:{self.local}" if several else name)
 
     def all_gather(self, value: Any) -> list[Any]:
         """The picklable values of all ranks, by rank."""

@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a progress bar, and scalars for TensorBoard."""
+"""The progress bar of a training, and scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 class Meter:
     """Reports the progress of :meth:`Trainer.fit`."""
 
-    def __init__(
-        self, trainer: Trainer, steps: int, epochs: int, tensorboard: Any, progress: bool
-    ) -> None:
-        self.trainer = trainer
-        self.writer = None
+    def __init__(self, trainer: Trainer, steps: int, tensorboard: Any, progress: bool) -> None:
+        self.trainer, self.writer = trainer, None
         if tensorboard is not None:
             # Not installed with this package.
             from torch.utils.tensorboard import SummaryWriter
@@ -29,8 +26,6 @@ class Meter:
         self.bar = tqdm(
             total=steps, initial=trainer.step, desc="training", unit="step", disable=not progress
         )
-        # About ten epochs of a training are shown.
-        self.every = max(1, epochs // 10)
         self.reported = trainer.step, time.perf_counter()
 
     def close(self) -> None:
@@ -43,21 +38,20 @@ class Meter:
         (before, started), step, now = self.reported, self.trainer.step, time.perf_counter()
         self.reported = step, now
         loss = float(self.trainer.losses[before:].mean())
-        rate = (step - before) * self.trainer.batch_size / max(now - started, 1e-9)
+        rate = (step - before) * self.trainer.batch_size / (now - started)
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"loss {loss:.4g}, {rate:.0f} samples/s")
         if self.writer is not None:
-            learning_rate = self.trainer.optimizer.param_groups[0]["lr"]
             self.writer.add_scalar("loss", loss, step)
             self.writer.add_scalar("samples_per_second", rate, step)
-            self.writer.add_scalar("learning_rate", learning_rate, step)
+            rate = self.trainer.optimizer.param_groups[0]["lr"]
+            self.writer.add_scalar("learning_rate", rate, step)
 
-    def epoch(self, number: int, losses: Tensor) -> None:
+    def epoch(self, number: int, losses: Tensor, show: bool) -> None:
         """The mean loss of an epoch at each noise level, six of which are shown."""
         if self.writer is not None:
             self.writer.add_histogram("loss_by_level", losses.nan_to_num(), number)
-        if self.bar.disable or number % self.every:
-            return
-        shown = sorted({i * (len(losses) - 1) // 5 for i in range(6)})
-        pairs = [f"{self.trainer.sigmas[i]:.3g}: {losses[i]:.4g}" for i in shown]
-        self.bar.write(f"epoch {number}, loss by noise level: {', '.join(pairs)}")
+        if show and not self.bar.disable:
+            shown = sorted({i * (len(losses) - 1) // 5 for i in range(6)})
+            pairs = [f"{self.trainer.sigmas[i]:.3g}: {losses[i]:.4g}" for i in shown]
+            self.bar.write(f"epoch {number}, loss by noise level: {', '.join(pairs)}")

@@ -1,4 +1,4 @@
-"""The trainer: score matching over noise levels with averaged weights; it survives being killed."""
+"""The trainer: score matching over noise levels with averaged weights."""
 
 from __future__ import annotations
 
@@ -33,19 +33,24 @@ _SETTINGS = (
     *("seed", "loss", "weighting", "batch_size", "accumulate", "ema_decay", "ema_warmup"),
     *("clip_norm", "warmup_steps", "precision"),
 )
+# Entries of a checkpoint and the attributes that they restore, beside those with a state_dict.
+_SAVED = {
+    **{name: name for name in ("step", "level_losses", "about")},
+    **{name: f"_{name}" for name in ("data_count", "losses")},
+}
 
 
 class Trainer:
-    """Trains any score network by denoising or sliced score matching over noise levels.
+    """Trains any score network by denoising or sliced score matching.
 
-    Every step is a pure function of the weights and (seed, step): its samples, noise levels and
-    noise, and the seeds of torch's generators for dropout and augmentation. A training that was
-    killed and resumed has the bits of one that was not, on the same machine and number of threads.
+    Every step is a pure function of the weights and (seed, step): its samples, noise levels, noise,
+    and the seeds of torch's generators for dropout and augmentation. A training that was killed and
+    resumed has the bits of one that was not, on the same machine and number of threads.
 
-    In an initialized process group, as under torchrun, every rank takes its share of each batch and
-    torch's DistributedDataParallel averages the gradients. Samples, levels and noise are those of
-    one process: losses and gradients are the same to summation order, and a checkpoint, which rank
-    0 writes, can be resumed with another number of ranks. All ranks make the same calls.
+    In an initialized process group, as under torchrun, every rank takes its share of each batch,
+    and all make the same calls. DistributedDataParallel averages the gradients: losses and
+    gradients are those of one process to summation order, and a checkpoint can be resumed with
+    another number of ranks.
 
     The averaged weights are ``ema <- m ema + (1 - m) weights`` after each step, from the initial
     weights on, buffers copied (technique 5 of NCSNv2, Song and Ermon 2020, arXiv 2006.09011).
@@ -58,8 +63,8 @@ class Trainer:
         optimizer: over the parameters of net.
         loss: ``"dsm"``, :func:`score_kernels.dsm_loss`; ``"ssm"``, sliced score matching of the
             noisy data (Song et al. 2019, arXiv 1905.07088), at two to three times its cost; or a
-            function ``loss(net, x, sigmas, noise)`` of a batch and the :class:`NoiseKey` of its
-            samples at this step, which returns the mean over the batch or the ``[B]`` losses.
+            function ``loss(net, x, sigmas, noise)``, noise the batch's :class:`NoiseKey`, that
+            returns the mean over the batch or the ``[B]`` losses.
         weighting: p of the levels' weight ``sigma^p``, 2 as in NCSN; not for a loss function.
         batch_size: samples an optimiser step, over all parts and ranks.
         accumulate: parts that a rank's share of a batch is split into to save memory, with the same
@@ -70,15 +75,15 @@ class Trainer:
         clip_norm: largest norm of the gradient of all parameters; longer ones are scaled to it.
         warmup_steps: over so many steps the learning rate rises linearly.
         scheduler: a torch scheduler of this optimizer, stepped once a step.
-        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of the network under autocast. The
-            noise, losses and weights stay in float32; float16 scales the loss.
+        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of the network under autocast;
+            noise, losses and weights stay in float32, float16 scales the loss.
         conditions: names by which the parts of a dataset's items after the sample are passed to the
             network or loss function, ``("label",)`` for items ``(x, label)``. Default: left out.
         seed: 64 bits; default: drawn from torch's default generator.
         about: plain values that a checkpoint shall also hold.
 
     Attributes:
-        net, optimizer, sigmas: as given; sigmas as ``[L]`` float32 on the CPU.
+        net, optimizer, sigmas: as given, sigmas as ``[L]`` float32 on the CPU.
         ema: the network with the averaged weights, in eval mode.
         step: optimiser steps taken.
         losses: ``[step]`` float32, the loss of every step, on the CPU.
@@ -111,14 +116,13 @@ class Trainer:
     ) -> None:
         checks.instance("net", net, nn.Module, "a torch.nn.Module")
         checks.instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
-        self.net = net
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
         self.sigmas = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32)
         self._loss_function = loss if callable(loss) else None
-        self.loss = "custom"
-        if not callable(loss):
-            self.loss = checks.choice("loss", loss, ("dsm", "ssm"), " or a function")
+        options = ("dsm", "ssm")
+        self.loss = (
+            "custom" if callable(loss) else checks.choice("loss", loss, options, " or a function")
+        )
         self.weighting = checks.number("weighting", weighting)
         self.batch_size = checks.count("batch_size", batch_size, least=1)
         self.accumulate = checks.count("accumulate", accumulate, least=1)
@@ -167,13 +171,27 @@ class Trainer:
         self._pending: list[Tensor] = []
         self._level_sigmas = self.sigmas.to(self.device)
         # Sums of the losses of this epoch at each level, and their number.
-        self._level_sums = torch.zeros(2, len(self.sigmas), dtype=torch.float64, device=self.device)
+        levels = len(self.sigmas)
+        self._level_sums = torch.zeros(2, levels, dtype=torch.float64, device=self.device)
         self._data_count: int | None = None
 
     @property
     def losses(self) -> Tensor:
-        """The loss of every step so far, ``[step]`` float32. Waits for the device."""
-        self._collect_losses()
+        """The losses of all steps, ``[step]`` float32; waits for the device."""
+        if not self._pending:
+            return self._losses
+        losses = self.ranks.all_reduce(torch.stack(self._pending).float()).cpu() / self.ranks.size
+        bad = losses.isfinite().logical_not().nonzero()
+        if len(bad):
+            step = self.step - len(losses) + int(bad[0])
+            sums = self.ranks.all_reduce(self._level_sums[0]).cpu()
+            levels = [f"{s:g}" for s in self.sigmas[sums.isfinite().logical_not()].tolist()]
+            where = f", at noise level sigma = {', '.join(levels[:5])}" if levels else ""
+            raise FloatingPointError(
+                f"loss: got {float(losses[bad[0]])} at step {step}{where}; nothing was saved after "
+                "it. A lower learning rate, clip_norm or precision='bfloat16' may help"
+            )
+        self._losses, self._pending = torch.cat([self._losses, losses]), []
         return self._losses
 
     def fit(
@@ -190,13 +208,14 @@ class Trainer:
         callback: Callable[[Trainer], None] | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """Train until `steps` optimiser steps have been taken in all, earlier ones included.
+        """Train until `steps` optimiser steps are done, earlier ones included.
 
         Args:
-            data: ``[N, ...]`` float32 tensor, a :class:`score_kernels.cli.data.Data` or a dataset
-                with ``__len__`` and ``__getitem__`` whose items are samples, or tuples of a sample
-                and its conditions. For equal bits after a resume an item must be a function of its
-                index and, with ``workers=0``, of torch's default generator.
+            data: ``[N, ...]`` float32 tensor, a :class:`score_kernels.cli.data.Data` (any object
+                with ``__len__`` and ``scaled(rows)``) or a dataset with ``__len__`` and
+                ``__getitem__`` whose items are samples, or tuples of a sample and its conditions.
+                For equal bits after a resume an item must be a function of its index and, with
+                ``workers=0``, of torch's default generator.
             steps: the step to stop at.
             checkpoint: the file to save to every `save_every` steps and at the end, atomically.
             resume: go on from that file where it exists; without it an existing file is an error.
@@ -206,7 +225,7 @@ class Trainer:
             tensorboard: folder for the scalars loss, learning rate and samples per second.
             callback: called with the trainer every `report_every` steps and at the end; it may use
                 torch's generators.
-            progress: show a bar and, for about ten of the epochs, the losses by level. Rank 0 does.
+            progress: show a bar and, for about ten of the epochs, the losses by level, on rank 0.
 
         Returns:
             The losses, as the attribute.
@@ -237,21 +256,26 @@ class Trainer:
         if not self.ranks.first:
             tensorboard, progress = None, False
         self.net.train()
-        meter = Meter(self, steps, batches.epoch(steps), tensorboard, progress)
+        meter = Meter(self, steps, tensorboard, progress)
+        # About ten epochs of a training are shown.
+        every = max(1, batches.epoch(steps) // 10)
         # Steps seed torch's generators, and leave the caller's as they were.
         devices = [self.device] if self.device.type == "cuda" else []
+        seeds = NoiseKey(self.seed, purpose=Purpose.TORCH_SEED, first_sample=self.ranks.rank)
         with closing(meter), torch.random.fork_rng(devices=devices):
             stream = batches.between(self.step, steps)
             while self.step < steps:
-                torch.manual_seed(self._torch_seed())
+                low, high = ops.words((1, 2), seeds.at(self.step), device="cpu")[0].tolist()
+                torch.manual_seed(high << 32 | low)
                 self._train_step(*next(stream))
-                if batches.epoch(self.step) > batches.epoch(self.step - 1):
+                epoch = batches.epoch(self.step)
+                if epoch > batches.epoch(self.step - 1):
                     # Names the levels of a loss that is not finite by their sums.
-                    self._collect_losses()
+                    _ = self.losses
                     sums, counts = self.ranks.all_reduce(self._level_sums).cpu()
                     self.level_losses.append((sums / counts).float())
                     self._level_sums.zero_()
-                    meter.epoch(batches.epoch(self.step), self.level_losses[-1])
+                    meter.epoch(epoch, self.level_losses[-1], epoch % every == 0)
                 last = self.step == steps
                 if last or self.step % report_every == 0:
                     meter.report()
@@ -265,34 +289,30 @@ class Trainer:
         return self.losses
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint, atomically: weights, averaged weights and their count, optimiser,
-        scheduler, loss scale, step, seed, settings, losses, `about`. All ranks call it, the first
-        one writes.
+        """Write a checkpoint, atomically: weights, averaged weights, the states of optimiser,
+        scheduler and loss scale, step, settings, losses, `about`. All ranks call it, the first one
+        writes.
 
         Raises:
             FloatingPointError: a loss since the last report is not finite; nothing is written.
             OSError: the file cannot be written; an earlier one is as it was.
         """
-        losses, levels = self.losses, self.ranks.all_reduce(self._level_sums)
+        _, levels = self.losses, self.ranks.all_reduce(self._level_sums)
         if not self.ranks.first:
             return
         state = {
-            "net": self.net.state_dict(),
-            "ema": self.ema.state_dict(),
+            **{n: None if part is None else part.state_dict() for n, part in self._stateful()},
+            **{name: getattr(self, attribute) for name, attribute in _SAVED.items()},
             "ema_count": self.step + 1,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "step": self.step,
             "settings": self._settings,
             "sigmas": self.sigmas,
-            "data_count": self._data_count,
-            "losses": losses,
             "levels": levels,
-            "level_losses": self.level_losses,
-            "about": self.about,
         }
         checkpoint.write(path, state)
+
+    def _stateful(self) -> list[tuple[str, Any]]:
+        names = ("net", "ema", "optimizer", "scheduler", "_scaler")
+        return [(name.strip("_"), getattr(self, name)) for name in names]
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Restore everything that :meth:`save` wrote; training goes on with the same bits.
@@ -316,19 +336,16 @@ class Trainer:
             differ.append("a scheduler is given in one and not in the other")
         if differ:
             raise ValueError(f"checkpoint {path}: of another training: {'; '.join(differ)}")
+        # Checks the weights before anything changes.
         checkpoint.restore(path, self.net, state["net"])
-        checkpoint.restore(path, self.ema, state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self._scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        self._data_count = state["data_count"]
-        self._losses, self._pending = state["losses"], []
+        for name, part in self._stateful():
+            if part is not None:
+                part.load_state_dict(state[name])
+        for name, attribute in _SAVED.items():
+            setattr(self, attribute, state[name])
+        self._pending = []
         # A sum over the ranks: rank 0 takes all of it.
         self._level_sums.copy_(state["levels"] if self.ranks.first else torch.zeros(()))
-        self.level_losses = list(state["level_losses"])
-        self.about = dict(state["about"])
 
     def _train_step(self, x: Tensor, conditions: dict[str, Tensor]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -351,7 +368,15 @@ class Trainer:
         if self.clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
-        self._optimizer_step()
+        # In the warm-up at a share of the learning rate.
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        if self.step < self.warmup_steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["lr"] * ((self.step + 1) / self.warmup_steps)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         if self.scheduler is not None:
             self.scheduler.step()
         self._average.update_parameters(self.net)
@@ -382,43 +407,7 @@ class Trainer:
         self._level_sums[1].index_add_(0, labels, torch.ones_like(each, dtype=torch.float64))
         return each.mean()
 
-    def _optimizer_step(self) -> None:
-        """A step at the learning rate, or in the warm-up at a share of it."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        if self.step < self.warmup_steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["lr"] * ((self.step + 1) / self.warmup_steps)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
     def _update_average(self, averaged: Any, weights: Any, _: Tensor | int) -> None:
         n = self.step
         decay = min(self.ema_decay, (1 + n) / (10 + n)) if self.ema_warmup else self.ema_decay
         get_ema_multi_avg_fn(decay)(averaged, weights, n)
-
-    def _collect_losses(self) -> None:
-        """Bring the pending losses to the host, and raise where one is not finite."""
-        if not self._pending:
-            return
-        losses = self.ranks.all_reduce(torch.stack(self._pending).float()).cpu() / self.ranks.size
-        bad = losses.isfinite().logical_not().nonzero()
-        if len(bad):
-            step = self.step - len(losses) + int(bad[0])
-            sums = self.ranks.all_reduce(self._level_sums[0]).cpu()
-            levels = [f"{s:g}" for s in self.sigmas[sums.isfinite().logical_not()].tolist()]
-            where = f", at noise level sigma = {', '.join(levels[:5])}" if levels else ""
-            raise FloatingPointError(
-                f"loss: got {float(losses[bad[0]])} at step {step}{where}; nothing was saved after "
-                "it. A lower learning rate, clip_norm or precision='bfloat16' may help"
-            )
-        self._losses = torch.cat([self._losses, losses])
-        self._pending = []
-
-    def _torch_seed(self) -> int:
-        """What torch's generators are seeded with at this step on this rank."""
-        purpose, rank = Purpose.TORCH_SEED, self.ranks.rank
-        key = NoiseKey(self.seed, purpose=purpose, draw=self.step, first_sample=rank)
-        low, high = ops.words((1, 2), key, device="cpu")[0].tolist()
-        return high << 32 | low

@@ -1,4 +1,4 @@
-"""The kernels in Triton, for GPUs whose machine has no CUDA toolkit, and for AMD's and Intel's.
+"""The kernels in Triton: for AMD, Intel, or no CUDA toolkit.
 
 Tiles are fixed by the length of a row alone (`_geometry`); nothing is tuned at run time, and no
 argument that changes from step to step is specialised on, so that a chain compiles a kernel once.
@@ -25,7 +25,7 @@ from score_kernels.noise import Key
 TILE = 512
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 # For sums: their tiles, which leave registers for the sums, and how many a program goes through.
-SUM_TILE, TURNS = 256, 4
+SUM_TILE, ITERATIONS = 256, 4
 # Blocks along a grid's second axis.
 _MOST = 65535
 
@@ -43,7 +43,7 @@ def _search() -> str | None:
 
 
 class Triton(Reference):
-    """Triton on the tensors of a GPU, or on a CPU's in its interpreter (TRITON_INTERPRET=1)."""
+    """Triton on a GPU, or in its interpreter on a CPU (TRITON_INTERPRET=1)."""
 
     name = "triton"
     capturable = True
@@ -72,7 +72,7 @@ class Triton(Reference):
         return f"Triton {triton.__version__} on {where}"
 
     def fill(self, out: Tensor, kind: str, key: Key) -> None:
-        self._launch(_kernels().fill.fill_kernel, out, (out,), key, KIND=kind)
+        self._launch(_kernels().noise.fill_kernel, out, (out,), key, KIND=kind)
 
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
@@ -151,9 +151,9 @@ class Triton(Reference):
     ) -> Tensor:
         """[count, rows] in fp64: a kernel's sums over pieces of rows, added up."""
         rows, elements = _sizes(batch)
-        pieces = -(-elements // (4 * _geometry(elements, SUM_TILE)[1] * TURNS))
+        pieces = -(-elements // (4 * _geometry(elements, SUM_TILE)[1] * ITERATIONS))
         partial = batch.new_empty((count, rows, pieces), dtype=torch.float32)
-        self._launch(kernel, batch, (partial, *arguments), key, turns=TURNS, **constants)
+        self._launch(kernel, batch, (partial, *arguments), key, iterations=ITERATIONS, **constants)
         return partial.double().sum(2)
 
     def _launch(
@@ -163,16 +163,16 @@ class Triton(Reference):
         arguments: tuple[Any, ...],
         key: Key,
         *,
-        turns: int = 1,
+        iterations: int = 1,
         **constants: Any,
     ) -> None:
         rows, elements = _sizes(batch)
         if not rows or not elements:
             return
-        height, width = _geometry(elements, TILE if turns == 1 else SUM_TILE)
-        if turns > 1:
-            constants["TURNS"] = turns
-        pieces = -(-elements // (4 * width * turns))
+        height, width = _geometry(elements, TILE if iterations == 1 else SUM_TILE)
+        if iterations > 1:
+            constants["ITERATIONS"] = iterations
+        pieces = -(-elements // (4 * width * iterations))
         grid = (-(-rows // height), min(pieces, _MOST), -(-pieces // _MOST))
         seed, purpose, draw, first_sample = key
         with _on(batch.device):

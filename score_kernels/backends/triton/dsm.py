@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from score_kernels.backends.triton.fill import KEY
-from score_kernels.backends.triton.noise import fma, like, mul, noise, piece_of_grid, tile
+from score_kernels.backends.triton.noise import KEY, fma, like, mul, noise, piece_of_grid, tile
 
 
 @triton.jit(do_not_specialize=KEY)
@@ -26,10 +25,10 @@ def perturb_kernel(
     PACKED: tl.constexpr,
 ):
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    spread = tl.load(sigma + row, mask=row < rows, other=0.0)
+    level = tl.load(sigma + row, mask=row < rows, other=0.0)
     z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
     before = tl.load(x + offset, mask=mask, other=0.0)
-    tl.store(out + offset, fma(like(z, spread), z, before, PACKED), mask=mask)
+    tl.store(out + offset, fma(like(z, level), z, before, PACKED), mask=mask)
 
 
 @triton.jit(do_not_specialize=KEY)
@@ -43,22 +42,22 @@ def squares_kernel(
     purpose: tl.uint32,
     draw: tl.uint32,
     first_sample: tl.uint64,
-    TURNS: tl.constexpr,
+    ITERATIONS: tl.constexpr,
     R: tl.constexpr,
     Q: tl.constexpr,
     WHOLE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """partial [rows, pieces]: the sum of (sigma score + z)^2 over each piece of TURNS tiles."""
+    """partial [rows, pieces]: sums of (sigma score + z)^2 over the ITERATIONS tiles of a piece."""
     piece = piece_of_grid()
-    pieces = tl.cdiv(elements, 4 * Q * TURNS)
+    pieces = tl.cdiv(elements, 4 * Q * ITERATIONS)
     sums = tl.zeros((R, 4 * Q), tl.float32)
-    for turn in tl.static_range(TURNS):
-        row, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, turn, TURNS)
-        spread = tl.load(sigma + row, mask=row < rows, other=0.0)
+    for iteration in tl.static_range(ITERATIONS):
+        row, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, iteration, ITERATIONS)
+        level = tl.load(sigma + row, mask=row < rows, other=0.0)
         z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
-        slope = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
-        residual = tl.where(mask, fma(like(slope, spread), slope, z, PACKED), 0.0)
+        grad = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.where(mask, fma(like(grad, level), grad, z, PACKED), 0.0)
         sums = fma(residual, residual, sums, PACKED)
     row = tl.program_id(0) * R + tl.arange(0, R)
     at = partial + row.to(tl.int64) * pieces + piece
@@ -84,10 +83,10 @@ def gradient_kernel(
 ):
     """scale (sigma score + z) in the score's dtype."""
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    spread = tl.load(sigma + row, mask=row < rows, other=0.0)
+    level = tl.load(sigma + row, mask=row < rows, other=0.0)
     factor = tl.load(scale + row, mask=row < rows, other=0.0)
     z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
-    slope = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
-    residual = fma(like(slope, spread), slope, z, PACKED)
+    grad = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
+    residual = fma(like(grad, level), grad, z, PACKED)
     values = mul(like(residual, factor), residual, PACKED)
     tl.store(gradient + offset, values.to(gradient.dtype.element_ty), mask=mask)

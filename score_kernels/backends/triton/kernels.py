@@ -1,5 +1,5 @@
 """All kernels, under one import."""
 
-from score_kernels.backends.triton import dsm, fill, noise, ssm, update
+from score_kernels.backends.triton import dsm, noise, ssm, update
 
-__all__ = ["dsm", "fill", "noise", "ssm", "update"]
+__all__ = ["dsm", "noise", "ssm", "update"]

@@ -11,6 +11,9 @@ import triton.language as tl
 
 from score_kernels.backends import reference
 
+# Arguments that change from call to call: specialising on them would compile a kernel anew.
+KEY = ["rows", "elements", "seed", "draw", "purpose", "first_sample"]
+
 
 def _constants(coefficients: tuple[str, ...]) -> list[tl.constexpr]:
     return [tl.constexpr(float.fromhex(c)) for c in coefficients]
@@ -187,19 +190,19 @@ def tile(
     R: tl.constexpr,
     Q: tl.constexpr,
     WHOLE: tl.constexpr,
-    turn: tl.constexpr = 0,
-    TURNS: tl.constexpr = 1,
+    iteration: tl.constexpr = 0,
+    ITERATIONS: tl.constexpr = 1,
 ):
-    """row [R, 1], quad [1, Q], offset [R, 4 Q], mask: this program's rows at one of the TURNS tiles
-    of Q quads of a piece.
+    """row [R, 1], quad [1, Q], offset [R, 4 Q], mask: this program's rows at one of the
+    ITERATIONS tiles of Q quads of a piece.
 
     WHOLE: rows are of whole quads, which lets four elements be read and written at once.
     """
     row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    quad = piece * (Q * TURNS) + turn * Q + tl.arange(0, Q)[None, :]
+    quad = piece * (Q * ITERATIONS) + iteration * Q + tl.arange(0, Q)[None, :]
     # What has 64 bits is the same for a whole row; 32 are enough within a piece.
-    first, left = span(elements, piece, 4 * Q * TURNS, WHOLE)
-    within = turn * (4 * Q) + tl.arange(0, 4 * Q)[None, :]
+    first, left = span(elements, piece, 4 * Q * ITERATIONS, WHOLE)
+    within = iteration * (4 * Q) + tl.arange(0, 4 * Q)[None, :]
     offset = row.to(tl.int64) * length_of(elements, WHOLE) + first + within
     return row, quad, offset, (row < rows) & (within < left)
 
@@ -208,3 +211,23 @@ def tile(
 def piece_of_grid():
     """Pieces of a row run over the grid's second and third axis, each of which is short."""
     return tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+
+
+@triton.jit(do_not_specialize=KEY)
+def fill_kernel(
+    out,
+    rows: tl.int64,
+    elements: tl.int64,
+    seed: tl.uint64,
+    purpose: tl.uint32,
+    draw: tl.uint32,
+    first_sample: tl.uint64,
+    KIND: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
+    values = noise(seed, draw, purpose, first_sample, row, quad, KIND, PACKED)
+    tl.store(out + offset, values, mask=mask)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from score_kernels.backends.triton.fill import KEY
 from score_kernels.backends.triton.noise import (
+    KEY,
     fma,
     length_of,
     like,
@@ -41,7 +41,7 @@ def sums_kernel(
     first_sample: tl.uint64,
     KIND: tl.constexpr,
     DIFFERENCES: tl.constexpr,
-    TURNS: tl.constexpr,
+    ITERATIONS: tl.constexpr,
     R: tl.constexpr,
     Q: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -50,13 +50,13 @@ def sums_kernel(
     """partial [4, rows, pieces]: v.v, v.a, v.b (0 without b) and a.a of each piece; with
     DIFFERENCES of (a + b) / 2 and a - b in place of a and b."""
     piece = piece_of_grid()
-    pieces = tl.cdiv(elements, 4 * Q * TURNS)
+    pieces = tl.cdiv(elements, 4 * Q * ITERATIONS)
     vv = tl.zeros((R, 4 * Q), tl.float32)
     va = tl.zeros((R, 4 * Q), tl.float32)
     vb = tl.zeros((R, 4 * Q), tl.float32)
     aa = tl.zeros((R, 4 * Q), tl.float32)
-    for turn in tl.static_range(TURNS):
-        row, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, turn, TURNS)
+    for iteration in tl.static_range(ITERATIONS):
+        row, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, iteration, ITERATIONS)
         v = noise(seed, draw, purpose, first_sample, row, quad, KIND, PACKED)
         if KIND != "rademacher":
             v = tl.where(mask, v, 0.0)
@@ -78,7 +78,7 @@ def sums_kernel(
     # One reduction, so that all sums keep the layout of what is loaded.
     if KIND == "rademacher":
         # The squares of signs are ones, fewer than 2^24 in a piece: fp32 has their number exactly.
-        vv = span(elements, piece, 4 * Q * TURNS, WHOLE)[1].to(tl.float32)
+        vv = span(elements, piece, 4 * Q * ITERATIONS, WHOLE)[1].to(tl.float32)
         va, vb, aa = tl.reduce((va, vb, aa), 1, add_three)
     else:
         vv, va, vb, aa = tl.reduce((vv, va, vb, aa), 1, add_four)

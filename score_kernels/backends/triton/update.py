@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from score_kernels.backends.triton.fill import KEY
-from score_kernels.backends.triton.noise import fma, like, mul, noise, piece_of_grid, tile
+from score_kernels.backends.triton.noise import KEY, fma, like, mul, noise, piece_of_grid, tile
 
 
 @triton.jit(do_not_specialize=KEY)
@@ -59,7 +58,7 @@ def table_kernel(
     WHOLE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """csrc/args.h's StepTable; kept is its mask."""
+    """csrc/args.h's TableArgs; kept is its mask."""
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
     COLUMNS: tl.constexpr = 3 if known is None else 5
     if PER_ROW:
@@ -81,9 +80,9 @@ def table_kernel(
     after = noisy(c, z, after, PACKED)
     if known is not None:
         scale = tl.load(line + 3, mask=inside, other=float("nan"))
-        spread = tl.load(line + 4, mask=inside, other=float("nan"))
+        noise_scale = tl.load(line + 4, mask=inside, other=float("nan"))
         given = tl.load(known + offset, mask=mask, other=0.0)
-        given = noisy(spread, z, mul(like(given, scale), given, PACKED), PACKED)
+        given = noisy(noise_scale, z, mul(like(given, scale), given, PACKED), PACKED)
         after = tl.where(tl.load(kept + offset, mask=mask, other=0) != 0, given, after)
     tl.store(out + offset, after, mask=mask)
 
@@ -91,12 +90,12 @@ def table_kernel(
 @triton.jit
 def combine(x, score, a, b, offset, mask, PACKED: tl.constexpr):
     before = tl.load(x + offset, mask=mask, other=0.0)
-    slope = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
-    return fma(like(slope, b), slope, mul(like(before, a), before, PACKED), PACKED)
+    grad = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
+    return fma(like(grad, b), grad, mul(like(before, a), before, PACKED), PACKED)
 
 
 @triton.jit
 def noisy(c, z, value, PACKED: tl.constexpr):
     """No noise is drawn at c = 0: a product with it could change the sign of a zero."""
-    spread = like(z, c)
-    return tl.where(spread == 0, value, fma(spread, z, value, PACKED))
+    scale = like(z, c)
+    return tl.where(scale == 0, value, fma(scale, z, value, PACKED))
