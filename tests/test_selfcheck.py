@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_the_statistics_share_one_level() -> None:
 
 
 @needs_native
-def test_a_graph_is_asked_for_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_of_gpus_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
     right = parity.annealed_langevin
 
@@ -251,6 +252,9 @@ def test_a_graph_is_asked_for_and_compared(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(native, "capturable", True)
     monkeypatch.setattr(parity, "annealed_langevin", sampler)
     assert CHECKS["CUDA graph"](QUICK)[0] and {True, False} == set(graphs)
+    for name in ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    assert CHECKS["another stream"](QUICK)[0]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(Skipped, match="one GPU only"):
         CHECKS["every GPU"](QUICK)
