@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,15 +19,8 @@ from score_kernels import ops
 from score_kernels.backends import choose
 from score_kernels.backends.compiled import native
 from score_kernels.cli.main import main
-from score_kernels.cli.selfcheck import CHECKS, parity, selfcheck, statistics
-from score_kernels.cli.selfcheck.context import (
-    ALPHA,
-    CPU,
-    DEVIATIONS,
-    STATISTICS,
-    CheckContext,
-    Skipped,
-)
+from score_kernels.cli.selfcheck import CHECKS, context, parity, selfcheck, statistics
+from score_kernels.cli.selfcheck.context import CPU, CheckContext, Skipped
 
 GPU_ONLY = ["CUDA graph", "another stream", "every GPU", "more than 2**31 elements"]
 # What the reference, which serves every CPU, is not compared with itself in.
@@ -239,11 +233,12 @@ def test_constants_are_the_golden_file_s() -> None:
 
 
 def test_the_statistics_share_one_level() -> None:
-    assert pytest.approx(stats.norm.isf(ALPHA / STATISTICS / 2), rel=1e-6) == DEVIATIONS
+    share = context.ALPHA / context.STATISTICS
+    assert pytest.approx(stats.norm.isf(share / 2), rel=1e-6) == context.DEVIATIONS
 
 
 @needs_native
-def test_a_graph_is_asked_for_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_of_gpus_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
     right = parity.annealed_langevin
 
@@ -257,6 +252,9 @@ def test_a_graph_is_asked_for_and_compared(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(native, "capturable", True)
     monkeypatch.setattr(parity, "annealed_langevin", sampler)
     assert CHECKS["CUDA graph"](QUICK)[0] and {True, False} == set(graphs)
+    for name in ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    assert CHECKS["another stream"](QUICK)[0]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(Skipped, match="one GPU only"):
         CHECKS["every GPU"](QUICK)

@@ -84,7 +84,11 @@ def _fill(
     if type(noise) is not NoiseKey:
         checks.instance("noise", noise, NoiseKey, "a NoiseKey")
     filled = (_FILLS if direct() else _OPS)[kind](shape, device, noise)
-    return filled if filled.dtype is dtype else filled.to(dtype)
+    if filled.dtype is dtype:
+        return filled
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype}, expected a floating dtype")
+    return filled.to(dtype)
 
 
 def _filler(kind: str) -> Callable[..., Tensor]:
