@@ -153,9 +153,9 @@ class CompiledBackend(Reference):
     ) -> tuple[Tensor, Tensor]:
         # The kernel does not visit samples without elements: their loss is 0.
         loss = torch.empty_like(sigma) if score.numel() else torch.zeros_like(sigma)
-        gradient = loss.new_empty(score.shape if with_gradient else 0)
-        self._dsm(loss, gradient if with_gradient else None, score, sigma, weight, None, key)
-        return loss, gradient
+        new = torch.empty_like(score, dtype=torch.float32) if with_gradient else loss.new_empty(0)
+        self._dsm(loss, new if with_gradient else None, score, sigma, weight, None, key)
+        return loss, new
 
     def dsm_gradient(
         self, score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, key: Key

@@ -107,7 +107,7 @@ def draw_labels(batch: int, levels: int, noise: NoiseKey, device: torch.device) 
     """The noise level of each sample of a batch, uniform: ``[B]`` int64."""
     words = ops.words((batch,), noise.for_purpose(_LEVEL), device=device)
     # floor(word * L / 2^32), exact in 64-bit integers.
-    return words * levels >> 32
+    return words.mul_(levels).bitwise_right_shift_(32)
 
 
 def denoising_losses(

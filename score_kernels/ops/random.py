@@ -94,10 +94,9 @@ def _filler(kind: str) -> Callable[..., Tensor]:
     dtype = torch.int64 if kind == "words" else torch.float32
 
     def fill(shape: Sequence[int], device: Device, key: Key) -> Tensor:
-        # A third faster than with dtype and device; it also finds the default device.
-        out = torch.empty(shape) if device is None else torch.empty(shape, device=device)
-        if out.dtype is not dtype:
-            out = torch.empty(shape, dtype=dtype, device=device)
+        # Without dtype and device a third faster; it also finds the default device.
+        plain = device is None and dtype is torch.get_default_dtype()
+        out = torch.empty(shape) if plain else torch.empty(shape, dtype=dtype, device=device)
         if not out.dim() or out.numel() > 1 << 34:
             checks.noise_shape(shape)
         if key[3] >= 1 << 55:
