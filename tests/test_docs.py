@@ -219,6 +219,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     noise = (tmp_path / "site" / "noise" / "index.html").read_text()
     assert 'href="../source/csrc/noise.h"' in noise
     assert (tmp_path / "site" / "source" / "csrc" / "noise.h").read_text().startswith("//")
+    assert (tmp_path / "site" / "source" / "examples" / "inpainting.py").exists()
     # Its lists hold their code.
     contributing = (tmp_path / "site" / "contributing" / "index.html").read_text()
     assert "```" not in contributing and contributing.count("<ol>") == 1

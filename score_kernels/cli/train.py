@@ -29,7 +29,7 @@ _REPORT_EVERY = 50
 
 
 def train(settings: Config, out: Path, *, resume: bool = False, progress: bool = True) -> Trainer:
-    """Train a network on files, and return the trainer at its last step.
+    """Train a network on files, and return its trainer.
 
     Written are ``checkpoint.pt``, ``config.toml`` (all settings), ``loss.png`` and, of images,
     ``samples.png`` (a sheet of samples of the averaged weights). For the network values are scaled

@@ -161,7 +161,7 @@ class DDPMSchedule:
         return cls((-betas).log1p().cumsum(0).exp())
 
     def index(self, sigma: Tensor) -> Tensor:
-        """The timestep whose level is nearest to sigma, by ratio: int64, sigma's shape."""
+        """The timestep of the nearest sigma, by ratio: int64, sigma's shape."""
         # Moved only once: every copy to the device would be waited for.
         self._middles = self._middles.to(sigma.device)
         return torch.searchsorted(self._middles, sigma.double().log().contiguous())

@@ -88,7 +88,7 @@ class _Keyed:
 
 
 class FusedDDPMScheduler(_Keyed, DDPMScheduler):
-    """DDPMScheduler (Ho et al. 2020, arXiv 2006.11239) with `step` as an affine step.
+    """DDPMScheduler (Ho et al. 2020, arXiv 2006.11239) with a fused `step`.
 
     Samples are float32. Variances "learned", "learned_range" and "fixed_large_log" (of whose
     logarithm the parent takes the root) raise a ValueError, as does a generator.

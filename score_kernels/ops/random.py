@@ -74,7 +74,10 @@ def rademacher(
     dtype: torch.dtype = torch.float32,
     device: Device = None,
 ) -> Tensor:
-    """Rademacher signs: -1 where the word's top bit is set, else +1. Arguments: `normal`."""
+    """Rademacher signs: -1 where the word's top bit is set, else +1.
+
+    Arguments: `normal`.
+    """
     return _fill("rademacher", shape, noise, dtype, device)
 
 

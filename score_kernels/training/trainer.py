@@ -289,9 +289,10 @@ class Trainer:
         return self.losses
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint, atomically: weights, averaged weights, the states of optimiser,
-        scheduler and loss scale, step, settings, losses, `about`. All ranks call it, the first one
-        writes.
+        """Write a checkpoint atomically; all ranks call it, the first one writes.
+
+        It holds weights, averaged weights, the states of optimiser, scheduler and loss scale, step,
+        settings, losses and `about`.
 
         Raises:
             FloatingPointError: a loss since the last report is not finite; nothing is written.
