@@ -18,9 +18,11 @@ CXX_FILES = $(shell git ls-files "*.h" "*.cpp" "*.cu")
 demo: .venv/ready
 	$(BIN)/python -m examples.digits --out demo-output
 
+# Two processes on two cores: an OpenMP thread that waits must not spin on the other one's core.
+test: export OMP_WAIT_POLICY = passive
 test: lint
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreter
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from tools.noise_statistics.distribution import (
 )
 from tools.noise_statistics.findings import ALPHA, Finding, failed, level
 from tools.noise_statistics.run import Result, run
-from tools.noise_statistics.streams import Source, group, native
+from tools.noise_statistics.streams import Source, group, native, replace
 
 ROOT = Path(__file__).parent.parent
 COUNT, SIZE = 1 << 20, 1 << 16

@@ -198,7 +198,7 @@ def test_wrong_inputs_are_named() -> None:
         (
             lambda: ops.ssm_reduce(s.half(), s, KEY),
             ValueError,
-            r"g: got shape \(2, 3\), torch.float16",
+            r"g: got shape .* of torch.float16",
         ),
         (lambda: ops.fd_pair(s, s[:, 0].half(), KEY), TypeError, "step: got dtype"),
         (lambda: ops.fd_pair(s, s[0], KEY), ValueError, r"step: got shape \(3,\)"),

@@ -144,8 +144,9 @@ def table_step_(
         _check_part("mask", mask, torch.bool, x.shape, "that of x", x)
     if not x.is_contiguous() or x.is_neg():
         raise ValueError(f"x: got strides {x.stride()}, expected a contiguous tensor")
-    if wants_grad(x, score, table, known):
-        raise ValueError("x: got a step with gradients, expected tensors that require none")
+    for name, value in (("x", x), ("score", score), ("table", table), ("known", known)):
+        if wants_grad(value):
+            raise ValueError(f"{name}: got requires_grad=True, expected a tensor without gradient")
     _table_op(x, score, table, step, known, mask, noise)
     return x
 

@@ -148,7 +148,7 @@ class ScoreModel:
         if guidance is not None:
             checks.function("guidance", guidance)
         self.score, self.guidance = score, guidance
-        self.conditions = checks.keywords("conditions", conditions or {})
+        self.conditions = checks.keywords("conditions", {} if conditions is None else conditions)
         self.sigma = x.new_empty(x.shape[0], dtype=torch.float32)
         self.level: tuple[float, float] | None = None
         # Whether the score takes sigma, and what x is multiplied by (a tensor in a CUDA graph).
@@ -386,6 +386,7 @@ def _start(
             raise ValueError(f"device: got {device}, expected the state's, {here}, or none")
         x = shape_or_init.detach().clone(memory_format=torch.contiguous_format)
     else:
+        shape_or_init = checks.noise_shape(shape_or_init)
         prior, init = key.for_purpose(Purpose.PRIOR), options.get("init", "normal")
         if checks.choice("init", init, ("normal", "uniform")) == "uniform":
             x = ops.uniform(shape_or_init, prior, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +19,12 @@ BLOCKS = 2 ** len(FIELDS)
 
 def native(rows: int, elements: int, key: NoiseKey) -> np.ndarray:
     return ops.normal((rows, elements), key, device="cpu").numpy()
+
+
+def replace(key: NoiseKey, **changes: int) -> NoiseKey:
+    """The key with some fields changed."""
+    names = ("seed", "purpose", "draw", "first_sample")
+    return NoiseKey(**({name: getattr(key, name) for name in names} | changes))
 
 
 @dataclass(frozen=True)
