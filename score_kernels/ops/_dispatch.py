@@ -25,25 +25,38 @@ is_compiling = torch.compiler.is_dynamo_compiling
 transforms_active = torch._C._are_functorch_transforms_active
 modes_active = torch._C._len_torch_dispatch_stack
 _profiler_enabled = torch.autograd._profiler_enabled
-_is_grad_enabled = torch.is_grad_enabled
+is_grad_enabled = torch.is_grad_enabled
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def direct(*tensors: Tensor | None) -> bool:
-    """Whether an op on these tensors may bypass torch's dispatcher and autograd."""
-    if (
+def undisturbed() -> bool:
+    """Whether nothing traces, transforms, records or differentiates forwards."""
+    return not (
         is_compiling()
         or transforms_active()
         or modes_active()
         or _profiler_enabled()
         or forward_ad._current_level >= 0
-    ):
+    )
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether an op on these tensors may bypass torch's dispatcher and autograd."""
+    if not undisturbed():
         return False
-    grad = _is_grad_enabled()
+    grad = is_grad_enabled()
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN or (grad and t.requires_grad) or t.is_neg()):
+        if t is not None and (type(t) not in PLAIN or (grad and t.requires_grad)):
             return False
     return True
+
+
+def dense(t: Tensor) -> Tensor:
+    """t itself, or a copy where its memory does not hold its elements in order.
+
+    A contiguous tensor may be negated lazily only if it has one element.
+    """
+    return t if t.numel() != 1 and t.is_contiguous() else t.resolve_neg().contiguous()
 
 
 def transformed() -> bool:
@@ -54,7 +67,7 @@ def transformed() -> bool:
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether reverse mode may ask for derivatives by one of the tensors."""
-    return _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def register(

@@ -14,6 +14,7 @@ from score_kernels.ops._dispatch import (
     KEY_SCHEMA,
     apply,
     check_key,
+    dense,
     direct,
     is_compiling,
     new_like,
@@ -159,25 +160,23 @@ class _DsmLoss(torch.autograd.Function):
 
 
 def _perturb(x: Tensor, sigma: Tensor, key: Key) -> Tensor:
-    return choose(x.device, x.dtype).perturb(x.contiguous(), sigma.contiguous(), key)
+    return choose(x.device, x.dtype).perturb(dense(x), dense(sigma), key)
 
 
 def _dsm_loss(
     score: Tensor, sigma: Tensor, weight: Tensor | None, with_gradient: bool, key: Key
 ) -> tuple[Tensor, Tensor]:
     backend = choose(score.device, state_dtype(score))
-    weight = None if weight is None else weight.contiguous()
-    return backend.dsm_loss(score.contiguous(), sigma.contiguous(), weight, key, with_gradient)
+    weight = None if weight is None else dense(weight)
+    return backend.dsm_loss(dense(score), dense(sigma), weight, key, with_gradient)
 
 
 def _dsm_gradient(
     score: Tensor, sigma: Tensor, weight: Tensor | None, upstream: Tensor, key: Key
 ) -> Tensor:
     backend = choose(score.device, state_dtype(score))
-    weight = None if weight is None else weight.contiguous()
-    return backend.dsm_gradient(
-        score.contiguous(), sigma.contiguous(), weight, upstream.contiguous(), key
-    )
+    weight = None if weight is None else dense(weight)
+    return backend.dsm_gradient(dense(score), dense(sigma), weight, dense(upstream), key)
 
 
 def _fake_loss(

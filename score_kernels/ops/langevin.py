@@ -15,9 +15,12 @@ from score_kernels.ops._dispatch import (
     KEY_SCHEMA,
     apply,
     check_key,
+    dense,
     direct,
+    is_grad_enabled,
     new_like,
     register,
+    undisturbed,
     wants_grad,
 )
 
@@ -175,12 +178,12 @@ def _check_step(x: Tensor, score: Tensor, noise: NoiseKey) -> None:
 def _step_in_place(
     x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey
 ) -> Tensor:
-    if x is None or score is None or not direct(x, score):
-        _check_step(x, score, noise)
-        return apply(_AffineStepInPlace, x, score, a, b, c, noise)
     # What is plainly right is not checked by name: that takes a third of a small step.
     if (
-        x.dtype is _FLOAT32
+        undisturbed()
+        and type(x) is type(score) is Tensor
+        and not (is_grad_enabled() and (x.requires_grad or score.requires_grad))
+        and x.dtype is _FLOAT32
         and score.dtype in _SCORES
         and x.is_cpu
         and score.is_cpu
@@ -196,6 +199,8 @@ def _step_in_place(
         _increment_version((x,))
         return x
     _check_step(x, score, noise)
+    if not direct(x, score):
+        return apply(_AffineStepInPlace, x, score, a, b, c, noise)
     _affine_step_(x, score, a, b, c, noise)
     return x
 
@@ -255,14 +260,14 @@ def _shares_elements(x: Tensor) -> bool:
 def _affine_step(x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     step = choose(x.device, x.dtype).affine_step
-    step(out, x.contiguous(), score.contiguous(), a, b, c, key)
+    step(out, dense(x), dense(score), a, b, c, key)
     return out
 
 
 def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key) -> None:
     step = choose(x.device, x.dtype).affine_step
     if x.is_contiguous() and not (x.numel() == 1 and x.is_neg()):
-        step(x, x, score.contiguous(), a, b, c, key)
+        step(x, x, dense(score), a, b, c, key)
         _increment_version((x,))
         return
     if _shares_elements(x):
@@ -270,9 +275,9 @@ def _affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, key: K
             f"x: got strides {x.stride()} for shape {tuple(x.shape)}, expected a "
             "tensor whose elements do not share memory (clone an expanded one)"
         )
-    dense = x.resolve_neg().contiguous()
-    step(dense, dense, score.contiguous(), a, b, c, key)
-    x.copy_(dense)
+    copy = dense(x)
+    step(copy, copy, dense(score), a, b, c, key)
+    x.copy_(copy)
 
 
 def _table_step_(
@@ -287,7 +292,7 @@ def _table_step_(
     if step is not None and step.is_cpu and not 0 <= int(step) < len(table):
         raise ValueError(f"step: got {int(step)}, expected 0 <= step < {len(table)}")
     step_by_table = choose(x.device, x.dtype).table_step
-    step_by_table(x, x, score.contiguous(), table, step, key, known, mask)
+    step_by_table(x, x, dense(score), table, step, key, known, mask)
     _increment_version((x,))
 
 

@@ -20,6 +20,7 @@ from score_kernels.ops._dispatch import (
     KEY_SCHEMA,
     apply,
     check_key,
+    dense,
     direct,
     register,
     state_dtype,
@@ -318,18 +319,18 @@ class _Pair(torch.autograd.Function):
 
 
 def _probe_sums(kind: str, a: Tensor, b: Tensor | None, differences: bool, key: Key) -> Tensor:
-    b = None if b is None else b.contiguous()
+    b = None if b is None else dense(b)
     sums_of = choose(a.device, state_dtype(a)).probe_sums
-    return sums_of(kind, a.contiguous(), b, differences, key)
+    return sums_of(kind, dense(a), b, differences, key)
 
 
 def _probe_scale(kind: str, factor: Tensor, shape: Sequence[int], key: Key) -> Tensor:
     scale = choose(factor.device, factor.dtype).probe_scale
-    return scale(kind, factor.contiguous(), tuple(shape), key)
+    return scale(kind, dense(factor), tuple(shape), key)
 
 
 def _probe_shift(kind: str, x: Tensor, factor: Tensor, key: Key) -> Tensor:
-    return choose(x.device, x.dtype).probe_shift(kind, x.contiguous(), factor.contiguous(), key)
+    return choose(x.device, x.dtype).probe_shift(kind, dense(x), dense(factor), key)
 
 
 _sums_op = register(
