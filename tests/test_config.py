@@ -47,6 +47,7 @@ CASES: list[tuple[str, str]] = [
     ("[training]\nsteps = 3.5", r"\[training\] steps: got 3.5, expected int"),
     ("[training]\nsteps = true", r"\[training\] steps: got True, expected int"),
     ("[training]\nlearning_rate = '1'", r"learning_rate: got '1', expected float"),
+    ("[training]\nlearning_rate = nan", "learning_rate: got nan, expected a finite number"),
     ("[training]\ncosine = 1", "cosine: got 1, expected bool"),
     ("[training]\nloss = 'mse'", "loss: got 'mse', expected one of dsm, ssm"),
     ("[noise]\nsigma_max = [1]", r"sigma_max: got \[1\], expected float"),

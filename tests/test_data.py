@@ -139,6 +139,9 @@ def test_npz(tmp_path: Path, compressed: bool) -> None:
     data = load(two, key="b")
     assert_values(data, b[:, None])
     assert data.source == f"{two}[b]"
+    large = put(tmp_path / "large.npz", npz(compressed, a=np.full((3, 2), 2**63, np.uint64)))
+    with pytest.raises(ValueError, match=r"large.npz: got 9223372036854775808, expected"):
+        load(large)
 
 
 @pytest.mark.parametrize("dtype", IDX_TYPES)

@@ -86,12 +86,12 @@ class CompiledBackend(Reference):
     ) -> None:
         source, at = x.data_ptr(), score.data_ptr()
         target, rows, count = source, x.shape[0], x.numel()
+        dtype, elements = DTYPES[score.dtype], count // rows if rows else 0
         if out is not x:
             target = out.data_ptr()
-        elif at != source and -8 * count < at - source < 8 * count:
+        elif (dtype or at != source) and -8 * count < at - source < 8 * count:
             score = apart(x, score)
             at = score.data_ptr()
-        dtype, elements = DTYPES[score.dtype], count // rows if rows else 0
         seed, purpose, draw, first = key
         # Without a tuple of arguments to unpack: it costs a tenth of a small step.
         step = self._affine_step

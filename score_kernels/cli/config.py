@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from score_kernels import checks
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -126,6 +128,8 @@ def from_dict(tables: dict[str, Any], source: str) -> Config:
             if type(value).__name__ != wanted or (choices and value not in choices):
                 expected = f"one of {', '.join(choices)}" if choices else wanted
                 raise ValueError(f"{where} {name}: got {value!r}, expected {expected}")
+            if isinstance(value, float):
+                checks.number(f"{where} {name}", value)
             values[name] = value
         config = replace(config, **{section: replace(getattr(config, section), **values)})
     return config

@@ -169,6 +169,8 @@ def _load_array(path: Path, key: str | None, channels: str | None) -> Data:
         else:
             array = _read_idx(path, gzipped=head == b"\x1f\x8b")
         images = array.dtype == np.uint8 and array.ndim > 2
+        if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
+            raise ValueError(f"got {array.max()}, expected integers below 2**63")
         kept = _KEPT.get(array.dtype.str[1:], array.dtype.newbyteorder("="))
         values = torch.from_numpy(_channels_first(array, channels).astype(kept, order="C"))
         low, high = _bounds(values)

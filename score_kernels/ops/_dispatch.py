@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from score_kernels import checks
-from score_kernels.noise import Key, NoiseKey
+from score_kernels.noise import NoiseKey
 
 library = torch.library.Library("score_kernels", "DEF")
 
@@ -133,6 +133,3 @@ def new_like(x: Tensor, *_: Any) -> Tensor:
 def state_dtype(score: Tensor) -> torch.dtype:
     """The dtype of the state and the loss that go with a score."""
     return torch.float64 if score.dtype == torch.float64 else torch.float32
-
-
-__all__ = ["KEY_SCHEMA", "Key", "apply", "check_key", "direct", "register", "transformed"]
