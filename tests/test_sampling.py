@@ -165,12 +165,13 @@ def test_the_score_gets_one_sigma_per_sample() -> None:
 
 
 def test_nothing_is_allocated_per_step() -> None:
-    """The state, the sigmas and the callback's object are the same from step to step, and tensors
-    in the world do not grow."""
-    identities, counts, out = set(), [], torch.zeros(3, 4)
+    """The state, each level's sigma and the callback's object are the same from step to step, and
+    tensors in the world do not grow."""
+    identities, levels, counts, out = set(), set(), [], torch.zeros(3, 4)
 
     def score(x: Tensor, sigma: Tensor) -> Tensor:
-        identities.add((x.data_ptr(), id(sigma)))
+        identities.add(x.data_ptr())
+        levels.add(id(sigma))
         return out
 
     def callback(progress: Progress) -> None:
@@ -181,7 +182,7 @@ def test_nothing_is_allocated_per_step() -> None:
     annealed_langevin(
         score, (3, 4), SIGMAS, steps_per_level=5, step_size=1e-3, seed=1, callback=callback
     )
-    assert len(identities) == 2 and counts[0] == counts[1]
+    assert len(identities) == 2 and len(levels) == len(SIGMAS) and counts[0] == counts[1]
 
 
 def test_the_score_may_be_a_gradient_and_may_not_keep_a_stale_graph() -> None:

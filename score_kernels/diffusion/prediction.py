@@ -190,7 +190,7 @@ class _Score(nn.Module):
         x, level, m = y, sigma, _mean(self.schedule, sigma)
         if self.rising is not None:
             last = len(self.rising) - 1
-            index = torch.searchsorted(self.rising, sigma).clamp_(max=last)
+            index = torch.searchsorted(self.rising, sigma.contiguous()).clamp_(max=last)
             known = self.rising[index] == sigma
             if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not known.all():
                 other = float(sigma[~known][0])

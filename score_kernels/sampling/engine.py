@@ -149,6 +149,8 @@ class ScoreModel:
             checks.function("guidance", guidance)
         self.score, self.guidance = score, guidance
         self.conditions = checks.keywords("conditions", {} if conditions is None else conditions)
+        # The noise levels ``[B]`` of a plan, each one number in memory.
+        self.sigmas: dict[float, Tensor] = {}
         self.sigma = x.new_empty(x.shape[0], dtype=torch.float32)
         self.level: tuple[float, float] | None = None
         # Whether the score takes sigma, and what x is multiplied by (a tensor in a CUDA graph).
@@ -163,7 +165,8 @@ class ScoreModel:
         if self.level != (sigma, mean):
             self.level = sigma, mean
             self.pass_sigma = not math.isnan(sigma)
-            self.sigma.fill_(sigma)
+            level = self.sigmas.get(sigma)
+            self.sigma = torch.full_like(self.sigma, sigma) if level is None else level
             self.scale = None if mean == 1.0 else 1 / mean
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -221,6 +224,9 @@ class Chain:
         # Of each phase: the number of steps up to its end.
         self.ends = list(accumulate(phase.steps for phase in self.plan))
         self.steps = self.ends[-1] - denoise
+        levels = list({phase.sigma: None for phase in self.plan})
+        table = torch.tensor(levels, dtype=torch.float32).to(x.device)
+        model.sigmas = dict(zip(levels, table[:, None].expand(-1, len(x)).unbind(), strict=True))
         self.lines = x.new_empty(0, 0)
 
     @cached_property

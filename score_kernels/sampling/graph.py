@@ -42,6 +42,8 @@ def replayed(chain: Chain, first_step: int) -> Callable[[int, int], None]:
     counter = torch.full((), first_step, dtype=torch.int64, device=x.device)
     seed, purpose, _, first_sample = chain.key
     model.set_level(plan[0].sigma)
+    # Memory of its own, for all levels.
+    model.sigma = model.sigma.clone(memory_format=torch.contiguous_format)
     scaled = any(phase.mean != 1.0 for phase in plan)
     known, mask = chain.known or (None, None)
 
@@ -55,7 +57,7 @@ def replayed(chain: Chain, first_step: int) -> Callable[[int, int], None]:
         counter.add_(1)
 
     replay = captured(step, x, counter)
-    # The graph writes to sigma behind the model's back.
+    # The graph's sigma is not that of a level.
     model.level = None
 
     def advance(t: int, stop: int) -> None:
