@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from fibers.build import COMPILER, Fibers, build_module
+from fibers.build import COMPILER, fibers
 from torch import Tensor
 
 import score_kernels
@@ -27,14 +26,21 @@ FIBERS = ["fibers"] if COMPILER else []
 BACKENDS = ["reference", *NATIVE, *FIBERS]
 
 
-@cache
-def _fibers() -> Fibers:
-    with tempfile.TemporaryDirectory() as folder:
-        return Fibers(build_module(Path(folder)))
+_fibers = cache(fibers)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the test run, which its processes share."""
+    base = tmp_path_factory.getbasetemp()
+    _Backend.root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return _Backend.root
 
 
 class _Backend:
     """Switches backend and instruction set by one name, and back."""
+
+    root: Path
 
     def __init__(self, name: str) -> None:
         self.name, _, self.isa = name.partition("-")
@@ -44,7 +50,7 @@ class _Backend:
             self.before = native.kernels.isa()
             native.kernels.set_isa(self.isa)
         if self.name == "fibers":
-            registry._BACKENDS["fibers"] = _fibers()
+            registry._BACKENDS["fibers"] = _fibers(self.root)
         self.forced = score_kernels.use_backend(self.name)
 
     def __exit__(self, *_: object) -> None:

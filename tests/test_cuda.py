@@ -11,7 +11,7 @@ import pytest
 import tolerances
 import torch
 from conftest import filled
-from fibers.build import COMPILER, CUDA, ORDERS, Fibers, build_module, compile_fibers
+from fibers.build import COMPILER, CUDA, ORDERS, Fibers, compile_fibers, fibers, shared
 from rounding import probe_terms
 from steps import lines_and_masks
 from torch import Tensor
@@ -29,11 +29,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["words", "normal", "uniform", "rademacher"]
 
 
-# As on sm_80 and sm_90, and as on sm_100, where two normals are made at once.
 @pytest.fixture(scope="module", params=["single", "packed"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fibers:
-    flags = ["-DSK_PACKED"] if request.param == "packed" else []
-    return Fibers(build_module(tmp_path_factory.mktemp(request.param), flags=flags))
+def kernels(request: pytest.FixtureRequest, root: Path) -> Fibers:
+    return fibers(root, packed=request.param == "packed")
 
 
 @pytest.fixture(params=ORDERS)
@@ -169,26 +167,31 @@ def edited(folder: Path, name: str, old: str, new: str) -> Path:
     return folder / "csrc"
 
 
+def build(folder: Path, csrc: Path, *flags: str) -> None:
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), Path(__file__).parent / "fibers/driver.cpp"]
+    compile_fibers(sources, folder / "driver", flags=[f"-I{csrc}", *flags])
+
+
 def drive(folder: Path, csrc: Path, *flags: str) -> Callable[[str], subprocess.CompletedProcess]:
     """Build the driver and return a function that runs it in an order."""
-    program = folder / "driver"
-    sources = [*sorted((csrc / "cuda").glob("*.cu")), Path(__file__).parent / "fibers/driver.cpp"]
-    compile_fibers(sources, program, flags=[f"-I{csrc}", *flags])
+    if not (folder / "driver").exists():
+        build(folder, csrc, *flags)
 
     def run(order: str) -> subprocess.CompletedProcess:
         # What a fiber leaves on its stack is no leak, and its stack is not the thread's.
         environment = {"SK_FIBER_ORDER": order, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
         return subprocess.run(
-            [program], capture_output=True, text=True, check=False, env=environment
+            [folder / "driver"], capture_output=True, text=True, check=False, env=environment
         )
 
     return run
 
 
 @pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory) -> str:
+def right(root: Path) -> str:
     """What the driver prints."""
-    done = drive(tmp_path_factory.mktemp("right"), CUDA.parent)("forward")
+    folder = shared(root, "cuda-right", lambda folder: build(folder, CUDA.parent))
+    done = drive(folder, CUDA.parent)("forward")
     assert done.returncode == 0, done.stdout[-500:]
     assert done.stdout.count("\n") > 500
     return done.stdout

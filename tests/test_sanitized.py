@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fibers.build import COMPILER, run
+from fibers.build import COMPILER, run, shared
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 
@@ -60,7 +60,6 @@ def build(
 ) -> Path:
     """The driver with every kernel in every instruction set of a processor."""
     command = [*command_for(processor, compiler), *extra]
-    folder.mkdir()
     csrc = ROOT / "csrc"
     jobs = [(DRIVER, folder / "driver.o", f"-I{csrc}")]
     isas = SETUP["ISAS"].get(processor, {"portable": ""})
@@ -101,9 +100,9 @@ def here(program: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory) -> str:
+def right(root: Path) -> str:
     """What the driver prints: the same on every instruction set and number of threads."""
-    program = build(tmp_path_factory.mktemp("right") / "build", [])
+    program = shared(root, "right", lambda folder: build(folder, [])) / "driver"
     texts = set()
     for isa, threads in itertools.product(here(program), (1, 2)):
         done = drive(program, isa, threads)
@@ -115,8 +114,8 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("sanitized") / "build", SANITIZED)
+def sanitized(root: Path) -> Path:
+    return shared(root, "sanitized", lambda folder: build(folder, SANITIZED)) / "driver"
 
 
 def test_sanitizers_are_silent(sanitized: Path, right: str) -> None:
@@ -134,7 +133,7 @@ ARM_COMPILER, ARM = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aa
     not (ARM_COMPILER and ARM), reason="needs g++-aarch64-linux-gnu and qemu-user-static"
 )
 def test_an_arm_processor_gives_the_same_bits(tmp_path: Path, right: str) -> None:
-    program = build(tmp_path / "build", ["-static"], "aarch64", [str(ARM_COMPILER)])
+    program = build(tmp_path, ["-static"], "aarch64", [str(ARM_COMPILER)])
     for isa, threads in (("neon", 1), ("neon", 2), ("portable", 1)):
         done = drive(program, isa, threads, [str(ARM)])
         assert done.returncode == 0, done.stderr[-500:]

@@ -8,13 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from score_kernels.backends.compiled import Cuda
 
@@ -48,19 +49,28 @@ def compile_fibers(
     run([*COMPILER, *flags, *link, *map(str, objects), "-o", str(output)])
 
 
-def build_module(folder: Path, *, flags: Sequence[str] = ()) -> ModuleType:
+def build_module(folder: Path, *, flags: Sequence[str] = ()) -> None:
     """score_kernels._cuda, on fibers."""
     import pybind11
 
-    target = folder / "_cuda.so"
     includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_path("include"))]
     compile_fibers(
         [*sorted(CUDA.glob("*.cu")), CUDA / "module.cpp"],
-        target,
+        folder / "_cuda.so",
         link=["-shared"],
         flags=[*flags, *includes, '-DSK_CUDA_ARCHS="fibers"'],
     )
-    return load_module("_cuda", target)
+
+
+def shared(root: Path, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder below the test run's that `make` fills, once for all of its processes."""
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 def load_module(name: str, path: Path) -> ModuleType:
@@ -100,3 +110,10 @@ class Fibers(Cuda):
 
     def describe(self) -> str:
         return "CUDA C++ on fibers"
+
+
+def fibers(root: Path, packed: bool = False) -> Fibers:
+    """The backend as on sm_80 and sm_90 or, packed, sm_100, where two normals are made at once."""
+    name, flags = ("packed", ["-DSK_PACKED"]) if packed else ("single", [])
+    folder = shared(root, name, lambda folder: build_module(folder, flags=flags))
+    return Fibers(load_module("_cuda", folder / "_cuda.so"))
