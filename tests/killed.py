@@ -22,7 +22,7 @@ import score_kernels
 from score_kernels.networks import MLPScore
 from score_kernels.training import checkpoint
 
-STEPS, SAVE_EVERY = 600, 2
+STEPS, SAVE_EVERY = 200, 2
 
 
 def train(path: Path, steps: int) -> None:
