@@ -35,7 +35,7 @@ from score_kernels.sampling import (
 )
 from score_kernels.training import Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "NoiseKey",
     "Schedule",

@@ -39,7 +39,7 @@ class Purpose(enum.IntEnum):
     DATA_ORDER = 5
     # What torch's own generators are seeded with at a step of training (dropout, augmentation).
     TORCH_SEED = 6
-    # The noise of known parts of the state in inpainting: draw is the step that it follows.
+    # The noise of known elements at the start of inpainting; later they take the chain's own.
     KNOWN = 7
     # The probes of a trace along a path (log likelihood): draw is the probe.
     TRACE = 8
@@ -50,8 +50,9 @@ class Purpose(enum.IntEnum):
 class NoiseKey(tuple[int, int, int, int]):
     """Names a batch of noise: row ``n`` is sample ``first_sample + n``.
 
-    Immutable and hashable. Batches that share ``seed``, ``purpose`` and ``draw`` and whose samples
-    overlap get the same noise for the samples they share; otherwise the noise is independent.
+    Immutable and hashable. Each step of a loop takes a key of its own, ``key.at(step)``.
+    Batches that share ``seed``, ``purpose`` and ``draw`` and whose samples overlap get the same
+    noise for the samples they share; otherwise the noise is independent.
 
     Args:
         seed: 64 bits, ``0 <= seed < 2**64``.

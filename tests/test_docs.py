@@ -77,11 +77,17 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path, tmp_path: P
 def test_the_sampler_of_contributing_samples() -> None:
     names = run_docs.run(ROOT / "CONTRIBUTING.md", ROOT)
     levels = score_kernels.geometric_sigmas(10.0, 0.1, 20)
-    x = names["denoise_and_renoise"](
+    x = names["ancestral"](
         lambda x, sigma: -x / (1 + sigma[:, None] ** 2), (4000, 2), levels, seed=0
     )
-    # Of N(0, 1) in two dimensions with so few steps.
-    assert x.isfinite().all() and x.mean(0).abs().max() < 0.1
+    # Each step is linear: so is what becomes of the variance.
+    variance = float(levels[0]) ** 2
+    for sigma, following in zip(levels.tolist(), [*levels[1:].tolist(), 0.0], strict=True):
+        gain = sigma**2 - following**2
+        kept = 1 - gain / (1 + sigma**2)
+        variance = kept**2 * variance + following**2 * gain / sigma**2
+    # Five standard deviations of the variance of 8000 numbers.
+    assert abs(float(x.square().mean()) / variance - 1) < 5 * (2 / 8000) ** 0.5
 
 
 def test_a_page_that_prints_something_else_is_found(tmp_path: Path) -> None:

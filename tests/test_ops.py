@@ -307,8 +307,12 @@ def test_more_wrong_inputs_are_named() -> None:
             coefficients[position] = value
             with pytest.raises(error, match=f"{name}: got"):
                 ops.affine_step_(GOOD.clone(), GOOD, *coefficients, KEY)
-    with pytest.raises(ValueError, match="shape: got"):
-        ops.normal((), KEY)
+    for shape in ((), (2, -1), (1, 2**35)):
+        with pytest.raises(ValueError, match="shape: got"):
+            ops.normal(shape, KEY)
+    for shape in (5, "23", (2.0, 1)):
+        with pytest.raises(TypeError, match=r"shape(\[0\])?: got"):
+            ops.normal(shape, KEY)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="dtype: got torch.int32"):
         ops.normal((2,), KEY, dtype=torch.int32)
     with pytest.raises(TypeError, match="noise: got"):

@@ -135,6 +135,11 @@ def test_splits_and_resumes_change_no_bit(name: str) -> None:
     assert seen[0] == 20 and seen == list(range(20, seen[-1] + 1))
 
 
+@each_sampler
+def test_a_batch_of_none(name: str) -> None:
+    assert SAMPLERS[name](gaussian, (0, 5), seed=1).shape == (0, 5)
+
+
 @each_uncoupled
 def test_inpainting_keeps_what_is_known(name: str) -> None:
     sampler = partial(SAMPLERS[name], gaussian, seed=13)

@@ -254,6 +254,17 @@ def test_torch_s_seed_rules_a_run_without_one() -> None:
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
+def test_a_score_that_marks_the_state_for_gradients_leaves_the_samples_without() -> None:
+    def score(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x.requires_grad_()
+            return -torch.autograd.grad(0.5 * x.square().sum(), x)[0]
+
+    x = langevin(score, (2, 3), step_size=0.1, steps=3, seed=0)
+    assert not x.requires_grad
+    assert torch.equal(x, langevin(lambda x: -x, (2, 3), step_size=0.1, steps=3, seed=0))
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
 def test_empty_batches(backend: str, shape: tuple[int, ...]) -> None:
     assert anneal(shape).shape == shape

@@ -339,6 +339,10 @@ def test_other_settings_are_refused(
     manifest.write_text(text.replace(torch.__version__, "1.0"))
     before = digests(out)
     assert f"settings: torch was 1.0 and is {torch.__version__}" in refused()
+    for damaged in ('{"x": 1}', "[]", '{"x":'):
+        manifest.write_text(damaged)
+        before = digests(out)
+        assert "manifest.json: damaged, or of another program" in refused()
     manifest.unlink()
     before = digests(out)
     assert "shards: holds shards without a manifest" in refused()

@@ -398,4 +398,8 @@ def test_what_is_refused() -> None:
         fit(make(conditions=("label",)), torch.utils.data.TensorDataset(data()), 5)
     with pytest.raises(ValueError, match="loss: got .* from the function"):
         fit(make(loss=lambda net, x, sigmas, noise: x), data(), 1)
+    for options in ({"steps": -1}, {"save_every": 0}, {"report_every": 0}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            trainer.fit(data(), **{"steps": 3, **options})
     assert len(trainer.losses) == 0

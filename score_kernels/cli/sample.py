@@ -210,7 +210,11 @@ def _prepare(out: Path, manifest: dict[str, Any], same: Any, overwrite: bool) ->
         for old in (*folder.glob("shard-*"), path, out / "samples.png"):
             shards.remove(old)
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            _ = before["num"], before["shards"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged, or of another program ({error}); {_ELSE}") from None
         changed = [name for name in same if before.get(name) != manifest[name]]
         differ = [f"{name} was {before.get(name)} and is {manifest[name]}" for name in changed]
         if before["num"] > manifest["num"]:

@@ -109,7 +109,8 @@ def sliced_score_loss(
     checks.choice("method", method, _METHODS)
     checks.reduction(reduction)
     keys = [noise.for_purpose(Purpose.SSM_PROBE + i) for i in range(probes)]
-    kind: dict[str, Any] = {"probe": probe, "variance_reduced": variance_reduced}
+    reduced = checks.flag("variance_reduced", variance_reduced)
+    kind: dict[str, Any] = {"probe": probe, "variance_reduced": reduced}
     used = method
     if method == "auto":
         used = "finite_difference" if score in _no_double_backward else "double_backward"

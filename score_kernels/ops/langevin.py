@@ -44,7 +44,7 @@ def affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: 
         x: ``[B, ...]`` float32, or float64 on the reference backend.
         score: x's shape and device; float32, bfloat16 or float16 (or x's own float64).
         a, b, c: finite numbers.
-        noise: names the noise; see :class:`score_kernels.NoiseKey`.
+        noise: names the noise; each step of a chain takes its own, ``NoiseKey(seed).at(step)``.
 
     Returns:
         x.
@@ -74,7 +74,7 @@ def langevin_step(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Te
         x: ``[B, ...]`` float32, or float64 on the reference backend.
         score: x's shape and device; float32, bfloat16 or float16 (or x's own float64).
         alpha: step size, a number of at least 0, in squared units of x.
-        noise: names the noise ``z``; see :class:`score_kernels.NoiseKey`.
+        noise: names the noise ``z``; each step of a chain takes its own, ``NoiseKey(seed).at(t)``.
 
     Returns:
         A new tensor like x. Differentiable in x and score, any number of times.

@@ -100,8 +100,12 @@ def _filler(kind: str) -> Callable[..., Tensor]:
     def fill(shape: Sequence[int], device: Device, key: Key) -> Tensor:
         # Without dtype and device a third faster; it also finds the default device.
         plain = device is None and dtype is torch.get_default_dtype()
-        out = torch.empty(shape) if plain else torch.empty(shape, dtype=dtype, device=device)
-        if not out.dim() or out.numel() > 1 << 34:
+        try:
+            out = torch.empty(shape) if plain else torch.empty(shape, dtype=dtype, device=device)
+        except (RuntimeError, TypeError):
+            checks.noise_shape(shape)
+            raise
+        if type(shape) is int or not out.dim() or out.numel() > 1 << 34:
             checks.noise_shape(shape)
         if key[3] >= 1 << 55:
             checks.sample_range(key[3], out.shape[0])

@@ -227,7 +227,7 @@ class Chain:
         levels = list({phase.sigma: None for phase in self.plan})
         table = torch.tensor(levels, dtype=torch.float32).to(x.device)
         model.sigmas = dict(zip(levels, table[:, None].expand(-1, len(x)).unbind(), strict=True))
-        self.lines = x.new_empty(0, 0)
+        self.lines: Tensor | None = None
 
     @cached_property
     def rows(self) -> tuple[Tensor, ...]:
@@ -269,7 +269,7 @@ class Chain:
 
     def _scaled(self, row: Tensor, factors: Tensor) -> Tensor:
         """The row for each sample, with the factors of its step size."""
-        if len(self.lines) != len(factors):
+        if self.lines is None or len(self.lines) != len(factors):
             self.lines = row.repeat(len(factors), 1)
             self.b, self.c = self.lines.unbind(1)[1:3]
         self.lines.copy_(row)
@@ -372,7 +372,8 @@ def run(
         if bar is not None:
             bar.close()
         if record_every is None:
-            return x
+            # Without the flag that a score may have set: x.requires_grad_().
+            return x.detach()
         last = t // every - skipped
         trajectory[last].copy_(x)
         return trajectory[: last + 1]

@@ -66,7 +66,7 @@ def annealed_langevin(
     Args:
         score: ``score(x, sigma)`` with x the state ``[B, ...]`` and sigma ``[B]`` float32 on x's
             device; returns x's shape in float32, bfloat16 or float16. Called without gradients;
-            enable them inside if the score is itself a gradient. sigma must not be changed in place.
+            enable them inside if the score is a gradient. sigma must not be changed in place.
         shape_or_init: ``[B, ...]`` to start from the prior, N(0, sigma_1^2), or the initial state
             itself (float32; float64 runs on the reference backend), which is not changed.
         sigmas: noise levels, strictly decreasing: ``[L]`` tensor or a sequence.

@@ -237,6 +237,9 @@ class Trainer:
             ImportError: tensorboard is given and not installed.
             ValueError: the data, an argument or the checkpoint to resume from do not fit.
         """
+        checks.count("steps", steps, least=0)
+        checks.count("save_every", save_every, least=1)
+        checks.count("report_every", report_every, least=1)
         batches = Batches(
             data, self.batch_size, self.seed, workers, self.conditions, self._parts.flatten()
         )
