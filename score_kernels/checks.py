@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _FLOAT32 = torch.float32
-_LARGEST = torch.finfo(torch.float32).max
+LARGEST = torch.finfo(torch.float32).max
 _STATES = (torch.float32, torch.float64)
 _SCORES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,10 +49,11 @@ def number(name: str, value: Any) -> float:
         wrong = (bool, np.bool_, np.ndarray, Tensor, str)
         if isinstance(value, wrong) or not hasattr(value, "__float__"):
             waits = "; call .item() where you can afford to wait"
-            hint = waits if isinstance(value, Tensor) else ""
+            hint = waits if isinstance(value, Tensor) and value.numel() == 1 else ""
             raise TypeError(f"{name}: got {_kind(value)}, expected a number{hint}")
         value = float(value)
-    if not math.isfinite(value):
+    # torch.compile follows comparisons of a number that varies, and not math.isfinite.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: got {value}, expected a finite number")
     return value
 
@@ -70,6 +71,14 @@ def not_negative(name: str, value: Any) -> float:
     value = number(name, value)
     if value < 0:
         raise ValueError(f"{name}: got {value}, expected a number of at least 0")
+    return value
+
+
+def within_float32(name: str, value: Any) -> float:
+    """A finite number that float32 holds."""
+    value = number(name, value)
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{name}: got {value}, expected a number within float32's range")
     return value
 
 
@@ -95,7 +104,7 @@ def numbers_of(name: str, values: Any) -> list[float]:
 def noise_level(name: str, value: Any) -> float:
     """A positive number within float32's range."""
     level = positive(name, value)
-    if not 2.0**-126 <= level <= _LARGEST:
+    if not 2.0**-126 <= level <= LARGEST:
         raise ValueError(f"{name}: got {level}, expected a number within float32's range")
     return level
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +12,16 @@ from torch import Tensor
 
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
-from score_kernels.ops._dispatch import modes_active, transforms_active
+from score_kernels.ops._dispatch import modes_active, refuse_vmap, transforms_active
 from score_kernels.ops.dsm import dsm_losses
 
 __all__ = ["dsm_loss"]
 
 # As plain integers, which a key takes faster than members of an enumeration.
 _LEVEL, _NOISE = int(Purpose.DSM_LEVEL), int(Purpose.DSM_NOISE)
-# The sigmas of the last call and their table: a schedule of thousands is checked once.
-_checked: tuple[Tensor, Tensor] | None = None
+# The sigmas of the last call, their version and values then, and their table: a schedule of
+# thousands is checked once.
+_checked: tuple[weakref.ref[Tensor], int, Tensor, Tensor] | None = None
 
 
 def dsm_loss(
@@ -49,7 +52,8 @@ def dsm_loss(
             purpose is replaced by the loss's own.
         seed: shorthand for ``noise=NoiseKey(seed)``; with neither, a fresh seed is drawn from
             torch's default generator.
-        labels: ``[B]`` int64, the level of each sample; default: drawn uniformly, by ``noise``.
+        labels: ``[B]`` int64, the level of each sample; default: drawn uniformly, by ``noise``. On
+            a GPU, where a check would wait, the loss of a label out of range is nan.
         weighting: p of ``lambda(sigma) = sigma^p`` ("anneal power"), or a tensor ``[B]`` float32
             of the factors ``lambda(sigma) / sigma^2`` themselves, finite and at least 0.
         reduction: "mean" or "sum" over the batch, or "none" for the ``[B]`` losses.
@@ -71,19 +75,24 @@ def dsm_loss(
     batch = x.shape[0]
     if not batch:
         raise ValueError("x: got a batch of 0, expected at least one sample")
-    table = _table(sigmas, x.device)
+    refuse_vmap(x=x)
+    table, given = _table(sigmas, x.device), None
     noise = resolve(noise, seed)
     if labels is None:
         labels = draw_labels(batch, table.shape[0], noise, x.device)
     else:
         checks.per_sample("labels", labels, x, torch.int64)
-        if not torch.compiler.is_compiling():
+        if labels.is_cpu and not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(labels))
             if low < 0 or high >= len(table):
                 raise ValueError(
                     f"labels: got values from {low} to {high}, expected 0 to {len(table) - 1}"
                 )
+        else:
+            given, labels = labels, labels.clamp(0, len(table) - 1)
     sigma = table.index_select(0, labels)
+    if given is not None:
+        sigma = sigma.where(labels == given, math.nan)
     if isinstance(weighting, Tensor):
         checks.per_sample("weighting", weighting, x)
         weight: Tensor | None = weighting
@@ -135,12 +144,18 @@ def _table(sigmas: Any, device: torch.device) -> Tensor:
         return sigmas.to(device, torch.float32)
     # Read once: another thread may replace it.
     if tensor and (checked := _checked) is not None:
-        seen, table = checked
-        same = (seen.dtype, seen.device, table.device) == (sigmas.dtype, sigmas.device, device)
-        if same and torch.equal(seen, sigmas):
-            return table
+        source, version, seen, table = checked
+        if (seen.dtype, seen.device, table.device) == (sigmas.dtype, sigmas.device, device):
+            # By value where that does not wait: NumPy changes tensors behind torch's back.
+            on_cpu, same = sigmas.is_cpu, version == _version(sigmas) and source() is sigmas
+            if torch.equal(seen, sigmas) if on_cpu else same:
+                return table
     table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32, device=device)
     # Tensors made under a transform or a mode do not outlive it.
-    if tensor and not (transforms_active() or modes_active()):
-        _checked = sigmas.detach().clone(), table
+    if isinstance(sigmas, Tensor) and not (transforms_active() or modes_active()):
+        _checked = weakref.ref(sigmas), _version(sigmas), sigmas.detach().clone(), table
     return table
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

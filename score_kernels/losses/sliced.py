@@ -8,6 +8,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +17,13 @@ from torch import Tensor
 
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
-from score_kernels.ops._dispatch import state_dtype
+from score_kernels.ops._dispatch import refuse_vmap, state_dtype
 
 __all__ = ["exact_score_loss", "sliced_score_loss"]
 
 _METHODS = ("auto", "double_backward", "jvp", "finite_difference")
-# Scores whose gradient was found to have no derivative.
-_no_double_backward: weakref.WeakSet[Any] = weakref.WeakSet()
+# Scores, by id, whose gradient was found to have no derivative.
+_no_double_backward: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class _NoDoubleBackward(RuntimeError):
@@ -36,15 +38,18 @@ def exact_score_loss(
     Hyvarinen (2005), with the exact trace: one backward pass per element of a sample. For small
     samples, and as the truth in tests. Arguments, result and errors: :func:`sliced_score_loss`.
     """
-    call = _score_at(score, _check(score, x, sigma))
+    call = _score_at(score, _check(score, x, sigma), {})
+    _refuse_inference()
     training = torch.is_grad_enabled()
     with torch.enable_grad():
         leaf = x if x.requires_grad else x.detach().requires_grad_()
         rows = call(leaf).reshape(len(x), -1)
         loss = 0.5 * rows.square().sum(1)
         for d in range(rows.shape[1]):
-            (grad,) = torch.autograd.grad(rows[:, d].sum(), leaf, create_graph=True)
-            loss = loss + grad.reshape(rows.shape)[:, d]
+            along = torch.zeros_like(rows)
+            along[:, d] = 1
+            column = vector_jacobian(call, leaf, rows, along, create_graph=True)
+            loss = loss + column.reshape(rows.shape)[:, d]
         mean = loss.mean()
     return mean if training else mean.detach()
 
@@ -62,6 +67,7 @@ def sliced_score_loss(
     method: str = "auto",
     fd_step: float = 0.01,
     reduction: str = "mean",
+    **conditions: Any,
 ) -> Tensor:
     """Sliced score matching, ``mean over batch and probes of v^T (grad s) v + 1/2 ||s||^2``.
 
@@ -84,13 +90,15 @@ def sliced_score_loss(
             - "double_backward": the gradient of ``v . s``, differentiated again in training.
             - "jvp": forward-mode differentiation along v.
             - "finite_difference": ``v . (s(x + h v) - s(x - h v)) / (2 h)`` (Pang et al. 2020,
-              arXiv 2007.03317), with an error of the order of h^2; s becomes the mean of the two,
-              which are one batch of 2 B except on a CPU.
+              arXiv 2007.03317), with an error of the order of h^2; the mean of the two takes the
+              place of s. Both calls see the same state of torch's generators, and so the same
+              dropout, except under ``torch.compile``.
             - "auto": double_backward, or finite_difference where the network's gradient has no
               derivative (flash attention). It warns once per score.
         fd_step: h of finite differences, in units of x, times sigma where sigma is given.
         reduction: "mean" or "sum" over the batch, or "none" for the ``[B]`` losses, each the mean
             over its probes.
+        conditions: further keyword arguments of the score, such as classes.
 
     Returns:
         The loss; its gradient reaches the score's parameters and x.
@@ -101,6 +109,7 @@ def sliced_score_loss(
             got scores in half precision.
     """
     level = _check(score, x, sigma)
+    refuse_vmap(x=x)
     noise = resolve(noise, seed)
     probes = checks.count("probes", probes, least=1)
     if probes > 64:
@@ -113,22 +122,26 @@ def sliced_score_loss(
     kind: dict[str, Any] = {"probe": probe, "variance_reduced": reduced}
     used = method
     if method == "auto":
-        used = "finite_difference" if score in _no_double_backward else "double_backward"
+        known = _no_double_backward.get(id(score)) is score
+        used = "finite_difference" if known else "double_backward"
     losses = []
     if used != "finite_difference":
         try:
-            losses = _by_derivative(_score_at(score, level), x, keys, kind, used)
+            losses = _by_derivative(_score_at(score, level, conditions), x, keys, kind, used)
         except _NoDoubleBackward:
             if method != "auto":
                 raise
-            _no_double_backward.add(score)
+            # Of an object that cannot be referred to weakly it is found out in every call.
+            with suppress(TypeError):
+                _no_double_backward[id(score)] = score
             warnings.warn(
                 "sliced_score_loss: the gradient of this score has no derivative; using "
                 "method='finite_difference'",
                 stacklevel=2,
             )
     if not losses:
-        losses = _by_finite_difference(score, x, level, fd_step, keys, kind)
+        call = _score_at(score, level, conditions)
+        losses = _by_finite_difference(call, x, level, fd_step, keys, kind)
     each = losses[0] if probes == 1 else torch.stack(losses).mean(0)
     return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
 
@@ -141,6 +154,8 @@ def _by_derivative(
     method: str,
 ) -> list[Tensor]:
     training, reverse = torch.is_grad_enabled(), method == "double_backward"
+    if reverse:
+        _refuse_inference()
     losses = []
     with torch.set_grad_enabled(training or reverse):
         if reverse:
@@ -153,9 +168,8 @@ def _by_derivative(
         for key in keys:
             v = ops.probe_scale(ones, x.shape, key, probe=kind["probe"]).to(like.dtype)
             if reverse:
-                retain = training or key is not keys[-1]
-                (grad,) = torch.autograd.grad(
-                    value, x, v, create_graph=training, retain_graph=retain
+                grad = vector_jacobian(
+                    call, x, value, v, create_graph=training, retain=key is not keys[-1]
                 )
                 if training and key is keys[0]:
                     _require_derivative(grad)
@@ -163,6 +177,42 @@ def _by_derivative(
                 value, grad = torch.func.jvp(call, (x,), (v,))[:2]
             losses.append(ops.ssm_reduce(grad, value.to(grad.dtype), key, **kind))
     return losses if training else [loss.detach() for loss in losses]
+
+
+def vector_jacobian(
+    call: Callable[[Tensor], Tensor],
+    x: Tensor,
+    value: Tensor,
+    v: Tensor,
+    *,
+    create_graph: bool = False,
+    retain: bool = False,
+) -> Tensor:
+    """``v^T grad s`` at x, value being ``call(x)``; 0 of a score that does not depend on x.
+
+    Of a value without a graph, by which nothing can be said, it is ``(grad s) v``.
+    """
+    if not value.requires_grad:
+        return torch.func.jvp(call, (x.detach().contiguous(),), (v.reshape(x.shape).to(x.dtype),))[
+            1
+        ]
+    (grad,) = torch.autograd.grad(
+        value,
+        x,
+        v,
+        create_graph=create_graph,
+        retain_graph=create_graph or retain,
+        materialize_grads=True,
+    )
+    return grad
+
+
+def _refuse_inference() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "score: called under torch.inference_mode(), which records no derivatives; expected "
+            "torch.no_grad()"
+        )
 
 
 def _require_derivative(gradient: Tensor) -> None:
@@ -183,7 +233,7 @@ def _require_derivative(gradient: Tensor) -> None:
 
 
 def _by_finite_difference(
-    score: Callable[..., Tensor],
+    call: Callable[[Tensor], Tensor],
     x: Tensor,
     level: Tensor | None,
     fd_step: float,
@@ -193,14 +243,14 @@ def _by_finite_difference(
     step = torch.full(x.shape[:1], fd_step, dtype=x.dtype, device=x.device)
     if level is not None:
         step = step * level.to(x.dtype)
-    # Two batches of B stay in a CPU's cache longer than one of 2 B; a GPU wants fewer launches.
-    calls = 2 if x.device.type == "cpu" else 1
-    call = _score_at(score, level if level is None or calls == 2 else level.repeat(2))
     losses = []
     for key in keys:
-        pair = ops.fd_pair(x, step, key, probe=kind["probe"])
-        values = [call(y) for y in pair.chunk(calls)]
-        above, below = values if calls == 2 else values[0].chunk(2)
+        # Two calls and not one of 2 B samples: dropout must be the same in both.
+        ahead, behind = ops.fd_pair(x, step, key, probe=kind["probe"]).chunk(2)
+        rewind = _generators(x.device)
+        above = call(ahead)
+        rewind()
+        below = call(behind)
         if above.dtype.itemsize < 4:
             raise RuntimeError(
                 f"method: finite differences got scores of {above.dtype}, whose rounding drowns "
@@ -211,11 +261,24 @@ def _by_finite_difference(
     return losses
 
 
-def _score_at(score: Callable[..., Tensor], level: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _generators(device: torch.device) -> Callable[[], None]:
+    """A function that sets torch's generators back to where they are now."""
+    if torch.compiler.is_compiling():
+        return lambda: None
+    on_cpu = partial(torch.set_rng_state, torch.get_rng_state())
+    if device.type != "cuda":
+        return on_cpu
+    on_gpu = partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
+    return lambda: (on_cpu(), on_gpu()) and None
+
+
+def _score_at(
+    score: Callable[..., Tensor], level: Tensor | None, conditions: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
     """The score at given noise levels as a function of x alone, its result checked."""
 
     def call(y: Tensor) -> Tensor:
-        value = score(y) if level is None else score(y, level)
+        value = score(y, **conditions) if level is None else score(y, level, **conditions)
         checks.score_like(y, value)
         return value
 

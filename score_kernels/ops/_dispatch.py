@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from score_kernels import checks
@@ -59,10 +60,32 @@ def dense(t: Tensor) -> Tensor:
     return t if t.numel() != 1 and t.is_contiguous() else t.resolve_neg().contiguous()
 
 
-def transformed() -> bool:
-    """Whether torch.func or forward mode is active: ops are then computed by plain formulas, which
-    have every derivative and batching rule."""
-    return transforms_active() or forward_ad._current_level >= 0
+def transformed(*gradients: Tensor) -> bool:
+    """Whether torch.func, forward mode or a batch of gradients is active.
+
+    Ops are then computed by plain formulas, which have every derivative and batching rule.
+    """
+    if transforms_active() or forward_ad._current_level >= 0:
+        return True
+    # Of torch.autograd.grad(is_grads_batched=True).
+    return not is_compiling() and any(functorch.is_legacy_batchedtensor(g) for g in gradients)
+
+
+def refuse_vmap(**tensors: Tensor | None) -> None:
+    """An error for samples that torch.func.vmap hides: all would get the noise of sample 0.
+
+    Scores may be hidden: those of several networks for the same samples have the same noise.
+    """
+    for name, value in tensors.items():
+        while value is not None and not functorch.is_batchedtensor(value):
+            wrapped = not is_compiling() and functorch.is_gradtrackingtensor(value)
+            value = functorch.get_unwrapped(value) if wrapped else None
+        if value is not None:
+            raise RuntimeError(
+                f"{name}: got samples under torch.func.vmap, which all would have the noise of "
+                "sample 0; expected the whole batch [B, ...]. For gradients of each sample, apply "
+                "vmap to the network alone"
+            )
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -18,6 +18,7 @@ from score_kernels.ops._dispatch import (
     direct,
     is_compiling,
     new_like,
+    refuse_vmap,
     register,
     state_dtype,
     transformed,
@@ -48,6 +49,7 @@ def perturb(x: Tensor, sigma: Tensor, noise: NoiseKey) -> Tensor:
     check_key(noise, "x", x)
     if direct(x, sigma):
         return _perturb(x, sigma, noise)
+    refuse_vmap(x=x, sigma=sigma)
     if transformed() or wants_grad(sigma):
         return x + expand_like(sigma, x) * normal(x.shape, noise, dtype=x.dtype, device=x.device)
     return apply(_Perturb, x, sigma, noise)
@@ -92,6 +94,7 @@ def dsm_losses(
     if direct(score, sigma, weight):
         each = _dsm_loss(score, sigma, weight, False, noise)[0]
     elif transformed() or wants_grad(sigma, weight):
+        refuse_vmap(sigma=sigma)
         each = 0.5 * sums(_residual(score, sigma, noise).square())
         each = each if weight is None else weight.to(each.dtype) * each
     else:
@@ -139,7 +142,8 @@ class _DsmLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        further = torch.is_grad_enabled()
+        # The formula in plain torch has all further derivatives and batching rules.
+        further = torch.is_grad_enabled() or transformed(grad)
         if ctx.mean:
             grad = grad / ctx.batch
         if ctx.gradient is not None and not further:
@@ -150,7 +154,6 @@ class _DsmLoss(torch.autograd.Function):
         # A tensor without dimensions would not promote sigma to float64.
         grad = grad.expand_as(sigma)
         if further:
-            # The formula in plain torch has all further derivatives.
             scale = grad * sigma if weight is None else grad * sigma * weight
             residual = _residual(score, sigma, ctx.noise)
             gradient = (expand_like(scale, residual) * residual).to(score.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from score_kernels.ops._dispatch import (
     direct,
     is_grad_enabled,
     new_like,
+    refuse_vmap,
     register,
     undisturbed,
     wants_grad,
@@ -43,7 +44,7 @@ def affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: 
     Args:
         x: ``[B, ...]`` float32, or float64 on the reference backend.
         score: x's shape and device; float32, bfloat16 or float16 (or x's own float64).
-        a, b, c: finite numbers.
+        a, b, c: finite numbers, within float32's range.
         noise: names the noise; each step of a chain takes its own, ``NoiseKey(seed).at(step)``.
 
     Returns:
@@ -53,14 +54,15 @@ def affine_step_(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: 
         TypeError: a dtype or an argument's kind is not one of the above.
         ValueError: shapes or devices differ, or a number is not finite or out of range.
     """
-    a, b, c = checks.number("a", a), checks.number("b", b), checks.number("c", c)
+    number = checks.within_float32
+    a, b, c = number("a", a), number("b", b), number("c", c)
     return _step_in_place(x, score, a, b, c, noise)
 
 
 def langevin_step_(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Tensor:
     """``x <- x + (alpha/2) score + sqrt(alpha) z`` in place. See :func:`langevin_step`."""
-    if type(alpha) is not float or not 0.0 <= alpha < math.inf:
-        alpha = checks.not_negative("alpha", alpha)
+    if type(alpha) is not float or not 0.0 <= alpha <= checks.LARGEST:
+        alpha = checks.within_float32("alpha", checks.not_negative("alpha", alpha))
     return _step_in_place(x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise)
 
 
@@ -83,11 +85,14 @@ def langevin_step(x: Tensor, score: Tensor, alpha: float, noise: NoiseKey) -> Te
         TypeError: a dtype or an argument's kind is not one of the above.
         ValueError: shapes or devices differ, or alpha is negative or not finite.
     """
-    if type(alpha) is not float or not 0.0 <= alpha < math.inf:
-        alpha = checks.not_negative("alpha", alpha)
+    if type(alpha) is not float or not 0.0 <= alpha <= checks.LARGEST:
+        alpha = checks.within_float32("alpha", checks.not_negative("alpha", alpha))
     _check_step(x, score, noise)
     arguments = x, score, 1.0, 0.5 * alpha, math.sqrt(alpha), noise
-    return _affine_step(*arguments) if direct(x, score) else apply(_AffineStep, *arguments)
+    if direct(x, score):
+        return _affine_step(*arguments)
+    refuse_vmap(x=x, score=score)
+    return apply(_AffineStep, *arguments)
 
 
 def table_step_(
@@ -200,6 +205,7 @@ def _step_in_place(
         return x
     _check_step(x, score, noise)
     if not direct(x, score):
+        refuse_vmap(x=x, score=score)
         return apply(_AffineStepInPlace, x, score, a, b, c, noise)
     _affine_step_(x, score, a, b, c, noise)
     return x
@@ -226,13 +232,6 @@ class _AffineStep(torch.autograd.Function):
         grad_x = ctx.a * grad if to_x else None
         grad_score = (ctx.b * grad).to(ctx.score_dtype) if to_score else None
         return grad_x, grad_score, None, None, None, None
-
-    @staticmethod
-    def vmap(*_: Any) -> NoReturn:
-        raise RuntimeError(
-            "x: got a state under torch.func.vmap, expected a whole batch [B, ...]: noise belongs "
-            "to the samples of a batch, and the step already runs over all of them"
-        )
 
 
 class _AffineStepInPlace(_AffineStep):
@@ -296,7 +295,8 @@ def _table_step_(
     _increment_version((x,))
 
 
-_STEP = f"Tensor score, float a, float b, float c, {KEY_SCHEMA}"
+# Scalars and not floats, for which torch.compile would compile each value anew.
+_STEP = f"Tensor score, Scalar a, Scalar b, Scalar c, {KEY_SCHEMA}"
 _new_op = register(f"affine_step(Tensor x, {_STEP}) -> Tensor", _affine_step, new_like)
 _in_place_op = register(
     f"affine_step_(Tensor(a!) x, {_STEP}) -> ()", _affine_step_, lambda *_: None

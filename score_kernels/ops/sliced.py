@@ -52,7 +52,7 @@ def probe_dot(s: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tenso
     if direct(s):
         return _dot(_probe_sums, s, noise, probe)
     if transformed():
-        return sums(probe_like(s, noise, probe) * wide(s))
+        return _dot_formula(s, noise, probe)
     return apply(_Dot, s, noise, probe)
 
 
@@ -81,8 +81,7 @@ def probe_scale(
     if direct(g):
         return _scale(g, sizes, noise, probe)
     if transformed():
-        v = probe_like(g.new_empty(()).expand(sizes), noise, probe)
-        return expand_like(g, v) * v
+        return _scale_formula(g, sizes, noise, probe)
     return apply(_Scale, g, sizes, noise, probe)
 
 
@@ -182,6 +181,15 @@ def fd_reduce(
     return apply(_Objective, above, below, step, noise, probe, variance_reduced)
 
 
+def _dot_formula(s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+    return sums(probe_like(s, noise, probe) * wide(s))
+
+
+def _scale_formula(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
+    v = probe_like(torch.empty((), dtype=g.dtype, device=g.device).expand(shape), noise, probe)
+    return expand_like(g, v) * v
+
+
 def _formula(g: Tensor, s: Tensor, noise: NoiseKey, probe: str, reduced: bool) -> Tensor:
     v = probe_like(s, noise, probe)
     return sums(v * g) + 0.5 * (sums(s * s) if reduced else sums(v * s).square())
@@ -254,6 +262,14 @@ def _pair(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
     return _shift_op(_KINDS[probe], x, factor, noise).flatten(0, 1)
 
 
+def _dotted(s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+    return probe_dot(s, noise, probe=probe)
+
+
+def _scaled(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
+    return probe_scale(g, shape, noise, probe=probe)
+
+
 class _Dot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
@@ -262,8 +278,8 @@ class _Dot(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = probe_scale(grad, ctx.shape, ctx.noise, probe=ctx.probe)
-        return scaled.to(ctx.dtype), None, None
+        scale = _scale_formula if transformed(grad) else _scaled
+        return scale(grad, ctx.shape, ctx.noise, ctx.probe).to(ctx.dtype), None, None
 
 
 class _Scale(torch.autograd.Function):
@@ -274,7 +290,8 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return probe_dot(grad, ctx.noise, probe=ctx.probe), None, None, None
+        dot = _dot_formula if transformed(grad) else _dotted
+        return dot(grad, ctx.noise, ctx.probe), None, None, None
 
 
 class _Objective(torch.autograd.Function):
@@ -296,13 +313,14 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, step = ctx.saved_tensors
         s = a if step is None else 0.25 * (a + b)
+        scale = _scale_formula if transformed(grad) else _scaled
         if ctx.reduced:
             to_s = grad.view(-1, *[1] * (s.dim() - 1)) * s
         else:
-            along = probe_dot(s, ctx.noise, probe=ctx.probe)
-            to_s = probe_scale(grad * along, s.shape, ctx.noise, probe=ctx.probe)
-        scale = grad if step is None else grad / (2 * step)
-        to_g = probe_scale(scale, s.shape, ctx.noise, probe=ctx.probe)
+            along = _dotted(s, ctx.noise, ctx.probe)
+            to_s = scale(grad * along, s.shape, ctx.noise, ctx.probe)
+        factor = grad if step is None else grad / (2 * step)
+        to_g = scale(factor, s.shape, ctx.noise, ctx.probe)
         to_a, to_b = (to_s, to_g) if step is None else (to_s + to_g, to_s - to_g)
         return to_a.to(a.dtype), to_b.to(a.dtype), None, None, None, None
 

@@ -54,7 +54,7 @@ def ddpm(
         noise = ((1 - abar[1:] / abar[:-1]) / abar[:-1]).sqrt().flip(0).tolist()
         for phase, c in zip(plan[:-1], noise, strict=False):
             phase.c = c
-    return run("ddpm", score, shape_or_init, plan, _prior(plan), **options)
+    return run("ddpm", score, shape_or_init, plan, _prior(plan), options)
 
 
 def ddim(
@@ -88,7 +88,7 @@ def ddim(
         raise ValueError(f"eta: got {eta}, expected a number from 0 to 1")
     chosen = torch.linspace(levels - 1, 0, steps, dtype=torch.float64).round().long()
     plan = _plan(schedule.sigmas[chosen].tolist(), eta)
-    return run("ddim", score, shape_or_init, plan, _prior(plan), **options)
+    return run("ddim", score, shape_or_init, plan, _prior(plan), options)
 
 
 def _plan(levels: list[float], eta: float) -> list[Phase]:

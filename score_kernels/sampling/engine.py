@@ -7,6 +7,7 @@ The noise of step ``t`` of a chain is draw ``t`` of the chain's key, and rows ar
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from itertools import accumulate
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from tqdm.auto import tqdm
-from typing_extensions import Unpack
 
 from score_kernels import checks, ops
 from score_kernels.backends import choose
@@ -42,11 +44,12 @@ class Options(TypedDict, total=False):
         init: how a shape is filled: "normal", with the standard deviation of the largest noise
             level, or "uniform" on [0, 1], as the authors' code of NCSN does.
         first_step: resume: the index of the first step to do, when shape_or_init is the state after
-            that many steps of a run with the same seed.
+            that many steps of a run with the same seed, which must be given.
         aux: resume a sampler that has auxiliary tensors: those of `Progress` after that step.
-        callback: called with a `Progress` after each update step.
+        callback: called with a `Progress` after each update step. It may change the state, with
+            operations of torch in place: ``progress.x.clamp_(-1, 1)``.
         record_every: return the trajectory, on the CPU, ``[n, B, ...]``: x after every so many
-            steps and, last, the result.
+            steps and, last, the result, once.
         progress: show a progress bar.
         device: where to start from a shape; default: torch's default device.
         cuda_graph: capture one call of score and one update as a CUDA graph and replay it for every
@@ -63,7 +66,10 @@ class Options(TypedDict, total=False):
             end: "raise" (the default) a FloatingPointError that names level, step and the first
             such sample; "stop" there with a warning, and return the last state seen to be finite;
             or "ignore" it. To find the step, those since the last check are repeated with the same
-            noise from a copy of the state, which all but "ignore" keep.
+            noise from a copy of the state, which all but "ignore" keep. A state that a callback has
+            changed is checked and copied at once.
+
+    A network is called in the mode, train or eval, that it is in.
     """
 
     seed: int | None
@@ -172,6 +178,7 @@ class ScoreModel:
     def __call__(self, x: Tensor) -> Tensor:
         """The score at x."""
         seen = x if self.scale is None else x * self.scale
+        version = seen._version
         if self.pass_sigma:
             value = self.score(seen, self.sigma, **self.conditions)
         else:
@@ -181,6 +188,11 @@ class ScoreModel:
             added = self.guidance(seen, self.sigma)
             checks.score_like(x, added, "guidance")
             value = value + added
+        if seen._version != version:
+            raise RuntimeError(
+                "score: changed its argument x in place, as ReLU(inplace=True) does; expected x as "
+                "it was, or a copy: lambda x, *sigma: score(x.clone(), *sigma)"
+            )
         # Checked in full only where it is not like the last one.
         if (
             type(value) is Tensor
@@ -221,6 +233,10 @@ class Chain:
             sigma, mean = plan[-1].next_level or (plan[-1].sigma, plan[-1].mean)
             last = Phase(sigma, 1 / mean, sigma**2, mean=mean, next_level=(0.0, 1.0))
             self.plan = [*plan, last]
+        if x.dtype == torch.float32:
+            for phase in self.plan:
+                for name, value in zip("abc", phase.row(), strict=False):
+                    checks.within_float32(f"{name} of the step at sigma = {phase.sigma:g}", value)
         # Of each phase: the number of steps up to its end.
         self.ends = list(accumulate(phase.steps for phase in self.plan))
         self.steps = self.ends[-1] - denoise
@@ -284,10 +300,10 @@ def run(
     shape_or_init: Sequence[int] | Tensor,
     plan: list[Phase],
     scale: float,
+    options: Options,
     *,
     denoise: bool = False,
     init_aux: Callable[[Tensor, NoiseKey], dict[str, Tensor]] | None = None,
-    **options: Unpack[Options],
 ) -> Tensor:
     """Run a plan from the prior of standard deviation `scale`, or from a state; see `Options`.
 
@@ -313,13 +329,17 @@ def run(
         raise ValueError(f"first_step: got {first_step}, expected at most {total} steps")
     if first_step and not isinstance(shape_or_init, Tensor):
         raise ValueError(f"first_step: got {first_step} with a shape, expected the state there")
+    if first_step and options.get("seed") is None:
+        raise ValueError(f"first_step: got {first_step} without a seed, expected that of the run")
     every = total + 1
     if record_every is not None:
         every = checks.count("record_every", record_every, least=1)
     seed, first_sample = options.get("seed"), options.get("first_sample", 0)
     seed = fresh_seed() if seed is None else seed
     key = NoiseKey(seed, purpose=Purpose.LANGEVIN, first_sample=first_sample)
-    with torch.no_grad():
+    _warn_of_training_mode(score)
+    # Not in inference mode, whose tensors have no versions and give a score no gradients.
+    with torch.inference_mode(False), torch.no_grad():
         x = _start(shape_or_init, scale, key, options)
         aux = {} if init_aux is None else init_aux(x, key)
         _resume(aux, options.get("aux"), first_step)
@@ -335,7 +355,9 @@ def run(
         if on_nan != "ignore":
             monitor = DivergenceMonitor(chain, first_step, stop=on_nan == "stop")
         skipped = first_step // every
-        frames = 0 if record_every is None else total // every - skipped + 1
+        # The result, unless it is the state after the last step recorded.
+        extra = bool(total % every) or denoise or known is not None or first_step == total
+        frames = 0 if record_every is None else total // every - skipped + extra
         trajectory = x.new_empty((frames, *x.shape), device="cpu")
         seen = Progress(step=0, level=-1, sigma=math.nan, x=x, aux=aux)
         bar = None
@@ -357,7 +379,12 @@ def run(
             if callback is not None:
                 seen.step, seen.level = t - 1, chain.phase_of(t - 1)
                 seen.sigma = plan[seen.level].sigma
+                versions = [value._version for value in chain.tensors]
                 callback(seen)
+                changed = versions != [value._version for value in chain.tensors]
+                if changed and monitor is not None and not monitor.finite(t, by_callback=True):
+                    t = monitor.done
+                    break
             if t % every == 0:
                 trajectory[t // every - skipped - 1].copy_(x)
             if bar is not None:
@@ -374,9 +401,21 @@ def run(
         if record_every is None:
             # Without the flag that a score may have set: x.requires_grad_().
             return x.detach()
-        last = t // every - skipped
+        # Where the chain has stopped early, the last finite state.
+        last = min(t // every - skipped, frames - 1)
         trajectory[last].copy_(x)
         return trajectory[: last + 1]
+
+
+def _warn_of_training_mode(score: Any) -> None:
+    """Dropout and batch normalisation would make samples random, or depend on each other."""
+    parts = score.modules() if isinstance(score, nn.Module) else ()
+    if any(part.training and isinstance(part, (_DropoutNd, _BatchNorm)) for part in parts):
+        warnings.warn(
+            "score: a network in training mode, with dropout or batch normalisation; expected "
+            "net.eval()",
+            stacklevel=4,
+        )
 
 
 def _start(
@@ -384,6 +423,7 @@ def _start(
 ) -> Tensor:
     """The state that a chain starts from."""
     device = checks.device("device", options.get("device"))
+    init = checks.choice("init", options.get("init", "normal"), ("normal", "uniform"))
     if isinstance(shape_or_init, Tensor):
         checks.state("shape_or_init", shape_or_init)
         checks.noise_shape(shape_or_init.shape)
@@ -394,8 +434,8 @@ def _start(
         x = shape_or_init.detach().clone(memory_format=torch.contiguous_format)
     else:
         shape_or_init = checks.noise_shape(shape_or_init)
-        prior, init = key.for_purpose(Purpose.PRIOR), options.get("init", "normal")
-        if checks.choice("init", init, ("normal", "uniform")) == "uniform":
+        prior = key.for_purpose(Purpose.PRIOR)
+        if init == "uniform":
             x = ops.uniform(shape_or_init, prior, device=device)
         else:
             x = ops.normal(shape_or_init, prior, device=device).mul_(scale)

@@ -27,14 +27,15 @@ def classifier_free(
         cond, uncond: the keyword arguments with the condition and with none.
 
     Returns:
-        A score ``(x, sigma)`` for any sampler.
+        A score ``(x, sigma, **conditions)`` for any sampler; conditions go to both calls.
     """
     checks.function("score", score)
     scale = checks.number("scale", scale)
     cond, uncond = checks.keywords("cond", cond), checks.keywords("uncond", uncond)
 
-    def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        with_condition, without = score(x, sigma, **cond), score(x, sigma, **uncond)
+    def guided(x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
+        with_condition = score(x, sigma, **{**conditions, **cond})
+        without = score(x, sigma, **{**conditions, **uncond})
         checks.score_like(x, with_condition)
         checks.score_like(x, without)
         return (1 + scale) * with_condition - scale * without

@@ -40,7 +40,7 @@ def langevin(
     step_size = checks.positive("step_size", step_size)
     steps = checks.count("steps", steps, least=0)
     plan = [Phase(level, 1.0, 0.5 * step_size, math.sqrt(step_size), steps)]
-    return run("langevin", score, shape_or_init, plan, 1.0, **options)
+    return run("langevin", score, shape_or_init, plan, 1.0, options)
 
 
 def annealed_langevin(
@@ -93,7 +93,7 @@ def annealed_langevin(
         alpha = step_size * (sigma / levels[-1]) ** 2
         plan.append(Phase(sigma, 1.0, 0.5 * alpha, math.sqrt(alpha), steps))
     name = "annealed_langevin"
-    return run(name, score, shape_or_init, plan, levels[0], denoise=denoise, **options)
+    return run(name, score, shape_or_init, plan, levels[0], options, denoise=denoise)
 
 
 def consistent_annealed(
@@ -140,4 +140,4 @@ def consistent_annealed(
         c = following * math.sqrt(max(inside, 0.0))
         plan.append(Phase(sigma, 1.0, eta * sigma**2, c, next_level=(following, 1.0)))
     name = "consistent_annealed"
-    return run(name, score, shape_or_init, plan, levels[0], denoise=denoise, **options)
+    return run(name, score, shape_or_init, plan, levels[0], options, denoise=denoise)

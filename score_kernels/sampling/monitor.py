@@ -40,19 +40,22 @@ class DivergenceMonitor:
             )
         self.last = [value.clone() for value in chain.tensors]
 
-    def finite(self, done: int) -> bool:
+    def finite(self, done: int, by_callback: bool = False) -> bool:
         """Whether the state is finite; if not, it is set back to the last one that was.
+
+        By_callback: a callback has changed the state after the last step.
 
         Raises:
             FloatingPointError: it is not, and the chain is not one that just stops.
         """
-        if _first_bad_row(self.chain.tensors) is None:
+        row = _first_bad_row(self.chain.tensors)
+        if row is None:
             # Where the chain ends nothing will be repeated.
             if done < self.chain.ends[-1]:
                 _copy(self.last, self.chain.tensors)
                 self.done = done
             return True
-        message = self._located(done)
+        message = self._located(done, row if by_callback else None)
         if not self.stop:
             raise FloatingPointError(message)
         message += f"; stopped, with the state after {self.done} steps"
@@ -60,8 +63,11 @@ class DivergenceMonitor:
         _copy(self.chain.tensors, self.last)
         return False
 
-    def _located(self, done: int) -> str:
-        """Repeat the steps from the last finite state, and say where they diverge."""
+    def _located(self, done: int, changed: int | None) -> str:
+        """Repeat the steps from the last finite state, and say where they diverge.
+
+        Changed: the first bad row, where a callback has changed the state after the last step.
+        """
         chain, score = self.chain, self.chain.model.score
         finite = True
 
@@ -80,6 +86,9 @@ class DivergenceMonitor:
             if row is not None:
                 break
         else:
+            if changed is not None:
+                sample = chain.key.first_sample + changed
+                return f"x: sample {sample} is not finite after the callback of step {done - 1}"
             return (
                 f"x: not finite after steps {self.done} to {min(done, chain.steps) - 1}, but "
                 "finite when they were repeated with the same noise: score is not deterministic"

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from score_kernels import checks, ops
+from score_kernels.losses.sliced import vector_jacobian
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
 from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
 
@@ -58,7 +59,7 @@ def probability_flow(
         b = (raised - following) * (following / 2 if heun else raised)
         flow = partial(_flow, raised, following, noise, heun)
         plan.append(Phase(sigma, 1.0, b, next_level=(following, 1.0), pre_step=flow))
-    return run("probability_flow", score, shape_or_init, plan, levels[0], **options)
+    return run("probability_flow", score, shape_or_init, plan, levels[0], options)
 
 
 def _flow(
@@ -103,7 +104,7 @@ def log_likelihood(
         score: ``score(x, sigma)``, differentiable once in x, samples not influencing each other.
         x: ``[B, ...]`` float32 or float64.
         sigmas: noise levels, strictly decreasing, at least two; a few hundred for four digits.
-        probes: of the trace per sample, 1 to 256; the estimate's variance falls with their number.
+        probes: how many of the trace per sample; the estimate's variance falls with their number.
         probe: "rademacher", "gaussian" or "sphere".
         prior_std: of the distribution at sigma_1; default: sigma_1, which is right to the extent
             that the data's own range is small against it.
@@ -119,22 +120,23 @@ def log_likelihood(
     levels = checks.noise_levels(sigmas)[::-1]
     if len(levels) < 2:
         raise ValueError("sigmas: got 1 noise level, expected at least 2")
+    if not x.numel():
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one element")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("log_likelihood: got torch.inference_mode(), expected torch.no_grad()")
     probes = checks.count("probes", probes, least=1)
-    if probes > 256:
-        raise ValueError(f"probes: got {probes}, expected at most 256")
     std = levels[-1] if prior_std is None else checks.positive("prior_std", prior_std)
     seed = fresh_seed() if seed is None else seed
     key = NoiseKey(seed, purpose=Purpose.TRACE, first_sample=first_sample)
     with torch.no_grad():
-        ones = x.new_ones(x.shape[0], dtype=torch.float32)
-        vs = [ops.probe_scale(ones, x.shape, key.at(i), probe=probe) for i in range(probes)]
+        keys = [key.at(i) for i in range(probes)]
         state, total = x.clone(), x.new_zeros(x.shape[0])
         pairs = list(pairwise(levels))
         for now, then in tqdm(pairs, unit="step", desc="likelihood", disable=not progress):
             h = math.log(then / now)
-            value, trace = _score_and_trace(score, state, now, vs)
+            value, trace = _score_and_trace(score, state, now, keys, probe)
             ahead = state - h * now**2 * value
-            value_then, trace_then = _score_and_trace(score, ahead, then, vs)
+            value_then, trace_then = _score_and_trace(score, ahead, then, keys, probe)
             state = state - 0.5 * h * (now**2 * value + then**2 * value_then)
             total -= 0.5 * h * (now**2 * trace + then**2 * trace_then)
         rows = state.reshape(x.shape[0], -1)
@@ -143,17 +145,23 @@ def log_likelihood(
 
 
 def _score_and_trace(
-    score: Score, x: Tensor, sigma: float, vs: list[Tensor]
+    score: Score, x: Tensor, sigma: float, keys: list[NoiseKey], probe: str
 ) -> tuple[Tensor, Tensor]:
     """The score, and the trace of its derivative as the mean of ``v . grad (v . s)``."""
     level = x.new_full(x.shape[:1], sigma, dtype=torch.float32)
+    ones = x.new_ones(x.shape[0])
+
+    def call(y: Tensor) -> Tensor:
+        value = score(y, level)
+        checks.score_like(y, value)
+        return value.to(x.dtype)
+
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        value = score(leaf, level)
-        checks.score_like(x, value)
-        trace = x.new_zeros(x.shape[0])
-        for i, v in enumerate(vs):
-            along = (value.to(x.dtype) * v.to(x.dtype)).sum()
-            (grad,) = torch.autograd.grad(along, leaf, retain_graph=i + 1 < len(vs))
-            trace += (grad * v).reshape(x.shape[0], -1).sum(1) / len(vs)
-    return value.detach().to(x.dtype), trace
+        value = call(leaf)
+    trace = torch.zeros_like(ones)
+    for key in keys:
+        v = ops.probe_scale(ones, x.shape, key, probe=probe)
+        along = vector_jacobian(call, leaf, value, v, retain=key is not keys[-1])
+        trace += ops.probe_dot(along, key, probe=probe) / len(keys)
+    return value.detach(), trace

@@ -45,7 +45,7 @@ def euler_maruyama(
     """
     plan = [_predictor(_euler, now, then) for now, then in pairwise(_times(sde, steps, end))]
     name, prior = "euler_maruyama", _prior(sde)
-    return run(name, score, shape_or_init, plan, prior, denoise=denoise, **options)
+    return run(name, score, shape_or_init, plan, prior, options, denoise=denoise)
 
 
 def predictor_corrector(
@@ -129,7 +129,7 @@ def predictor_corrector(
         if corrector is not None and not corrector_first:
             plan.append(correct(then, 1 - now.beta))
     name, prior = "predictor_corrector", _prior(sde)
-    return run(name, score, shape_or_init, plan, prior, denoise=denoise, **options)
+    return run(name, score, shape_or_init, plan, prior, options, denoise=denoise)
 
 
 def _prior(sde: SDE) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -387,7 +386,7 @@ class Trainer:
         self._pending.append(total)
         self.step += 1
 
-    def _loss(self, x: Tensor, key: NoiseKey, conditions: dict[str, Tensor]) -> Tensor:
+    def _loss(self, x: Tensor, key: NoiseKey, conditions: dict[str, Any]) -> Tensor:
         """The mean loss of a part of a batch; its losses are added to those of their levels."""
         net, sigmas = self._model, self._level_sigmas
         if self._loss_function is not None:
@@ -403,9 +402,7 @@ class Trainer:
             each = denoising_losses(net, x, sigma, key, weight, conditions)
         else:
             noisy = ops.perturb(x, sigma, key.for_purpose(Purpose.DSM_NOISE))
-            # What is found out about a network is remembered by its identity.
-            score = partial(net, **conditions) if conditions else net
-            each = sliced_score_loss(score, noisy, sigma, noise=key, reduction="none")
+            each = sliced_score_loss(net, noisy, sigma, noise=key, reduction="none", **conditions)
             each = sigma**self.weighting * each
         self._level_sums[0].index_add_(0, labels, each.detach().double())
         self._level_sums[1].index_add_(0, labels, torch.ones_like(each, dtype=torch.float64))
