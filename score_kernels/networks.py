@@ -17,7 +17,20 @@ __all__ = ["ConvScore", "MLPScore"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "softplus": nn.Softplus}
 
 
-class MLPScore(nn.Module):
+class _Scaled(nn.Module):
+    """A network scaled with `data_std`, which its state therefore holds."""
+
+    data_std: float
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.data_std, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if float(state) != self.data_std:
+            raise ValueError(f"data_std: got weights of {float(state)}, expected {self.data_std}")
+
+
+class MLPScore(_Scaled):
     """Fully connected score network, for points and small images.
 
     With `conditional`, f being a network of ``x / sqrt(sigma^2 + d^2)`` and an embedding of
@@ -85,7 +98,7 @@ class MLPScore(nn.Module):
         return self.last(h)
 
 
-class ConvScore(nn.Module):
+class ConvScore(_Scaled):
     """Small U-Net for images of any height and width.
 
     Each of `levels` resolutions, half the one before (rounded up), has one residual block of two
@@ -173,7 +186,7 @@ class _SigmaEmbedding(nn.Module):
         super().__init__()
         # Periods from about 60 to 0.6 in log sigma: the longest distinguishes all levels of a
         # schedule, the shortest neighbouring ones.
-        frequencies = 0.1 * torch.logspace(0, 2, waves)
+        frequencies = 0.1 * torch.logspace(0, 2, waves, dtype=torch.float32)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.net = nn.Sequential(
             nn.Linear(2 * waves, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU()

@@ -81,7 +81,9 @@ class Reference:
         """out = a x + b score + c z; out may be x, and the score overlap it; c = 0: no noise."""
         # Coefficients enter an fp32 kernel rounded to fp32, once.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.table_step(out, x, score, torch.tensor([[a, b, c]], dtype=dtype), None, key)
+        self.table_step(
+            out, x, score, torch.tensor([[a, b, c]], dtype=dtype, device="cpu"), None, key
+        )
 
     def table_step(
         self,

@@ -208,7 +208,7 @@ def _prepare(out: Path, manifest: dict[str, Any], same: Any, overwrite: bool) ->
     path, folder = out / "manifest.json", out / "shards"
     if overwrite:
         for old in (*folder.glob("shard-*"), path, out / "samples.png"):
-            shards.remove(old)
+            checkpoint.remove(old)
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -230,13 +230,13 @@ def _prepare(out: Path, manifest: dict[str, Any], same: Any, overwrite: bool) ->
         raise FileExistsError(f"{folder}: holds shards without a manifest; {_ELSE}")
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".shard-*.tmp"):
-        shards.remove(left)
+        checkpoint.remove(left)
     _write(out, manifest)
     return manifest
 
 
 def _write(out: Path, manifest: dict[str, Any]) -> None:
-    with shards.atomic(out / "manifest.json") as temporary:
+    with checkpoint.atomic(out / "manifest.json") as temporary:
         text = json.dumps(manifest, indent=2) + "\n"
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
@@ -246,7 +246,7 @@ def _draw_sheet(out: Path, listed: list[dict[str, Any]], stored: data.Data) -> N
     samples = np.concatenate([shards.read(out / "shards" / shard["name"]) for shard in needed])
     values = torch.from_numpy(samples[:_ON_SHEET].astype(stored.values.numpy().dtype))
     images = replace(stored, values=values).scaled(torch.arange(len(values)))
-    with shards.atomic(out / "samples.png") as temporary:
+    with checkpoint.atomic(out / "samples.png") as temporary:
         plots.save_sheet(temporary, images)
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["atomic", "checksum", "read", "remove", "write"]
+from score_kernels.training.checkpoint import atomic
+
+__all__ = ["checksum", "read", "write"]
 
 
 def write(path: Path, samples: np.ndarray, first: int, settings: str) -> str:
@@ -50,32 +48,6 @@ def checksum(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     lines = [f"{checksum(file)}  {file.name}\n" for file in sorted(path.glob("*.png"))]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A hidden name beside path; the file or folder written there is renamed to path at the end."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    remove(temporary)
-    try:
-        yield temporary
-        if temporary.is_dir():
-            # A folder is renamed to a free name only. Its checksum shows what a crash has lost.
-            remove(path)
-        else:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        remove(temporary)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or a folder with what is in it, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_png(path: Path, image: np.ndarray, id_: int, settings: str) -> None:

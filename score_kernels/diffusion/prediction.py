@@ -160,7 +160,7 @@ def by_label(net: nn.Module, sigmas: Any, *, divide: bool = True) -> nn.Module:
     levels raises a ValueError on a CPU; on other devices, which the check would wait for, that
     sample's score is nan.
     """
-    levels = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32)
+    levels = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32, device="cpu")
     return _Score(net, "score * sigma" if divide else "score", levels=levels)
 
 

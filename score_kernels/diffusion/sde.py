@@ -21,6 +21,11 @@ from score_kernels import checks
 __all__ = ["SDE", "VE", "VP", "DDPMSchedule", "SubVP"]
 
 
+def linspace(first: float, last: float, count: int) -> Tensor:
+    """Equally spaced float64 numbers on the CPU, whatever torch's defaults are."""
+    return torch.linspace(first, last, count, dtype=torch.float64, device="cpu")
+
+
 class SDE(ABC):
     """A diffusion over the times ``0 <= t <= 1``."""
 
@@ -134,7 +139,8 @@ class DDPMSchedule:
     """
 
     def __init__(self, alphas_bar: Any) -> None:
-        values = torch.tensor(checks.numbers_of("alphas_bar", alphas_bar), dtype=torch.float64)
+        numbers = checks.numbers_of("alphas_bar", alphas_bar)
+        values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         inside = (0 < values) & (values < 1)
         if not len(values) or not inside.all() or not (values.diff() < 0).all():
             raise ValueError(
@@ -149,13 +155,13 @@ class DDPMSchedule:
     @classmethod
     def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> DDPMSchedule:
         """DDPM's own: `steps` betas from `first` to `last`, equally spaced."""
-        betas = torch.linspace(first, last, steps, dtype=torch.float64)
+        betas = linspace(first, last, steps)
         return cls((-betas).log1p().cumsum(0).exp())
 
     @classmethod
     def cosine(cls, steps: int = 1000, offset: float = 0.008) -> DDPMSchedule:
         """Of Nichol and Dhariwal 2021, arXiv 2102.09672; betas at most 0.999."""
-        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        t = linspace(0, 1, steps + 1)
         level = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
         betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
         return cls((-betas).log1p().cumsum(0).exp())

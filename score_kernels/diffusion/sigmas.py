@@ -22,6 +22,7 @@ from score_kernels.diffusion.distance import (
     pairwise_distance_bounds,
     samples,
 )
+from score_kernels.diffusion.sde import linspace
 
 __all__ = [
     "Schedule",
@@ -81,11 +82,11 @@ def geometric_sigmas(sigma_max: float, sigma_min: float, levels: int) -> Tensor:
     if levels == 1:
         sigma_min = checks.positive("sigma_min", sigma_min)
         if sigma_min == checks.positive("sigma_max", sigma_max):
-            return torch.tensor([sigma_min])
+            return torch.tensor([sigma_min], dtype=torch.float32, device="cpu")
     sigma_max, sigma_min = checks.ends(sigma_max, sigma_min)
     levels = checks.count("levels", levels, least=2)
-    logs = torch.linspace(math.log(sigma_max), math.log(sigma_min), levels, dtype=torch.float64)
-    return logs.exp().float()
+    high, low = math.log(sigma_max), math.log(sigma_min)
+    return linspace(high, low, levels).exp().float()
 
 
 def edm_sigmas(
@@ -103,7 +104,7 @@ def edm_sigmas(
     rho = checks.positive("rho", rho)
     # In units of sigma_max: with a small rho, sigma^(1/rho) may overflow.
     low = (sigma_min / sigma_max) ** (1 / rho)
-    return (sigma_max * torch.linspace(1, low, levels, dtype=torch.float64).pow(rho)).float()
+    return (sigma_max * linspace(1, low, levels).pow(rho)).float()
 
 
 def level_overlap(dim: int, ratio: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from score_kernels import checks
-from score_kernels.diffusion.sde import DDPMSchedule
+from score_kernels.diffusion.sde import DDPMSchedule, linspace
 from score_kernels.sampling.engine import Options, Phase, Score, run
 
 __all__ = ["ddim", "ddpm"]
@@ -50,7 +50,7 @@ def ddpm(
     checks.choice("variance", variance, ("small", "large"))
     plan = _plan(schedule.sigmas.flip(0).tolist(), eta=1.0)
     if variance == "large":
-        abar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar])
+        abar = torch.cat([schedule.alphas_bar.new_ones(1), schedule.alphas_bar])
         noise = ((1 - abar[1:] / abar[:-1]) / abar[:-1]).sqrt().flip(0).tolist()
         for phase, c in zip(plan[:-1], noise, strict=False):
             phase.c = c
@@ -86,7 +86,7 @@ def ddim(
     eta = checks.not_negative("eta", eta)
     if eta > 1:
         raise ValueError(f"eta: got {eta}, expected a number from 0 to 1")
-    chosen = torch.linspace(levels - 1, 0, steps, dtype=torch.float64).round().long()
+    chosen = linspace(levels - 1, 0, steps).round().long()
     plan = _plan(schedule.sigmas[chosen].tolist(), eta)
     return run("ddim", score, shape_or_init, plan, _prior(plan), options)
 

@@ -241,7 +241,7 @@ class Chain:
         self.ends = list(accumulate(phase.steps for phase in self.plan))
         self.steps = self.ends[-1] - denoise
         levels = list({phase.sigma: None for phase in self.plan})
-        table = torch.tensor(levels, dtype=torch.float32).to(x.device)
+        table = torch.tensor(levels, dtype=torch.float32, device="cpu").to(x.device)
         model.sigmas = dict(zip(levels, table[:, None].expand(-1, len(x)).unbind(), strict=True))
         self.lines: Tensor | None = None
 
@@ -250,7 +250,8 @@ class Chain:
         """The coefficients of each phase on the device: ``[1, 3]``, with known elements 5."""
         columns = 3 if self.known is None else 5
         rows = [phase.row()[:columns] for phase in self.plan]
-        return torch.tensor(rows, dtype=self.x.dtype).to(self.x.device).split(1)
+        table = torch.tensor(rows, dtype=self.x.dtype, device="cpu")
+        return table.to(self.x.device).split(1)
 
     def phase_of(self, t: int) -> int:
         """The index of step t's phase."""

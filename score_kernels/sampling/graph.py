@@ -35,9 +35,10 @@ def replayed(chain: Chain, first_step: int) -> Callable[[int, int], None]:
     if first_step >= chain.steps:
         return chain.advance
     # What changes from step to step is in tables, with a row for each step.
-    repeats = torch.tensor([phase.steps for phase in plan]).to(x.device)
+    repeats = torch.tensor([phase.steps for phase in plan], device="cpu").to(x.device)
     table = torch.cat(chain.rows).repeat_interleave(repeats, 0)
-    levels = torch.tensor([(phase.sigma, 1 / phase.mean) for phase in plan])
+    rows = [(phase.sigma, 1 / phase.mean) for phase in plan]
+    levels = torch.tensor(rows, dtype=torch.float32, device="cpu")
     sigmas, scales = levels.to(x.device).repeat_interleave(repeats, 0).unbind(1)
     counter = torch.full((), first_step, dtype=torch.int64, device=x.device)
     seed, purpose, _, first_sample = chain.key

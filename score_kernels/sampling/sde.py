@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from score_kernels import checks
 from score_kernels.backends import Backend
-from score_kernels.diffusion.sde import SDE, VE, VP, SubVP
+from score_kernels.diffusion.sde import SDE, VE, VP, SubVP, linspace
 from score_kernels.noise import Key
 from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
 
@@ -153,7 +153,7 @@ def _times(sde: SDE, steps: int, end: float) -> list[_Time]:
     end = checks.not_negative("end", end)
     if not end < 1 or not end and not isinstance(sde, VE):
         raise ValueError(f"end: got {end}, expected a time above 0 and below 1")
-    t = torch.linspace(1, end, steps + 1, dtype=torch.float64)
+    t = linspace(1, end, steps + 1)
     h = -t.diff(append=t[-1:])
     beta = sde.beta(t) if isinstance(sde, VP) else torch.zeros_like(t)
     states = sde.mean(t), sde.std(t), sde.sigma(t)

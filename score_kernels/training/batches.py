@@ -24,8 +24,9 @@ __all__ = ["Batches", "permutation"]
 def permutation(count: int, seed: int, epoch: int) -> Tensor:
     """The order of the data in an epoch: ``[count]`` int64, uniform over all orders."""
     key = NoiseKey(seed, purpose=Purpose.DATA_ORDER, draw=epoch)
-    # On the CPU whatever the device; equal words, which are rare, keep the order of the data.
-    return torch.argsort(ops.words((1, count), key, device="cpu")[0], stable=True)
+    # On the CPU whatever the device. The second words decide between samples with equal first ones.
+    first, second = ops.words((1, 2 * count), key, device="cpu").view(2, count)
+    return torch.argsort(first << 31 | second >> 1, stable=True)
 
 
 @dataclass
@@ -80,10 +81,13 @@ class Batches:
         ]
         return torch.cat(parts)
 
-    def between(self, first: int, last: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def between(
+        self, first: int, last: int, loader_seed: int
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Samples and conditions of the steps from first to last - 1, where the data is.
 
-        A dataset's item draws from torch's generator at ``next``.
+        A dataset's item draws from torch's generator at ``next``, or in a worker from one with a
+        seed made of `loader_seed`.
         """
         rows = (self.rows(step) for step in range(first, last))
         if isinstance(self.data, Tensor):
@@ -95,7 +99,7 @@ class Batches:
             batch_sampler=(r.tolist() for r in rows),
             num_workers=self.workers,
             # Or it would draw from the generator that dropout and augmentation use.
-            generator=torch.Generator().manual_seed(self.seed % 2**63),
+            generator=torch.Generator().manual_seed(loader_seed),
         )
         return map(self._named, loader)
 

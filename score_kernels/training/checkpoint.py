@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
+import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["load_weights", "read", "write"]
+from score_kernels import checks
+
+__all__ = ["atomic", "load_weights", "parse", "read", "remove", "restore", "weights_of", "write"]
 
 # Bumped when what a file holds changes its meaning.
 FORMAT = 1
@@ -21,19 +25,40 @@ FORMAT = 1
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write tensors, numbers, strings, and dictionaries and lists of them, atomically.
 
-    They go to ``path.tmp``, which is renamed when it is complete and on the disk: whatever fails,
-    path is the earlier file or the new one.
+    Whatever fails, path is the earlier file or the new one. A symbolic link is followed.
 
     Raises:
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic(Path(path).resolve()) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A hidden name beside path; what is written there is renamed to path at the end."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            # A folder is renamed to a free name only. Its checksum shows what a crash has lost.
+            remove(path)
+        else:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -43,18 +68,25 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is cut short, damaged (by its checksums), of another kind or format.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint: got {path}, expected a file")
+    return parse(path, Path(path).read_bytes())
+
+
+def parse(path: str | os.PathLike[str], contents: bytes) -> dict[str, Any]:
+    """:func:`read` for the contents of a file."""
+    file = io.BytesIO(contents)
+    # Damaged bytes raise many kinds of errors in zipfile, zlib and pickle.
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise ValueError(f"checkpoint {path}: its part {damaged} is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+            raise ValueError(f"its part {damaged} is damaged")
+        file.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
         raise ValueError(
-            f"checkpoint {path}: cut short, or no checkpoint of score_kernels ({error})"
+            f"checkpoint {path}: cut short, damaged, or no checkpoint of score_kernels ({error})"
         ) from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"checkpoint {path}: a file of another kind, it has no 'format'")
@@ -78,14 +110,31 @@ def load_weights(path: str | os.PathLike[str], net: nn.Module, *, which: str = "
         FileNotFoundError, ValueError: as :func:`read`; or the file is of another network: the first
             entries that differ are named, and net is as it was.
     """
-    if which not in ("ema", "raw"):
-        raise ValueError(f"which: got {which!r}, expected 'ema' or 'raw'")
-    restore(path, net, read(path)["net" if which == "raw" else "ema"])
+    restore(path, net, weights_of(path, read(path), which))
+
+
+def weights_of(path: str | os.PathLike[str], state: dict[str, Any], which: str) -> dict[str, Any]:
+    """The averaged or the raw weights of a checkpoint."""
+    checks.choice("weights", which, ("ema", "raw"))
+    weights = state.get("net" if which == "raw" else "ema")
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"checkpoint {path}: has no {which} weights, expected one of a Trainer")
+    return dict(weights)
+
+
+def _described(name: str, value: Any) -> Any:
+    """What must be equal: shapes of weights, and values of what else a module keeps."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.tolist() if name.endswith("_extra_state") else tuple(value.shape)
 
 
 def restore(path: str | os.PathLike[str], net: nn.Module, weights: Mapping[str, Any]) -> None:
     """Load a state dictionary from a file, or name what does not fit and change nothing."""
-    own, found = ({n: tuple(v.shape) for n, v in d.items()} for d in (net.state_dict(), weights))
+    own, found = (
+        {name: _described(name, value) for name, value in state.items()}
+        for state in (net.state_dict(), weights)
+    )
     differ = [
         f"{name} is {found.get(name, 'missing')} in the file and {own.get(name, 'missing')} in the "
         "network"

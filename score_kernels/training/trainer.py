@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from score_kernels import checks, ops
@@ -22,6 +22,7 @@ from score_kernels.noise import NoiseKey, Purpose, fresh_seed
 from score_kernels.training import checkpoint
 from score_kernels.training.batches import Batches
 from score_kernels.training.distributed import current
+from score_kernels.training.interrupt import uninterrupted
 from score_kernels.training.progress import Meter
 
 __all__ = ["Trainer"]
@@ -37,6 +38,18 @@ _SAVED = {
     **{name: name for name in ("step", "level_losses", "about")},
     **{name: f"_{name}" for name in ("data_count", "losses")},
 }
+
+
+def _check_optimizer(net: nn.Module, optimizer: Optimizer, scheduler: Any) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer: got LBFGS, whose step needs a closure, expected one without")
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if trained.isdisjoint(map(id, net.parameters())):
+        raise ValueError("optimizer: got one with no parameter of net, expected net's own")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError("scheduler: got ReduceLROnPlateau, whose step needs a loss")
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler: got one of another optimizer, expected one of the given")
 
 
 class Trainer:
@@ -59,7 +72,7 @@ class Trainer:
             place on its device. See :func:`score_kernels.as_score` for networks of other forms.
         sigmas: the noise levels, strictly decreasing, in units of the data; see
             :func:`score_kernels.suggest_schedule`.
-        optimizer: over the parameters of net.
+        optimizer: over the parameters of net; one whose ``step()`` takes no closure.
         loss: ``"dsm"``, :func:`score_kernels.dsm_loss`; ``"ssm"``, sliced score matching of the
             noisy data (Song et al. 2019, arXiv 1905.07088), at two to three times its cost; or a
             function ``loss(net, x, sigmas, noise)``, noise the batch's :class:`NoiseKey`, that
@@ -73,20 +86,22 @@ class Trainer:
             ``1 / (1 - m)`` steps.
         clip_norm: largest norm of the gradient of all parameters; longer ones are scaled to it.
         warmup_steps: over so many steps the learning rate rises linearly.
-        scheduler: a torch scheduler of this optimizer, stepped once a step.
+        scheduler: a torch scheduler of this optimizer, stepped once a step without a loss.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of the network under autocast;
             noise, losses and weights stay in float32, float16 scales the loss.
         conditions: names by which the parts of a dataset's items after the sample are passed to the
             network or loss function, ``("label",)`` for items ``(x, label)``. Default: left out.
         seed: 64 bits; default: drawn from torch's default generator.
-        about: plain values that a checkpoint shall also hold.
+        about: plain values that a checkpoint shall also hold; they go before those of a checkpoint
+            that is loaded.
 
     Attributes:
         net, optimizer, sigmas: as given, sigmas as ``[L]`` float32 on the CPU.
         ema: the network with the averaged weights, in eval mode.
         step: optimiser steps taken.
         losses: ``[step]`` float32, the loss of every step, on the CPU.
-        level_losses: for every complete epoch its mean loss at each level, ``[L]``.
+        level_losses: for every complete epoch its mean loss at each level, ``[L]``; epochs that end
+            in one step have one mean.
         ranks: this process among those of the training: ``rank``, ``size``, ``first``.
 
     Raises:
@@ -115,8 +130,10 @@ class Trainer:
     ) -> None:
         checks.instance("net", net, nn.Module, "a torch.nn.Module")
         checks.instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        _check_optimizer(net, optimizer, scheduler)
         self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
-        self.sigmas = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32)
+        levels = checks.noise_levels(sigmas)
+        self.sigmas = torch.tensor(levels, dtype=torch.float32, device="cpu")
         self._loss_function = loss if callable(loss) else None
         options = ("dsm", "ssm")
         self.loss = (
@@ -132,6 +149,8 @@ class Trainer:
         self.clip_norm = None if clip_norm is None else checks.positive("clip_norm", clip_norm)
         self.warmup_steps = checks.count("warmup_steps", warmup_steps, least=0)
         self.precision = checks.choice("precision", precision, _PRECISIONS)
+        if isinstance(conditions, str):
+            raise TypeError(f"conditions: got {conditions!r}, expected names: ({conditions!r},)")
         self.conditions = tuple(conditions)
         self.about = dict(about or {})
 
@@ -143,7 +162,9 @@ class Trainer:
                 f"batch_size = {batch_size}"
             )
         # [accumulate, samples of a part]: this rank's parts of every batch.
-        self._parts = torch.arange(batch_size).view(accumulate, size, -1)[:, self.ranks.rank]
+        self._parts = torch.arange(batch_size, device="cpu").view(accumulate, size, -1)[
+            :, self.ranks.rank
+        ]
         # Rank 0's, for all ranks.
         seed = fresh_seed() if seed is None else checks.unsigned("seed", seed, 64)
         self.seed = self.ranks.all_gather(seed)[0]
@@ -165,13 +186,12 @@ class Trainer:
         }
         self.step = 0
         self.level_losses: list[Tensor] = []
-        self._losses = torch.empty(0)
+        self._losses = torch.empty(0, dtype=torch.float32, device="cpu")
         # The losses of the last steps, which may not have been computed yet.
         self._pending: list[Tensor] = []
         self._level_sigmas = self.sigmas.to(self.device)
         # Sums of the losses of this epoch at each level, and their number.
-        levels = len(self.sigmas)
-        self._level_sums = torch.zeros(2, levels, dtype=torch.float64, device=self.device)
+        self._level_sums = torch.zeros(2, len(levels), dtype=torch.float64, device=self.device)
         self._data_count: int | None = None
 
     @property
@@ -209,6 +229,9 @@ class Trainer:
     ) -> Tensor:
         """Train until `steps` optimiser steps are done, earlier ones included.
 
+        A network in eval mode is set to train; of one in training mode the modules keep their own
+        modes, such as frozen batch normalisation.
+
         Args:
             data: ``[N, ...]`` float32 tensor, a :class:`score_kernels.cli.data.Data` (any object
                 with ``__len__`` and ``scaled(rows)``) or a dataset with ``__len__`` and
@@ -216,7 +239,8 @@ class Trainer:
                 For equal bits after a resume an item must be a function of its index and, with
                 ``workers=0``, of torch's default generator.
             steps: the step to stop at.
-            checkpoint: the file to save to every `save_every` steps and at the end, atomically.
+            checkpoint: the file to save to, atomically: every `save_every` steps, at the end, and
+                when stopped by Ctrl-C.
             resume: go on from that file where it exists; without it an existing file is an error.
             save_every, report_every: in steps. The loss is read every `report_every` steps and
                 before every save; in between nothing waits for the device.
@@ -233,6 +257,7 @@ class Trainer:
             FileExistsError: checkpoint exists and resume is False.
             FloatingPointError: a loss is not finite. The step and the noise levels are named, and
                 nothing is saved after it.
+            FileNotFoundError: the folder of checkpoint is missing.
             ImportError: tensorboard is given and not installed.
             ValueError: the data, an argument or the checkpoint to resume from do not fit.
         """
@@ -243,6 +268,10 @@ class Trainer:
             data, self.batch_size, self.seed, workers, self.conditions, self._parts.flatten()
         )
         path = None if checkpoint is None else Path(checkpoint)
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"checkpoint: got {path}, expected a file in an existing folder"
+            )
         # What rank 0 finds, all act upon.
         if path is not None and self.ranks.all_gather(path.exists())[0]:
             if not resume:
@@ -257,25 +286,29 @@ class Trainer:
         self._data_count = batches.count
         if not self.ranks.first:
             tensorboard, progress = None, False
-        self.net.train()
+        if not self.net.training:
+            self.net.train()
+        modes = {module: module.training for module in self.net.modules()}
         meter = Meter(self, steps, tensorboard, progress)
         # About ten epochs of a training are shown.
         every = max(1, batches.epoch(steps) // 10)
-        # Steps seed torch's generators, and leave the caller's as they were.
+        # Steps seed the generators they use, and leave the caller's as they were.
         devices = [self.device] if self.device.type == "cuda" else []
-        seeds = NoiseKey(self.seed, purpose=Purpose.TORCH_SEED, first_sample=self.ranks.rank)
-        with closing(meter), torch.random.fork_rng(devices=devices):
-            stream = batches.between(self.step, steps)
+        with (
+            closing(meter),
+            torch.random.fork_rng(devices=devices),
+            self._saved_on_interrupt(path),
+        ):
+            stream = batches.between(self.step, steps, self._torch_seeds()[1])
             while self.step < steps:
-                low, high = ops.words((1, 2), seeds.at(self.step), device="cpu")[0].tolist()
-                torch.manual_seed(high << 32 | low)
+                self._seed_torch()
                 self._train_step(*next(stream))
-                epoch = batches.epoch(self.step)
-                if epoch > batches.epoch(self.step - 1):
+                epoch, before = batches.epoch(self.step), batches.epoch(self.step - 1)
+                if epoch > before:
                     # Names the levels of a loss that is not finite by their sums.
                     _ = self.losses
                     sums, counts = self.ranks.all_reduce(self._level_sums).cpu()
-                    self.level_losses.append((sums / counts).float())
+                    self.level_losses += [(sums / counts).float()] * (epoch - before)
                     self._level_sums.zero_()
                     meter.epoch(epoch, self.level_losses[-1], epoch % every == 0)
                 last = self.step == steps
@@ -283,7 +316,8 @@ class Trainer:
                     meter.report()
                     if callback is not None:
                         callback(self)
-                        self.net.train()
+                        for module, mode in modes.items():
+                            module.training = mode
                 if path is not None and self.step % save_every == 0 and not last:
                     self.save(path)
         if path is not None:
@@ -297,10 +331,12 @@ class Trainer:
         settings, losses and `about`.
 
         Raises:
-            FloatingPointError: a loss since the last report is not finite; nothing is written.
+            FloatingPointError: a loss since the last report, a weight or an averaged one is not
+                finite; nothing is written.
             OSError: the file cannot be written; an earlier one is as it was.
         """
         _, levels = self.losses, self.ranks.all_reduce(self._level_sums)
+        self._check_weights()
         if not self.ranks.first:
             return
         state = {
@@ -312,6 +348,47 @@ class Trainer:
             "levels": levels,
         }
         checkpoint.write(path, state)
+
+    def _check_weights(self) -> None:
+        named = {
+            f"{part}.{name}": value
+            for part in ("net", "ema")
+            for name, value in getattr(self, part).state_dict().items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+        # Read from the device once.
+        finite = torch.stack([value.isfinite().all() for value in named.values()]).cpu()
+        if not finite.all():
+            name = list(named)[int(finite.int().argmin())]
+            raise FloatingPointError(
+                f"{name}: not finite after step {self.step - 1}, unlike the losses; nothing was "
+                "saved. A lower learning rate, clip_norm or precision='bfloat16' may help"
+            )
+
+    def _torch_seeds(self) -> tuple[int, int]:
+        """Seeds of torch's generators in a step, and of the loader's processes from there on."""
+        key = NoiseKey(self.seed, purpose=Purpose.TORCH_SEED, first_sample=self.ranks.rank)
+        words = ops.words((1, 4), key.at(self.step), device="cpu")[0].tolist()
+        return words[1] << 32 | words[0], words[3] << 32 | words[2]
+
+    def _seed_torch(self) -> None:
+        seed, _ = self._torch_seeds()
+        torch.default_generator.manual_seed(seed)
+        on_gpu = self.device.type == "cuda"
+        if self.device.type != "cpu":
+            with torch.cuda.device(self.device) if on_gpu else nullcontext():
+                getattr(torch, self.device.type).manual_seed(seed)
+
+    @contextmanager
+    def _saved_on_interrupt(self, path: Path | None) -> Iterator[None]:
+        """Save a training that Ctrl-C stops; it stops between two steps."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            # Other ranks may not be where they could save.
+            if path is not None and self.ranks.size == 1 and self.step:
+                self.save(path)
+            raise
 
     def _stateful(self) -> list[tuple[str, Any]]:
         names = ("net", "ema", "optimizer", "scheduler", "_scaler")
@@ -344,15 +421,19 @@ class Trainer:
         for name, part in self._stateful():
             if part is not None:
                 part.load_state_dict(state[name])
+        given = self.about
         for name, attribute in _SAVED.items():
             setattr(self, attribute, state[name])
+        self.about = {**self.about, **given}
         self._pending = []
         # A sum over the ranks: rank 0 takes all of it.
-        self._level_sums.copy_(state["levels"] if self.ranks.first else torch.zeros(()))
+        self._level_sums.zero_()
+        if self.ranks.first:
+            self._level_sums.copy_(state["levels"])
 
     def _train_step(self, x: Tensor, conditions: dict[str, Tensor]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         dtype = _PRECISIONS[self.precision]
         for i, part in enumerate(self._parts):
             rows = slice(i * len(part), (i + 1) * len(part))
@@ -371,20 +452,21 @@ class Trainer:
         if self.clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
-        # In the warm-up at a share of the learning rate.
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        if self.step < self.warmup_steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["lr"] * ((self.step + 1) / self.warmup_steps)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self._average.update_parameters(self.net)
-        self._pending.append(total)
-        self.step += 1
+        with uninterrupted():
+            # In the warm-up at a share of the learning rate.
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            if self.step < self.warmup_steps:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["lr"] * ((self.step + 1) / self.warmup_steps)
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self._average.update_parameters(self.net)
+            self._pending.append(total)
+            self.step += 1
 
     def _loss(self, x: Tensor, key: NoiseKey, conditions: dict[str, Any]) -> Tensor:
         """The mean loss of a part of a batch; its losses are added to those of their levels."""
