@@ -1,9 +1,12 @@
 """Fast, reproducible score-based generative modelling: fused kernels with the noise made inside."""
 
-from score_kernels import ops
-from score_kernels.backends import backends, use_backend
+from score_kernels import integrations as integrations
+from score_kernels import networks, ops
+from score_kernels.backends import backends, set_backend, use_backend
+from score_kernels.cli.trained import load
 from score_kernels.diffusion.prediction import as_score, by_label, by_sigma, convert, unconditional
 from score_kernels.diffusion.presets import preset, presets
+from score_kernels.diffusion.sde import VE, VP, DDPMSchedule, SubVP
 from score_kernels.diffusion.sigmas import (
     Schedule,
     best_step_size,
@@ -19,7 +22,7 @@ from score_kernels.diffusion.sigmas import (
 )
 from score_kernels.losses import dsm_loss
 from score_kernels.losses.sliced import exact_score_loss, sliced_score_loss
-from score_kernels.noise import NoiseKey
+from score_kernels.noise import NoiseKey, Purpose
 from score_kernels.sampling import (
     annealed_langevin,
     classifier_free,
@@ -37,8 +40,13 @@ from score_kernels.training import Trainer
 
 __version__ = "0.2.0.dev0"
 __all__ = [
+    "VE",
+    "VP",
+    "DDPMSchedule",
     "NoiseKey",
+    "Purpose",
     "Schedule",
+    "SubVP",
     "Trainer",
     "annealed_langevin",
     "as_score",
@@ -56,19 +64,22 @@ __all__ = [
     "euler_maruyama",
     "exact_score_loss",
     "geometric_sigmas",
-    "slerp_noise",
     "langevin",
     "level_count",
     "level_overlap",
+    "load",
     "log_likelihood",
     "max_pairwise_distance",
+    "networks",
     "ops",
     "pairwise_distance_bounds",
     "predictor_corrector",
     "preset",
     "presets",
     "probability_flow",
+    "set_backend",
     "sigma_ratio",
+    "slerp_noise",
     "sliced_score_loss",
     "suggest_schedule",
     "unconditional",

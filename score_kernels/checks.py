@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import inspect
 import itertools
 import math
 import operator
@@ -150,6 +151,21 @@ def function(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {_kind(value)}, expected a function")
 
 
+def takes_sigma(name: str, score: Any, error: TypeError) -> None:
+    """Name what is wrong where a call ``score(x, sigma)`` failed as it takes x alone."""
+    called = score.forward if isinstance(score, torch.nn.Module) else score
+    try:
+        inspect.signature(called).bind(None, None)
+    except TypeError:
+        raise TypeError(
+            f"{name}: got a function that does not take (x, sigma) ({error}); for a network that "
+            "does not take the noise level there is score_kernels.unconditional"
+        ) from error
+    except ValueError:
+        # A builtin without a signature.
+        return
+
+
 def keywords(name: str, value: Any) -> dict[str, Any]:
     """Keyword arguments, copied."""
     if not isinstance(value, Mapping):
@@ -163,8 +179,9 @@ def device(name: str, value: Any) -> torch.device | None:
         return None
     try:
         found = torch.device(value)
-        if found.type not in ("cpu", "meta"):
-            torch.empty(0, device=found)
+        if found.type == "meta":
+            raise ValueError("it computes nothing")
+        torch.empty(0, device=found)
     # torch has another error for each way in which a device is missing.
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         why = str(error).partition("\n")[0]
@@ -211,12 +228,11 @@ def state(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         instance(name, value, Tensor, "a tensor")
     if value.dtype not in _STATES:
-        hint = (
-            "; a half-precision state loses small steps, keep it in float32 and give the "
-            "network a copy"
-            if value.dtype.is_floating_point
-            else ""
-        )
+        hint = ""
+        if value.dtype.is_complex:
+            hint = "; torch.view_as_real(x) has the real and imaginary parts of a complex one"
+        elif value.dtype.is_floating_point:
+            hint = "; a half-precision state loses small steps: keep it in float32"
         raise TypeError(
             f"{name}: got dtype {value.dtype}, expected torch.float32 "
             f"(or torch.float64 on the reference backend){hint}"

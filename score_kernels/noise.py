@@ -43,6 +43,8 @@ class Purpose(enum.IntEnum):
     KNOWN = 7
     # The probes of a trace along a path (log likelihood): draw is the probe.
     TRACE = 8
+    # The samples that bounds of the largest distance start from: draw is 0.
+    DISTANCE = 9
     # The first of 64: one per probe of a sample.
     SSM_PROBE = 64
 
@@ -52,7 +54,8 @@ class NoiseKey(tuple[int, int, int, int]):
 
     Immutable and hashable. Each step of a loop takes a key of its own, ``key.at(step)``.
     Batches that share ``seed``, ``purpose`` and ``draw`` and whose samples overlap get the same
-    noise for the samples they share; otherwise the noise is independent.
+    noise for the samples they share; otherwise the noise is independent. For several tensors of one
+    draw, move ``first_sample`` on by the rows of those before: ``key.for_samples(rows)``.
 
     Args:
         seed: 64 bits, ``0 <= seed < 2**64``.

@@ -52,6 +52,7 @@ class _Backend:
         if self.name == "fibers":
             registry._BACKENDS["fibers"] = _fibers(self.root)
         self.forced = score_kernels.use_backend(self.name)
+        self.forced.__enter__()
 
     def __exit__(self, *_: object) -> None:
         self.forced.__exit__(None, None, None)

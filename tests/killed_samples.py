@@ -48,7 +48,12 @@ def write_checkpoint(
             "high": bounds[1],
             "std": 0.5,
         },
-        "schedule": {"sigmas": [1.0, 0.4, 0.1], "steps_per_level": 2, "step_size": 0.004},
+        "schedule": {
+            "sigmas": [1.0, 0.4, 0.1],
+            "steps_per_level": 2,
+            "step_size": 0.004,
+            "why": "",
+        },
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -94,7 +94,7 @@ def test_train_then_sample(
     text = capsys.readouterr().out
     assert "sigma_max" in text and "given" in text and "step 6" in text
     pictures = ["samples.png"] if kind != "points.npy" else []
-    names = sorted(["checkpoint.pt", "config.toml", "loss.png", *pictures])
+    names = sorted([".lock", "checkpoint.pt", "config.toml", "loss.png", *pictures])
     assert sorted(p.name for p in out.iterdir()) == names
     assert png(out / "loss.png").std() > 5
     used = config.load(out / "config.toml")

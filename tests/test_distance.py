@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import peak_bytes
-from score_kernels import NoiseKey, ops
+from score_kernels import NoiseKey, Purpose, ops
 from score_kernels.diffusion import distance
 from score_kernels.diffusion.distance import max_pairwise_distance, pairwise_distance_bounds
 
@@ -165,7 +165,11 @@ def test_bounds_hold(blocks: None, shape: tuple[int, int], points: int, dtype: t
         data = (torch.randn(shape) * torch.rand(shape[0], 1) + 10 * seed).to(dtype)
         lower, upper = pairwise_distance_bounds(data, points=points, seed=seed)
         x = data.double()
-        drawn = ops.words((1, len(x)), NoiseKey(seed)).flatten().argsort()[:points]
+        drawn = (
+            ops.words((1, len(x)), NoiseKey(seed, purpose=Purpose.DISTANCE))
+            .flatten()
+            .argsort()[:points]
+        )
         reach = torch.stack([(x - x[i]).norm(dim=1).max() for i in drawn])
         assert reach.max().item() <= lower * (1 + ROUNDING)
         assert lower <= truth(data) * (1 + ROUNDING) <= upper

@@ -380,12 +380,21 @@ def under(name: Any) -> None:
         ops.normal((2, 3), sk.NoiseKey(0))
 
 
-target("use_backend", under, name=one_of("native", "reference", "cuda", "triton", "tpu", None))
+def switched(name: Any) -> None:
+    try:
+        sk.set_backend(name)
+        ops.normal((2, 3), sk.NoiseKey(0))
+    finally:
+        sk.set_backend(None)
+
+
+for _name, _function in (("use_backend", under), ("set_backend", switched)):
+    target(_name, _function, name=one_of("native", "reference", "cuda", "triton", "tpu", None))
 _betas = {"beta_min": number(0.01, 0.9), "beta_max": number(1.0, 50.0)}
-target("sde.VE", sde.VE, **_ends)
-target("sde.VP", sde.VP, **_betas)
-target("sde.SubVP", sde.SubVP, **_betas)
-target("sde.DDPMSchedule", sde.DDPMSchedule, alphas_bar=one_of([0.9, 0.5, 0.1], kind="levels"))
+target("VE", sde.VE, **_ends)
+target("VP", sde.VP, **_betas)
+target("SubVP", sde.SubVP, **_betas)
+target("DDPMSchedule", sde.DDPMSchedule, alphas_bar=one_of([0.9, 0.5, 0.1], kind="levels"))
 
 
 def trainer(net: Any, sigmas: Any, **settings: Any) -> sk.Trainer:
@@ -402,12 +411,11 @@ _optional = {name: maybe(setting) for name, setting in _settings.items()}
 target("Trainer", trainer, net=_net, sigmas=LEVELS, **_optional)
 
 # Public names that are no functions: what holds results, options or other functions.
-NOT_CALLED = {"Schedule", "ops", "Options", "Progress", "SDE"}
+NOT_CALLED = {"Schedule", "ops", "Options", "Progress", "Purpose", "networks", "load"}
 # sampling's functions are score_kernels' own.
 PUBLIC = {
     *(name for module in (sk, sampling) for name in module.__all__),
     *(f"ops.{name}" for name in ops.__all__),
-    *(f"sde.{name}" for name in sde.__all__ if name not in NOT_CALLED),
 } - NOT_CALLED
 
 # --- one call ---------------------------------------------------------------------------------

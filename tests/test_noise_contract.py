@@ -106,6 +106,7 @@ def test_purposes_are_distinct_and_fixed() -> None:
         "TORCH_SEED": 6,
         "KNOWN": 7,
         "TRACE": 8,
+        "DISTANCE": 9,
         "SSM_PROBE": 64,
     }
 

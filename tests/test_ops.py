@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -333,17 +334,31 @@ def test_backends_are_forced_and_refused_by_name() -> None:
     assert ops.langevin_step(x64, x64, 0.1, KEY).dtype == torch.float64
 
 
-def test_use_backend_is_also_a_setter() -> None:
+def test_a_block_forces_a_backend_in_its_thread_and_while_it_is_open() -> None:
     from score_kernels.backends import choose, reference
     from score_kernels.backends.compiled import native
 
-    cpu = torch.device("cpu")
+    def chosen() -> Any:
+        return choose(torch.device("cpu"), torch.float32)
+
+    block = score_kernels.use_backend("reference")
+    assert chosen() is native
+    with ThreadPoolExecutor(1) as pool:
+        other = score_kernels.use_backend("reference")
+        with block:
+            assert chosen() is reference.backend
+            assert pool.submit(chosen).result() is native
+            # Blocks that overlap in two threads, the first to open being the first to close.
+            pool.submit(other.__enter__).result()
+        assert chosen() is native and pool.submit(chosen).result() is reference.backend
+        pool.submit(other.__exit__, None, None, None).result()
+        assert pool.submit(chosen).result() is native
     try:
-        score_kernels.use_backend("reference")
-        assert choose(cpu, torch.float32) is reference.backend
+        score_kernels.set_backend("reference")
+        assert chosen() is reference.backend
         with score_kernels.use_backend(None):
-            assert choose(cpu, torch.float32) is native
-        assert choose(cpu, torch.float32) is reference.backend
+            assert chosen() is native
+        assert chosen() is reference.backend
     finally:
-        score_kernels.use_backend(None)
-    assert choose(cpu, torch.float32) is native
+        score_kernels.set_backend(None)
+    assert chosen() is native

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import score_kernels
-from score_kernels.cli import data, sample
+from score_kernels.cli import data, sample, trained
 from score_kernels.cli import main as cli
 from score_kernels.cli.trained import network, read_about
 
@@ -91,7 +91,7 @@ def test_ranks_change_no_bit(tmp_path: Path, path: Path, ranks: int) -> None:
     assert done.returncode == 0, done.stderr
     expected = digests(tmp_path / "alone")
     names = {f"shards/shard-{k:06d}.npz" for k in range(5)}
-    assert expected.keys() == names | {"manifest.json", "samples.png"}
+    assert expected.keys() == names | {"manifest.json", "samples.png", ".lock"}
     assert digests(tmp_path / "ranks") == expected
     assert done.stdout.count("37 samples of the ema weights in 5 shards") == 1
     assert ("by" in done.stdout) == (ranks > 1)
@@ -166,7 +166,7 @@ def test_shards_hold_the_chains_of_their_ids(tmp_path: Path, path: Path) -> None
         assert np.array_equal(samples, wanted.numpy())
     about_file = hashlib.sha256(path.read_bytes()).hexdigest()
     given = {
-        "format_version": 1,
+        "format_version": 2,
         "score_kernels": score_kernels.__version__,
         "torch": torch.__version__,
         "checkpoint_sha256": about_file,
@@ -180,7 +180,7 @@ def test_shards_hold_the_chains_of_their_ids(tmp_path: Path, path: Path) -> None
         "device": "cpu",
         "sampler": {
             "name": "annealed_langevin",
-            "sigmas": 3,
+            "levels": 3,
             "steps_per_level": 2,
             "step_size": 0.004,
         },
@@ -212,7 +212,7 @@ def test_batch_sizes_change_no_bit_beyond_the_networks_own(
     assert all(abs(s - samples[0]).max() <= 1 for s in samples)
     checkpoint = {"about": read_about(path), "ema": Elementwise().state_dict()}
     score_kernels.training.checkpoint.write(path, checkpoint)
-    monkeypatch.setattr(sample, "network", lambda about: Elementwise())
+    monkeypatch.setattr(trained, "network", lambda about: Elementwise())
     for size in (1, 7, 16, 1000):
         assert run(path, tmp_path / f"e{size}", batch_size=size) == 0
         for name in ("shards/shard-000000.npz", "shards/shard-000002.npz", "samples.png"):

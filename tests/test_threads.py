@@ -62,7 +62,7 @@ def test_threads_that_change_backend_and_instruction_set_change_no_bit() -> None
             for isa in native.kernels.isas():
                 native.kernels.set_isa(isa)
                 for name in ("native", None):
-                    score_kernels.use_backend(name)
+                    score_kernels.set_backend(name)
 
     want = [chain(seed) for seed in range(2)]
     restless = threading.Thread(target=change)
@@ -75,7 +75,7 @@ def test_threads_that_change_backend_and_instruction_set_change_no_bit() -> None
     finally:
         stop.set()
         restless.join()
-        score_kernels.use_backend(None)
+        score_kernels.set_backend(None)
         native.kernels.set_isa(before)
 
 

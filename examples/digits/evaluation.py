@@ -63,7 +63,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     covariances), so compare only figures from sets of equal sizes.
     """
     a, b = rows(a), rows(b)
-    return gaussian_frechet(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    # The covariance of one number has no dimensions.
+    of_a, of_b = (torch.atleast_2d(x.T.cov()) for x in (a, b))
+    return gaussian_frechet(a.mean(0), of_a, b.mean(0), of_b)
 
 
 def nearest_distance(x: Tensor, reference: Tensor) -> Tensor:

@@ -1,12 +1,17 @@
 """The choice between the backends.
 
 The first backend in the order of preference that serves a tensor's device and dtype is used;
-``use_backend`` forces one. What backends provide: :class:`score_kernels.backends.Backend`.
+``use_backend`` and ``set_backend`` force one. What backends provide:
+:class:`score_kernels.backends.Backend`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from threading import Lock
 
 import torch
 
@@ -14,15 +19,18 @@ from score_kernels.backends import reference, triton
 from score_kernels.backends.compiled import cuda, native
 from score_kernels.backends.reference import Reference as Backend
 
-__all__ = ["Backend", "backends", "choose", "use_backend"]
+__all__ = ["Backend", "backends", "choose", "set_backend", "use_backend"]
 
 # In the order of preference.
 _ALL: tuple[Backend, ...] = (cuda, native, triton.backend, reference.backend)
 _BACKENDS = {backend.name: backend for backend in _ALL}
-_forced: str | None = None
-_choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
-# The choice for float32 on the CPU, once it was made: small steps look here first.
+# Forced in a block, and in the process.
+_in_block: ContextVar[str | None] = ContextVar("score_kernels.backend")
+_in_process: str | None = None
+_choices: dict[tuple[str | None, torch.device, torch.dtype], Backend] = {}
+# The choice for float32 on the CPU while no thread is in a block: small steps look here first.
 cpu_float32: Backend | None = None
+_open_blocks, _lock = 0, Lock()
 
 
 def backends() -> dict[str, str]:
@@ -39,23 +47,24 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
     Raises:
         ValueError: a forced backend cannot serve it.
     """
-    # Read once: another thread may force a backend, which begins a new dictionary.
-    choices = _choices
-    found = choices.get((device, dtype))
+    forced = _in_block.get(_in_process)
+    found = _choices.get((forced, device, dtype))
     if found is None:
-        found = choices[device, dtype] = _search(device, dtype)
+        found = _choices[forced, device, dtype] = _search(forced, device, dtype)
     return found
 
 
 def choose_cpu_float32() -> Backend:
     """`choose` for a float32 state on the CPU."""
     global cpu_float32
-    cpu_float32 = choose(torch.device("cpu"), torch.float32)
-    return cpu_float32
+    with _lock:
+        found = choose(torch.device("cpu"), torch.float32)
+        if not _open_blocks:
+            cpu_float32 = found
+    return found
 
 
-def _search(device: torch.device, dtype: torch.dtype) -> Backend:
-    forced = _forced
+def _search(forced: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
     if forced is None:
         return next(b for b in _ALL if not b.unavailable() and not b.refuses(device, dtype))
     if why := _BACKENDS[forced].refuses(device, dtype):
@@ -66,42 +75,54 @@ def _search(device: torch.device, dtype: torch.dtype) -> Backend:
     return _BACKENDS[forced]
 
 
-def _force(name: str | None) -> None:
-    global _forced, _choices, cpu_float32
-    _forced = name
-    _choices = {}
-    cpu_float32 = None
+def _check(name: str | None) -> None:
+    if name is None:
+        return
+    there = "; ".join(f"{k}: {v}" for k, v in backends().items())
+    if name not in _BACKENDS:
+        raise ValueError(f"name: got {name!r}, expected one of the backends ({there})")
+    if why := _BACKENDS[name].unavailable():
+        raise ValueError(f"name: got {name!r}, which is not available: {why} ({there})")
 
 
-class use_backend:
+def set_backend(name: str | None) -> None:
     """Force a backend in the whole process; ``None`` chooses by device again.
-
-    As a call it stays in force; as a context manager it ends with the block::
-
-        score_kernels.use_backend("reference")
-        with score_kernels.use_backend("native"):
-            ...
 
     Raises:
         ValueError: there is no such backend, or it is not available here; the message lists all.
     """
+    global _in_process, cpu_float32
+    _check(name)
+    with _lock:
+        _in_process, cpu_float32 = name, None
 
-    def __init__(self, name: str | None) -> None:
-        if name is not None:
-            there = "; ".join(f"{k}: {v}" for k, v in backends().items())
-            if name not in _BACKENDS:
-                raise ValueError(f"name: got {name!r}, expected one of the backends ({there})")
-            if why := _BACKENDS[name].unavailable():
-                raise ValueError(f"name: got {name!r}, which is not available: {why} ({there})")
-        self._before = _forced
-        _force(name)
 
-    def __enter__(self) -> None:
-        return None
+def use_backend(name: str | None) -> AbstractContextManager[None]:
+    """Force a backend in a block, and there in this thread alone; ``None`` chooses by device::
 
-    def __exit__(self, *_: object) -> None:
-        _force(self._before)
+        with score_kernels.use_backend("reference"):
+            ...
+
+    Raises:
+        ValueError: as `set_backend`.
+    """
+    _check(name)
+    return _forced(name)
+
+
+@contextmanager
+def _forced(name: str | None) -> Iterator[None]:
+    global _open_blocks, cpu_float32
+    with _lock:
+        _open_blocks, cpu_float32 = _open_blocks + 1, None
+    token = _in_block.set(name)
+    try:
+        yield
+    finally:
+        _in_block.reset(token)
+        with _lock:
+            _open_blocks -= 1
 
 
 if "SCORE_KERNELS_BACKEND" in os.environ:
-    use_backend(os.environ["SCORE_KERNELS_BACKEND"])
+    set_backend(os.environ["SCORE_KERNELS_BACKEND"])

@@ -21,9 +21,12 @@ else:
 __all__ = ["Config", "from_dict", "load", "to_dict", "to_toml"]
 
 
-def _key(default: Any, words: str, *choices: str) -> Any:
+def _key(
+    default: Any, words: str, *choices: str, least: float | None = None, above: float | None = None
+) -> Any:
     """A key of the file: its default (None: not set), what it means, and its allowed values."""
-    return field(default=default, metadata={"words": words, "choices": choices})
+    allowed = {"choices": choices, "least": least, "above": above}
+    return field(default=default, metadata={"words": words, **allowed})
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class DataConfig:
     """Where the training data are."""
 
     path: str | None = _key(None, "folder of images, .npy, .npz or IDX file (--data)")
-    key: str | None = _key(None, "which array of an .npz that holds several")
+    key: str | None = _key(None, "the array to take of an .npz with several")
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class NetworkConfig:
     """The score network."""
 
     kind: str = _key("auto", "conv for images, mlp for anything", "auto", "conv", "mlp")
-    width: int = _key(32, "channels at full resolution (a multiple of 8), or of a hidden layer")
-    depth: int = _key(3, "resolutions of conv, each half the one before, or hidden layers of mlp")
+    width: int = _key(32, "channels of conv (a multiple of 8), or of a hidden layer", least=1)
+    depth: int = _key(3, "resolutions of conv, or hidden layers of mlp", least=1)
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,11 @@ class NoiseConfig:
     Keys that are not set are chosen from the data by the techniques of NCSNv2 (arXiv 2006.09011),
     and the run prints why."""
 
-    sigma_max: float | None = _key(None, "largest level; not set: the data's largest distance")
-    sigma_min: float | None = _key(None, "smallest level; not set: a hundredth of the range")
-    levels: int | None = _key(None, "their number; not set: from the overlap of neighbours")
-    steps_per_level: int = _key(5, "Langevin steps at each level")
-    step_size: float | None = _key(None, "alpha at the smallest level; not set: technique 4")
+    sigma_max: float | None = _key(None, "largest; not set: the data's largest distance", above=0)
+    sigma_min: float | None = _key(None, "smallest; not set: a hundredth of the range", above=0)
+    levels: int | None = _key(None, "number; not set: from neighbours' overlap", least=2)
+    steps_per_level: int = _key(5, "Langevin steps at each level", least=1)
+    step_size: float | None = _key(None, "at the smallest level; not set: technique 4", above=0)
 
 
 @dataclass(frozen=True)
@@ -62,27 +65,27 @@ class TrainingConfig:
     """The training."""
 
     loss: str = _key("dsm", "denoising or sliced score matching", "dsm", "ssm")
-    steps: int = _key(20_000, "optimiser steps in all")
-    batch_size: int = _key(64, "samples a step")
-    accumulate: int = _key(1, "parts a batch is split into to save memory")
-    learning_rate: float = _key(1e-3, "of Adam")
-    warmup_steps: int = _key(200, "steps over which the learning rate rises from 0")
+    steps: int = _key(20_000, "optimiser steps in all", least=0)
+    batch_size: int = _key(64, "samples a step", least=1)
+    accumulate: int = _key(1, "parts a batch is split into to save memory", least=1)
+    learning_rate: float = _key(1e-3, "step size of Adam", above=0)
+    warmup_steps: int = _key(200, "steps over which the learning rate rises from 0", least=0)
     cosine: bool = _key(True, "let the learning rate fall to 0 along a cosine")
-    clip_norm: float = _key(1.0, "largest norm of the gradient; 0 for none")
-    ema_decay: float = _key(0.999, "of the averaged weights")
+    clip_norm: float = _key(1.0, "largest norm of the gradient; 0 for none", least=0)
+    ema_decay: float = _key(0.999, "m of ema <- m ema + (1 - m) weights", least=0)
     ema_warmup: bool = _key(True, "average over less at the start")
     precision: str = _key("float32", "under autocast", "float32", "bfloat16", "float16")
-    seed: int = _key(0, "decides everything random, 0 to 2^63 - 1")
+    seed: int = _key(0, "decides everything random, 0 to 2^63 - 1", least=0)
     device: str = _key("cpu", "cpu, cuda, cuda:1, ...")
-    save_every: int = _key(1000, "steps between checkpoints")
+    save_every: int = _key(1000, "steps between checkpoints", least=1)
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """The sheet of samples that a training draws."""
 
-    count: int = _key(64, "samples on it; 0 for no sheet")
-    every: int = _key(0, "steps between sheets; 0 for one at the end")
+    count: int = _key(64, "samples on the sheet samples.png; 0 for none", least=0)
+    every: int = _key(0, "training steps between sheets; 0 for one at the end", least=0)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def from_dict(tables: dict[str, Any], source: str) -> Config:
                 raise ValueError(f"{where} {name}: got {value!r}, expected {expected}")
             if isinstance(value, float):
                 checks.number(f"{where} {name}", value)
+            _check_range(f"{where} {name}", value, **keys[name].metadata)
             values[name] = value
         config = replace(config, **{section: replace(getattr(config, section), **values)})
     return config
@@ -156,6 +160,13 @@ def to_toml(config: Config) -> str:
             lines.append(text if value is not None else f"# {key.name} =")
         lines.append("")
     return "\n".join(lines)
+
+
+def _check_range(where: str, value: Any, *, least: Any, above: Any, **_: Any) -> None:
+    if least is not None and value < least:
+        raise ValueError(f"{where}: got {value}, expected at least {least}")
+    if above is not None and value <= above:
+        raise ValueError(f"{where}: got {value}, expected a number above {above}")
 
 
 def _check_known(where: str, name: str, known: Iterable[str]) -> None:

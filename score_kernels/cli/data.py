@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from score_kernels.bars import progress_bar
 
 __all__ = ["Data", "load"]
 
@@ -231,7 +232,9 @@ def _load_images(folder: Path, names: list[str], others: int, progress: bool) ->
     except ImportError as error:
         raise ImportError("images need Pillow: pip install score-kernels[images]") from error
     samples = np.empty(0)
-    for i, name in enumerate(tqdm(names, desc="reading", unit="image", disable=not progress)):
+    for i, name in enumerate(
+        progress_bar(names, desc="reading", unit="image", disable=not progress)
+    ):
         with _naming(folder / name):
             pixels = _pixels(folder / name)
             if i == 0:

@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 import score_kernels
 from score_kernels import checks
+from score_kernels.bars import progress_bar
 from score_kernels.cli import data, plots, shards
-from score_kernels.cli.trained import draw_samples, network, read_about
+from score_kernels.cli.trained import Trained, draw_samples, load
 from score_kernels.training import checkpoint
 from score_kernels.training.distributed import Ranks, joined
 
 __all__ = ["sample"]
 
 # Bumped when a folder's layout or the meaning of a key of its manifest changes.
-FORMAT = 1
+FORMAT = 2
 # Images on a sheet.
 _ON_SHEET = 100
 _ELSE = "name another --out, or start afresh with --overwrite"
@@ -82,6 +82,7 @@ def sample(
         The manifest.
 
     Raises:
+        BlockingIOError: another process is sampling into the folder.
         FileExistsError: the folder holds a run with other settings, which are named.
         FloatingPointError: a sample is not finite.
         OSError, ValueError: the checkpoint, the folder or an argument cannot be used.
@@ -93,18 +94,13 @@ def sample(
     checks.choice("format", format, ("npz", "png"))
     with joined(device) as ranks:
         checks.device("device", device)
-        before = shards.checksum(path)
-        about = read_about(path)
-        net = network(about).eval().to(ranks.device(device))
-        checkpoint.load_weights(path, net, which=weights)
-        if shards.checksum(path) != before:
-            raise ValueError(f"checkpoint {path}: changed while it was read; try again")
-        kept, schedule = _written_as(about["data"], format), about["schedule"]
+        trained = load(path, weights=weights, device=ranks.device(device))
+        kept, schedule = _written_as(trained.about["data"], format), trained.about["schedule"]
         settings = {
             "format_version": FORMAT,
             "score_kernels": score_kernels.__version__,
             "torch": torch.__version__,
-            "checkpoint_sha256": before,
+            "checkpoint_sha256": trained.checksum,
             "weights": weights,
             "seed": seed,
             "first": first_sample,
@@ -114,7 +110,7 @@ def sample(
             "device": torch.device(device).type,
             "sampler": {
                 "name": "annealed_langevin",
-                "sigmas": len(schedule["sigmas"]),
+                "levels": len(schedule["sigmas"]),
                 **{key: schedule[key] for key in ("steps_per_level", "step_size")},
             },
             "data": {key: kept[key] for key in ("shape", "dtype", "low", "high")},
@@ -136,58 +132,75 @@ def sample(
         manifest["shards"] = listed
         if any(other != manifest for other in ranks.all_gather(manifest)):
             raise ValueError("the processes have different checkpoints, arguments or versions")
-        values = torch.empty(0, *kept["shape"], dtype=getattr(torch, kept["dtype"]))
-        stored = data.Data(values, kept["low"], kept["high"], "a checkpoint")
+        values = trained.data.values.to(getattr(torch, kept["dtype"]))
+        stored = data.Data(values, kept["low"], kept["high"], str(path))
         if len(stored.shape) == 3:
             plots.require()
-        manifest = _on_first(ranks, _prepare, out, manifest, settings.keys(), overwrite)
-        folder, listed = out / "shards", manifest["shards"]
-        total = sum(shard["count"] for shard in listed[ranks.rank :: ranks.size])
-        hidden = not (progress and ranks.first)
-        bar = tqdm(total=total, desc="sampling", unit="sample", disable=hidden)
-
-        def make(k: int) -> str | None:
-            """The checksum of shard k, drawn and written, or None if the one on disk is good."""
-            if k >= len(listed):
-                return None
-            shard, target = listed[k], folder / listed[k]["name"]
-            if shard["sha256"] and target.exists() and shards.checksum(target) == shard["sha256"]:
-                bar.update(shard["count"])
-                return None
-            samples = np.empty((shard["count"], *stored.shape), kept["dtype"])
-            for at in range(0, len(samples), batch_size):
-                part, first = samples[at : at + batch_size], shard["first"] + at
-                x = draw_samples(net, about, len(part), seed=seed, first_sample=first)
-                part[:] = stored.unscale(x).numpy()
-                bar.update(len(part))
-            return shards.write(target, samples, shard["first"], checksum)
-
-        started, made, again = time.perf_counter(), [], []
-        with bar:
-            # A shard on each rank, then the manifest, from which a stopped run goes on.
-            for turn in range(0, len(listed), ranks.size):
-                news = _on_all(ranks, make, turn + ranks.rank)
-                for shard, new in zip(listed[turn:], news, strict=False):
-                    if new:
-                        made.append(shard["count"])
-                        again += [shard["name"]] if shard["sha256"] else []
-                        shard["sha256"] = new
-                if any(news):
-                    _on_first(ranks, _write, out, manifest)
-        if len(stored.shape) == 3:
-            _on_first(ranks, _draw_sheet, out, listed, stored)
-        manifest["complete"] = True
-        _on_first(ranks, _write, out, manifest)
-        if again and ranks.first:
-            print(f"missing or damaged, made again: {', '.join(again)}")
-        if ranks.first:
-            by = f" by {ranks.size} processes" if ranks.size > 1 else ""
-            print(
-                f"{count} samples of the {weights} weights in {len(listed)} shards: {folder}; "
-                f"{len(listed) - len(made)} were there, {len(made)} made{by}, "
-                f"{sum(made) / (time.perf_counter() - started):.4g} samples/s"
-            )
+        out.mkdir(parents=True, exist_ok=True)
+        with checkpoint.locked(out, ranks.first):
+            manifest = _on_first(ranks, _prepare, out, manifest, settings.keys(), overwrite)
+            _make(ranks, out, trained, manifest, stored, progress)
         return manifest
+
+
+def _make(
+    ranks: Ranks,
+    out: Path,
+    trained: Trained,
+    manifest: dict[str, Any],
+    stored: data.Data,
+    progress: bool,
+) -> None:
+    """Draw and write the shards of a manifest that are not there, and complete it."""
+    folder, listed, batch_size = out / "shards", manifest["shards"], manifest["batch_size"]
+    count, weights, seed = manifest["num"], manifest["weights"], manifest["seed"]
+    checksum, dtype = manifest["settings_sha256"], manifest["data"]["dtype"]
+    net, about = trained.net, trained.about
+    total = sum(shard["count"] for shard in listed[ranks.rank :: ranks.size])
+    hidden = not (progress and ranks.first)
+    bar = progress_bar(total=total, desc="sampling", unit="sample", disable=hidden)
+
+    def make(k: int) -> str | None:
+        """The checksum of shard k, drawn and written, or None if the one on disk is good."""
+        if k >= len(listed):
+            return None
+        shard, target = listed[k], folder / listed[k]["name"]
+        if shard["sha256"] and target.exists() and shards.checksum(target) == shard["sha256"]:
+            bar.update(shard["count"])
+            return None
+        samples = np.empty((shard["count"], *stored.shape), dtype)
+        for at in range(0, len(samples), batch_size):
+            part, first = samples[at : at + batch_size], shard["first"] + at
+            x = draw_samples(net, about, len(part), seed=seed, first_sample=first)
+            part[:] = stored.unscale(x).numpy()
+            bar.update(len(part))
+        return shards.write(target, samples, shard["first"], checksum)
+
+    started, made, again = time.perf_counter(), [], []
+    with bar:
+        # A shard on each rank, then the manifest, from which a stopped run goes on.
+        for turn in range(0, len(listed), ranks.size):
+            news = _on_all(ranks, make, turn + ranks.rank)
+            for shard, new in zip(listed[turn:], news, strict=False):
+                if new:
+                    made.append(shard["count"])
+                    again += [shard["name"]] if shard["sha256"] else []
+                    shard["sha256"] = new
+            if any(news):
+                _on_first(ranks, _write, out, manifest)
+    if len(stored.shape) == 3:
+        _on_first(ranks, _draw_sheet, out, listed, stored)
+    manifest["complete"] = True
+    _on_first(ranks, _write, out, manifest)
+    if again and ranks.first:
+        print(f"missing or damaged, made again: {', '.join(again)}")
+    if ranks.first:
+        by = f" by {ranks.size} processes" if ranks.size > 1 else ""
+        print(
+            f"{count} samples of the {weights} weights in {len(listed)} shards: {folder}; "
+            f"{len(listed) - len(made)} were there, {len(made)} made{by}, "
+            f"{sum(made) / (time.perf_counter() - started):.4g} samples/s"
+        )
 
 
 def _written_as(found: dict[str, Any], format: str) -> dict[str, Any]:
@@ -228,6 +241,8 @@ def _prepare(out: Path, manifest: dict[str, Any], same: Any, overwrite: bool) ->
                 shard["sha256"] = old["sha256"]
     elif any(folder.glob("shard-*")):
         raise FileExistsError(f"{folder}: holds shards without a manifest; {_ELSE}")
+    elif (out / "samples.png").exists() and not overwrite:
+        raise FileExistsError(f"{out / 'samples.png'}: of something else; name another --out")
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".shard-*.tmp"):
         checkpoint.remove(left)

@@ -17,6 +17,7 @@ from score_kernels.cli.config import Config
 from score_kernels.cli.trained import draw_samples, network, read_about
 from score_kernels.diffusion.sigmas import suggest_schedule
 from score_kernels.training import Trainer
+from score_kernels.training.checkpoint import locked
 from score_kernels.training.distributed import joined
 
 __all__ = ["train"]
@@ -24,6 +25,7 @@ __all__ = ["train"]
 # Settings that a resumed training may have other values of.
 _MAY_DIFFER = (
     *("data.path", "training.device", "training.save_every", "sampling.count", "sampling.every"),
+    *("noise.steps_per_level", "noise.step_size"),
 )
 _REPORT_EVERY = 50
 
@@ -43,6 +45,7 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
         progress: whether to show progress bars (on stderr).
 
     Raises:
+        BlockingIOError: another process is training in the folder.
         FileExistsError: there is a checkpoint in the folder and resume is False.
         ImportError: without Pillow or Matplotlib.
         OSError, ValueError: the data, the settings or the checkpoint cannot be used; the message
@@ -61,43 +64,54 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
         if settings.data.path is None:
             raise ValueError("data: got none, expected a path: --data PATH or path = in [data]")
         source = data.load(settings.data.path, key=settings.data.key, progress=shown)
+        checks.device("device", training.device)
         about = about or _describe(settings, source, shown)
         _check_same(path, about, settings, source)
-        checks.device("device", training.device)
+        _set_sampling(about, settings)
         trainer = _trainer(settings, about, ranks.device(training.device))
         every = math.gcd(_REPORT_EVERY, sheet.every)
         # A network that answers 0 has half a unit of denoising loss for each number of a sample.
         zero_network = math.prod(source.shape) / 2 if training.loss == "dsm" else None
 
-        def draw_sheet(name: str) -> None:
-            if sheet.count and len(source.shape) == 3:
+        def numbered(step: int) -> list[str]:
+            due = sheet.every and step % sheet.every == 0
+            return [f"samples-{step:08d}.png"] if due else []
+
+        def draw_sheet(*names: str) -> None:
+            if names and sheet.count and len(source.shape) == 3:
                 options = {"seed": training.seed, "progress": shown}
                 x = draw_samples(trainer.ema, about, sheet.count, **options)
-                plots.save_sheet(out / name, x)
+                for name in names:
+                    plots.save_sheet(out / name, x)
 
         def report(trainer: Trainer) -> None:
             # As often as the checkpoint: a picture costs as much as some steps of a small network.
             if trainer.step == training.steps or trainer.step % training.save_every < every:
                 plots.draw_losses(out / "loss.png", trainer.losses, zero_network=zero_network)
-            if sheet.every and trainer.step % sheet.every == 0:
-                draw_sheet(f"samples-{trainer.step:08d}.png")
+            if trainer.step < training.steps:
+                draw_sheet(*numbered(trainer.step))
 
+        out.mkdir(parents=True, exist_ok=True)
         if ranks.first:
             print(f"{source}\n{about['schedule']['why']}")
-            out.mkdir(parents=True, exist_ok=True)
+            if trainer.warmup_steps < training.warmup_steps:
+                asked = training.warmup_steps
+                print(f"warm-up: {trainer.warmup_steps} steps, a tenth of all, instead of {asked}")
             (out / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
-        trainer.fit(
-            source,
-            training.steps,
-            checkpoint=path,
-            resume=resume,
-            save_every=training.save_every,
-            report_every=every,
-            callback=report if ranks.first else None,
-            progress=progress,
-        )
+        with locked(out, ranks.first):
+            trainer.fit(
+                source,
+                training.steps,
+                checkpoint=path,
+                resume=resume,
+                save_every=training.save_every,
+                report_every=every,
+                callback=report if ranks.first else None,
+                progress=progress,
+            )
         if ranks.first:
-            draw_sheet("samples.png")
+            if trainer.step:
+                draw_sheet("samples.png", *numbered(trainer.step))
             print(f"Trained to step {trainer.step}; written to {out}")
         return trainer
 
@@ -129,6 +143,15 @@ def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, 
             "why": why,
         },
     }
+
+
+def _set_sampling(about: dict[str, Any], settings: Config) -> None:
+    """Give a training's description the settings that only its samples depend on."""
+    schedule, noise = about["schedule"], settings.noise
+    schedule["steps_per_level"] = noise.steps_per_level
+    if noise.step_size is not None:
+        schedule["step_size"] = noise.step_size
+    about["config"] = config.to_dict(settings)
 
 
 def _identity(source: data.Data) -> dict[str, Any]:
@@ -163,4 +186,5 @@ def _trainer(settings: Config, about: dict[str, Any], device: torch.device) -> T
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR
     options["scheduler"] = cosine(optimizer, training.steps) if training.cosine else None
     options["clip_norm"] = training.clip_norm or None
+    options["warmup_steps"] = min(training.warmup_steps, training.steps // 10)
     return Trainer(net, about["schedule"]["sigmas"], optimizer, about=about, **options)

@@ -2,23 +2,89 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from score_kernels.cli import config
+from score_kernels.cli.data import Data
+from score_kernels.diffusion.sigmas import Schedule
 from score_kernels.networks import ConvScore, MLPScore
 from score_kernels.sampling import annealed_langevin
 from score_kernels.training import checkpoint
 
-__all__ = ["draw_samples", "network", "read_about"]
+__all__ = ["Trained", "draw_samples", "load", "network", "read_about"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trained:
+    """A network that ``score-kernels train`` has trained.
+
+    ``annealed_langevin(t.net, (n, *t.data.shape), t.schedule.sigmas, steps_per_level=
+    t.schedule.steps_per_level, step_size=t.schedule.step_size)`` samples it in the network's units,
+    and ``t.data.unscale`` brings samples to those of the data.
+
+    Attributes:
+        net: the network in eval mode.
+        schedule: noise levels, steps and step size.
+        data: no samples, but their shape, type and range, and `unscale`.
+        about: the settings of the training, its data and schedule, as in the checkpoint.
+        checksum: the sha256 of the file.
+    """
+
+    net: nn.Module
+    schedule: Schedule
+    data: Data
+    about: dict[str, Any]
+    checksum: str
+
+
+def load(
+    path: str | os.PathLike[str], *, weights: str = "ema", device: torch.device | str = "cpu"
+) -> Trained:
+    """The network, noise levels and units of a ``score-kernels train``'s checkpoint.
+
+    Args:
+        path: the file.
+        weights: "ema", the averaged ones, or "raw", those of the last step.
+        device: of the network.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, it is damaged, or of another program;
+            see :func:`score_kernels.training.checkpoint.load_weights` for those of a `Trainer`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint: got {path}, expected a file")
+    # One reading: the file may be replaced while it is in use.
+    contents = Path(path).read_bytes()
+    state = checkpoint.parse(path, contents)
+    about = _about(path, state)
+    net = network(about)
+    checkpoint.restore(path, net, checkpoint.weights_of(path, state, weights))
+    found, levels = about["data"], about["schedule"]
+    schedule = Schedule(
+        torch.tensor(levels["sigmas"], dtype=torch.float32, device="cpu"),
+        *(levels[key] for key in ("steps_per_level", "step_size", "why")),
+    )
+    values = torch.empty(0, *found["shape"], dtype=getattr(torch, found["dtype"]), device="cpu")
+    data = Data(values, found["low"], found["high"], str(path))
+    checksum = hashlib.sha256(contents).hexdigest()
+    return Trained(net.eval().to(device), schedule, data, about, checksum)
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """The settings (config), data and noise levels (schedule) of a training."""
-    about = checkpoint.read(path).get("about")
+    return _about(path, checkpoint.read(path))
+
+
+def _about(path: str | os.PathLike[str], state: dict[str, Any]) -> dict[str, Any]:
+    about = state.get("about")
     if not isinstance(about, dict) or "schedule" not in about:
         raise ValueError(f"checkpoint {path}: not written by score-kernels train")
     return about

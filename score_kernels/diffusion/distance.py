@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
 
 from score_kernels import checks
+from score_kernels.bars import progress_bar
 from score_kernels.noise import NoiseKey, Purpose
 from score_kernels.ops import words
 
@@ -19,7 +21,7 @@ __all__ = ["max_pairwise_distance", "pairwise_distance_bounds", "samples"]
 _SIDE, _NUMBERS = 512, 2**23
 
 
-def max_pairwise_distance(data: Tensor, *, progress: bool = False) -> float:
+def max_pairwise_distance(data: Any, *, progress: bool = False) -> float:
     """The largest Euclidean distance between two samples, ``max_ij |x_i - x_j|``.
 
     Technique 1 of Song and Ermon (2020, arXiv 2006.09011) for the largest noise level, so that
@@ -33,7 +35,8 @@ def max_pairwise_distance(data: Tensor, *, progress: bool = False) -> float:
 
     Args:
         data: ``[N, ...]``, N at least 2, float16, bfloat16, float32 or float64, on any device
-            that has float64. Data that is not contiguous within a sample is copied once.
+            that has float64. Data that is not contiguous within a sample is copied once. Or a
+            torch Dataset of such samples, or of tuples that begin with them, read as a whole.
         progress: show a progress bar.
 
     Returns:
@@ -45,8 +48,8 @@ def max_pairwise_distance(data: Tensor, *, progress: bool = False) -> float:
     """
     rows, block, half, blocks, unit = _centred(data, torch.float32)
     best = 0.0
-    bar = tqdm(blocks, desc="largest distance", unit="block", disable=not progress)
-    with torch.autocast(data.device.type, enabled=False):
+    bar = progress_bar(blocks, desc="largest distance", unit="block", disable=not progress)
+    with torch.autocast(rows.device.type, enabled=False):
         for n, p in enumerate(bar):
             left = block(p)
             for q in blocks[n:]:
@@ -61,7 +64,7 @@ def max_pairwise_distance(data: Tensor, *, progress: bool = False) -> float:
 
 
 def pairwise_distance_bounds(
-    data: Tensor, *, points: int = 100, seed: int = 0, progress: bool = False
+    data: Any, *, points: int = 100, seed: int = 0, progress: bool = False
 ) -> tuple[float, float]:
     """Bounds of the largest distance between two samples, from a few samples.
 
@@ -75,15 +78,15 @@ def pairwise_distance_bounds(
     Args:
         data: as in `max_pairwise_distance`, as are the errors.
         points: how many samples i, at least 1; all of them if there are no more.
-        seed: which: those with the smallest words of ``NoiseKey(seed)``, purpose ``USER``, element
-            ``i`` of sample 0 standing for sample i of the data.
+        seed: which: sample i of the data has element i of sample 0 of ``NoiseKey(seed)``, purpose
+            ``DISTANCE``; those with the smallest words are taken.
         progress: show a progress bar.
 
     Returns:
         ``(lower, upper)`` in units of the data; ``(0.0, 0.0)`` if all samples are equal.
     """
     points = checks.count("points", points, least=1)
-    key = NoiseKey(seed, purpose=Purpose.USER)
+    key = NoiseKey(seed, purpose=Purpose.DISTANCE)
     rows, block, half, blocks, unit = _centred(data, torch.float64)
 
     def farthest(index: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +101,7 @@ def pairwise_distance_bounds(
 
     drawn = words((1, len(rows)), key, device="cpu").flatten().argsort(stable=True)[:points]
     parts = drawn.to(rows.device).split(blocks[0].stop)
-    bar = tqdm(parts, desc="distances of some samples", unit="block", disable=not progress)
+    bar = progress_bar(parts, desc="distances of some samples", unit="block", disable=not progress)
     reach, partner = (torch.cat(found) for found in zip(*map(farthest, bar), strict=True))
     lower, upper = reach.max().item(), 2 * reach.min().item()
     end = partner[reach.argmax()][None]
@@ -111,9 +114,12 @@ def pairwise_distance_bounds(
     return lower * unit, upper * unit
 
 
-def samples(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def samples(data: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Checked data as ``[N, D]``, and least and largest of each of the D numbers in float64."""
-    checks.instance("data", data, Tensor, "a tensor [N, ...]")
+    if isinstance(data, Dataset):
+        items = (data[i] for i in range(len(data)))  # type: ignore[arg-type]
+        data = torch.stack([x[0] if isinstance(x, (tuple, list)) else x for x in items])
+    checks.instance("data", data, Tensor, "a tensor [N, ...] or a dataset")
     if not data.dtype.is_floating_point:
         raise TypeError(
             f"data: got dtype {data.dtype}, expected floating-point data; data.float() / 255 "
@@ -137,7 +143,7 @@ def samples(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _centred(
-    data: Tensor, dtype: torch.dtype
+    data: Any, dtype: torch.dtype
 ) -> tuple[Tensor, Callable[[slice | Tensor], Tensor], Tensor, list[slice], float]:
     """Rows; some of them less the mean, in units; half their squares; their blocks; the unit."""
     rows, low, high = samples(data)

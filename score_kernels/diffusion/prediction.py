@@ -153,8 +153,10 @@ def by_label(net: nn.Module, sigmas: Any, *, divide: bool = True) -> nn.Module:
     """``score(x, sigma_i) = net(x, i) / sigma_i``, or the output itself without `divide`.
 
     The labels i are ``[B]`` int64, 0 that of the largest of `sigmas`, the strictly decreasing
-    levels that the network was trained on. With `divide` it is the form of NCSNv2's code (Song and
-    Ermon 2020, arXiv 2006.09011), without it that of NCSN (2019, arXiv 1907.05600).
+    levels that the network was trained on. The published networks of NCSN (`CondRefineNetDilated`
+    and the like; Song and Ermon 2019, arXiv 1907.05600) and of NCSNv2 (`NCSNv2`, `NCSNv2Deeper`,
+    `NCSNv2Deepest`; 2020, arXiv 2006.09011), whose last line divides by sigma, return the score
+    itself: take ``divide=False``. With `divide` the network's output is ``sigma score``.
 
     Network and result are otherwise those of :func:`unconditional`. A sigma that is none of the
     levels raises a ValueError on a CPU; on other devices, which the check would wait for, that
@@ -166,8 +168,6 @@ def by_label(net: nn.Module, sigmas: Any, *, divide: bool = True) -> nn.Module:
 
 class _Score(nn.Module):
     """A network that is called with a noise level, its time or label, or without, as a score."""
-
-    rising: Tensor | None
 
     def __init__(
         self,
@@ -183,15 +183,18 @@ class _Score(nn.Module):
         self.kind = kind
         self.schedule = schedule
         self.takes_level = takes_level
-        self.register_buffer("rising", None if levels is None else levels.flip(0), persistent=False)
+        # No buffer, which net.half() would round.
+        self._rising = None if levels is None else levels.flip(0)
 
     def forward(self, y: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
         checks.sigma(sigma, y)
         x, level, m = y, sigma, _mean(self.schedule, sigma)
-        if self.rising is not None:
-            last = len(self.rising) - 1
-            index = torch.searchsorted(self.rising, sigma.contiguous()).clamp_(max=last)
-            known = self.rising[index] == sigma
+        if self._rising is not None:
+            # Moved only once: every copy to the device would be waited for.
+            self._rising = self._rising.to(sigma.device)
+            last = len(self._rising) - 1
+            index = torch.searchsorted(self._rising, sigma.contiguous()).clamp_(max=last)
+            known = self._rising[index] == sigma
             if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not known.all():
                 other = float(sigma[~known][0])
                 raise ValueError(f"sigma: got {other:g}, expected one of the {last + 1} levels")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,7 +220,7 @@ def best_step_size(ratio: float, sigma_min: float, steps_per_level: int) -> floa
 
 
 def suggest_schedule(
-    data: Tensor,
+    data: Any,
     *,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -235,8 +236,8 @@ def suggest_schedule(
     thumb for images (Song and Ermon 2020, arXiv 2006.09011).
 
     Args:
-        data: ``[N, ...]`` as in `max_pairwise_distance`: the training data or a good part of it,
-            scaled as the network sees it.
+        data: ``[N, ...]`` or a dataset, as in `max_pairwise_distance`: the training data or a good
+            part of it, scaled as the network sees it.
         sigma_min: default: a hundredth of the data's range, the largest difference of two samples
             in any of their numbers: 0.01 for images in [0, 1].
         sigma_max: default: technique 1, the largest distance between two samples where that takes
@@ -299,19 +300,23 @@ def suggest_schedule(
         if network_calls < levels:
             why_steps += "; 1 each costs more"
     step_size = best_step_size(ratio, low, steps)
+    asked = _NCSN_RATIO if dim <= 4 else sigma_ratio(dim, 0.5)
     overlap, left = level_overlap(dim, ratio), variance_ratio(step_size, ratio, low, steps)
+    far = overlap < 0.01
     table = [
         ("sigma_max", f"{high:.6g}", why_high),
         ("sigma_min", f"{low:.6g}", why_low),
         ("levels", f"{levels}", f"geometric, ratio {ratio:.6g}; {why_levels}"),
         ("", "", f"neighbours overlap by {overlap:.3g} in {dim} dimensions"),
+        *([("", "", f"TOO FAR APART: expected some {level_count(high, low, asked)} levels")] * far),
         ("steps_per_level", f"{steps}", why_steps),
         ("step_size", f"{step_size:.6g}", "technique 4, for x + (alpha/2) score + sqrt(alpha) z"),
         ("", "", f"levels end with {left:.4g} times the variance of their noise"),
         ("", "", f"{step_size / 2:.6g} for x + alpha score + sqrt(2 alpha) z"),
         ("network calls", f"{levels * steps}", "levels x steps_per_level for a batch of samples"),
     ]
-    shape = " x ".join(map(str, data.shape[1:])) or "1"
+    first = data[0]
+    shape = " x ".join(map(str, (first if isinstance(first, Tensor) else first[0]).shape)) or "1"
     why = f"""\
 Annealed Langevin dynamics for {count} samples of {shape} numbers.
 Sigmas are in units of the data. Techniques 1, 2 and 4 are those of NCSNv2

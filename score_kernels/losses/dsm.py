@@ -131,7 +131,12 @@ def denoising_losses(
 ) -> Tensor:
     """The ``[B]`` losses of :func:`dsm_loss` at given noise levels, or their mean, unchecked."""
     key = noise.for_purpose(_NOISE)
-    score = net(ops.perturb(x, sigma, key), sigma, **conditions)
+    noisy = ops.perturb(x, sigma, key)
+    try:
+        score = net(noisy, sigma, **conditions)
+    except TypeError as error:
+        checks.takes_sigma("net", net, error)
+        raise
     checks.score_like(x, score, "net")
     return dsm_losses(score, sigma, key, weight, mean=mean)
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from tqdm.auto import tqdm
 
 from score_kernels import checks, ops
 from score_kernels.backends import choose
+from score_kernels.bars import progress_bar
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
 from score_kernels.sampling import graph
 from score_kernels.sampling.monitor import CHECK_EVERY, DivergenceMonitor
@@ -180,7 +180,11 @@ class ScoreModel:
         seen = x if self.scale is None else x * self.scale
         version = seen._version
         if self.pass_sigma:
-            value = self.score(seen, self.sigma, **self.conditions)
+            try:
+                value = self.score(seen, self.sigma, **self.conditions)
+            except TypeError as error:
+                checks.takes_sigma("score", self.score, error)
+                raise
         else:
             value = self.score(seen, **self.conditions)
         if self.guidance is not None:
@@ -363,7 +367,7 @@ def run(
         seen = Progress(step=0, level=-1, sigma=math.nan, x=x, aux=aux)
         bar = None
         if progress:
-            bar = tqdm(total=total, initial=first_step, unit="step", desc="sampling")
+            bar = progress_bar(total=total, initial=first_step, unit="step", desc="sampling")
         t, check = first_step, first_step + CHECK_EVERY
         while t < total:
             # Up to the next step after which something is to be done.

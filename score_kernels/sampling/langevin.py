@@ -69,7 +69,8 @@ def annealed_langevin(
             enable them inside if the score is a gradient. sigma must not be changed in place.
         shape_or_init: ``[B, ...]`` to start from the prior, N(0, sigma_1^2), or the initial state
             itself (float32; float64 runs on the reference backend), which is not changed.
-        sigmas: noise levels, strictly decreasing: ``[L]`` tensor or a sequence.
+        sigmas: noise levels, strictly decreasing: ``[L]`` tensor or a sequence. The step sizes are
+            relative to the last one given: a part of a schedule, ``sigmas[:5]``, has longer steps.
         steps_per_level: number of update steps at each level.
         step_size: as above, in squared units of x: alpha at the smallest level.
         denoise: end with ``x + sigma_L^2 score(x, sigma_L)`` (Song and Ermon 2020, arXiv

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from score_kernels import checks, ops
+from score_kernels.bars import progress_bar
 from score_kernels.losses.sliced import vector_jacobian
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
 from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
@@ -132,7 +132,7 @@ def log_likelihood(
         keys = [key.at(i) for i in range(probes)]
         state, total = x.clone(), x.new_zeros(x.shape[0])
         pairs = list(pairwise(levels))
-        for now, then in tqdm(pairs, unit="step", desc="likelihood", disable=not progress):
+        for now, then in progress_bar(pairs, unit="step", desc="likelihood", disable=not progress):
             h = math.log(then / now)
             value, trace = _score_and_trace(score, state, now, keys, probe)
             ahead = state - h * now**2 * value

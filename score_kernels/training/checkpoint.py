@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from score_kernels import checks
 
-__all__ = ["atomic", "load_weights", "parse", "read", "remove", "restore", "weights_of", "write"]
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["atomic", "load_weights", "locked", "parse", "read", "remove", "restore", "write"]
 
 # Bumped when what a file holds changes its meaning.
 FORMAT = 1
@@ -51,6 +56,26 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         remove(temporary)
+
+
+@contextmanager
+def locked(folder: Path, wanted: bool = True) -> Iterator[None]:
+    """Hold a folder against other processes, until the block or this process ends.
+
+    A record lock, which workers do not inherit. Without `fcntl` (Windows) nothing is held.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    if fcntl is None or not wanted:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BlockingIOError(f"{folder}: another process is writing to it") from None
+        yield
 
 
 def remove(path: Path) -> None:

@@ -7,7 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from score_kernels.bars import progress_bar
 
 if TYPE_CHECKING:
     from score_kernels.training import Trainer
@@ -23,7 +24,7 @@ class Meter:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(os.fspath(tensorboard))
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=steps, initial=trainer.step, desc="training", unit="step", disable=not progress
         )
         self.reported = trainer.step, time.perf_counter()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -170,8 +171,11 @@ class Trainer:
         self.seed = self.ranks.all_gather(seed)[0]
 
         self.device = next(net.parameters()).device
-        # DistributedDataParallel gives all ranks the weights of rank 0.
-        self._model: Any = net if size == 1 else DistributedDataParallel(net)
+        # What a step calls: in `fit`, of several ranks, the network that averages gradients.
+        self._model: Any = net
+        for value in net.state_dict(keep_vars=True).values() if size > 1 else ():
+            if isinstance(value, Tensor):
+                dist.broadcast(value.detach(), 0)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         self._average = AveragedModel(net, multi_avg_fn=self._update_average)
         # The first update copies: the average starts at the initial weights.
@@ -297,6 +301,7 @@ class Trainer:
         with (
             closing(meter),
             torch.random.fork_rng(devices=devices),
+            self._gradients_averaged(),
             self._saved_on_interrupt(path),
         ):
             stream = batches.between(self.step, steps, self._torch_seeds()[1])
@@ -370,6 +375,16 @@ class Trainer:
         key = NoiseKey(self.seed, purpose=Purpose.TORCH_SEED, first_sample=self.ranks.rank)
         words = ops.words((1, 4), key.at(self.step), device="cpu")[0].tolist()
         return words[1] << 32 | words[0], words[3] << 32 | words[2]
+
+    @contextmanager
+    def _gradients_averaged(self) -> Iterator[None]:
+        """Average gradients over the ranks; afterwards nothing keeps the process group alive."""
+        if self.ranks.size > 1:
+            self._model = DistributedDataParallel(self.net)
+        try:
+            yield
+        finally:
+            self._model = self.net
 
     def _seed_torch(self) -> None:
         seed, _ = self._torch_seeds()
