@@ -84,6 +84,6 @@ def joined(device: str) -> Iterator[Ranks]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-        # What keeps the group, as DistributedDataParallel's cycles do, keeps its threads, and one of
-        # these that frees a tensor while the interpreter exits aborts the process (torch 2.13).
+        # What keeps the group, as cycles of DistributedDataParallel do, keeps its threads. One that
+        # frees a tensor while the interpreter exits aborts the process (torch 2.13).
         gc.collect()
