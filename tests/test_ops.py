@@ -335,7 +335,7 @@ def test_backends_are_forced_and_refused_by_name() -> None:
 
 
 def test_a_block_forces_a_backend_in_its_thread_and_while_it_is_open() -> None:
-    from score_kernels.backends import choose, reference
+    from score_kernels.backends import choose, reference, registry
     from score_kernels.backends.compiled import native
 
     def chosen() -> Any:
@@ -348,6 +348,9 @@ def test_a_block_forces_a_backend_in_its_thread_and_while_it_is_open() -> None:
         with block:
             assert chosen() is reference.backend
             assert pool.submit(chosen).result() is native
+            # A small step remembers its backend, but not that of a block.
+            ops.langevin_step_(torch.zeros(2, 3), torch.zeros(2, 3), 0.1, KEY)
+            assert registry.cpu_float32 is None
             # Blocks that overlap in two threads, the first to open being the first to close.
             pool.submit(other.__enter__).result()
         assert chosen() is native and pool.submit(chosen).result() is reference.backend

@@ -719,6 +719,19 @@ def test_nothing_is_read_from_the_device_for_labels() -> None:
         assert loss.device.type == "cuda"
 
 
+def test_a_label_out_of_range_is_nan_where_nothing_is_read() -> None:
+    x, labels = torch.randn(4, 3), torch.tensor([-1, 0, 6, 5])
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        return sk.dsm_loss(gaussian, x, SIGMAS, seed=1, labels=labels, reduction="none")
+
+    with pytest.raises(ValueError, match="labels: got values from -1 to 6"):
+        loss(x, labels)
+    got = torch.compile(loss, backend="aot_eager")(x, labels)
+    assert got.isnan().tolist() == [True, False, True, False]
+    torch.testing.assert_close(got[[1, 3]], loss(x, labels.clamp(0, 5))[[1, 3]])
+
+
 # Schedules and small things
 
 
