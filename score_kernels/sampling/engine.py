@@ -237,10 +237,12 @@ class Chain:
             sigma, mean = plan[-1].next_level or (plan[-1].sigma, plan[-1].mean)
             last = Phase(sigma, 1 / mean, sigma**2, mean=mean, next_level=(0.0, 1.0))
             self.plan = [*plan, last]
-        if x.dtype == torch.float32:
-            for phase in self.plan:
-                for name, value in zip("abc", phase.row(), strict=False):
-                    checks.within_float32(f"{name} of the step at sigma = {phase.sigma:g}", value)
+        for p in self.plan if x.dtype == torch.float32 else ():
+            if max(abs(p.a), abs(p.b), abs(p.c)) > checks.LARGEST:
+                raise ValueError(
+                    f"step at sigma = {p.sigma:g}: got coefficients {p.a:g}, {p.b:g}, {p.c:g}, "
+                    "expected numbers within float32's range"
+                )
         # Of each phase: the number of steps up to its end.
         self.ends = list(accumulate(phase.steps for phase in self.plan))
         self.steps = self.ends[-1] - denoise
