@@ -155,7 +155,7 @@ def takes_sigma(name: str, score: Any, error: TypeError) -> None:
     """Name what is wrong where a call ``score(x, sigma)`` failed as it takes x alone."""
     called = score.forward if isinstance(score, torch.nn.Module) else score
     try:
-        inspect.signature(called).bind(None, None)
+        inspect.signature(called).bind_partial(None, None)
     except TypeError:
         raise TypeError(
             f"{name}: got a function that does not take (x, sigma) ({error}); for a network that "

@@ -137,9 +137,8 @@ _new: Any = tuple.__new__
 
 def fresh_seed() -> int:
     """A 64-bit seed from torch's default CPU generator, which ``torch.manual_seed`` rules."""
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)) & (
-        2**64 - 1
-    )
+    seed = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)
+    return int(seed) & (2**64 - 1)
 
 
 def resolve(noise: NoiseKey | None, seed: int | None) -> NoiseKey:

@@ -30,6 +30,12 @@ def test_gaussian_frechet_in_one_dimension():
     assert got == pytest.approx(2**2 + (3 - 1) ** 2, rel=1e-12)
 
 
+def test_frechet_distance_of_single_numbers():
+    a, b = torch.randn(50, 1, dtype=torch.float64), 3 * torch.randn(40, 1, dtype=torch.float64)
+    expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    assert evaluation.frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_gaussian_frechet_agrees_with_a_general_matrix_square_root():
     a, b = _covariance(6, 1), _covariance(6, 2)
     zero = torch.zeros(6)

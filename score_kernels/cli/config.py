@@ -53,11 +53,13 @@ class NoiseConfig:
     Keys that are not set are chosen from the data by the techniques of NCSNv2 (arXiv 2006.09011),
     and the run prints why."""
 
-    sigma_max: float | None = _key(None, "largest; not set: the data's largest distance", above=0)
-    sigma_min: float | None = _key(None, "smallest; not set: a hundredth of the range", above=0)
-    levels: int | None = _key(None, "number; not set: from neighbours' overlap", least=2)
+    sigma_max: float | None = _key(
+        None, "largest level; unset: the data's largest distance", above=0
+    )
+    sigma_min: float | None = _key(None, "smallest level; unset: 1/100 of the range", above=0)
+    levels: int | None = _key(None, "their number; unset: from neighbours' overlap", least=2)
     steps_per_level: int = _key(5, "Langevin steps at each level", least=1)
-    step_size: float | None = _key(None, "at the smallest level; not set: technique 4", above=0)
+    step_size: float | None = _key(None, "alpha of the smallest level; unset: technique 4", above=0)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class TrainingConfig:
     steps: int = _key(20_000, "optimiser steps in all", least=0)
     batch_size: int = _key(64, "samples a step", least=1)
     accumulate: int = _key(1, "parts a batch is split into to save memory", least=1)
-    learning_rate: float = _key(1e-3, "step size of Adam", above=0)
+    learning_rate: float = _key(1e-3, "learning rate of Adam", above=0)
     warmup_steps: int = _key(200, "steps over which the learning rate rises from 0", least=0)
     cosine: bool = _key(True, "let the learning rate fall to 0 along a cosine")
     clip_norm: float = _key(1.0, "largest norm of the gradient; 0 for none", least=0)

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def sample(
         if len(stored.shape) == 3:
             plots.require()
         out.mkdir(parents=True, exist_ok=True)
-        with checkpoint.locked(out, ranks.first):
+        with checkpoint.locked(out) if ranks.first else nullcontext():
             manifest = _on_first(ranks, _prepare, out, manifest, settings.keys(), overwrite)
             _make(ranks, out, trained, manifest, stored, progress)
         return manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from score_kernels import checks
 from score_kernels.cli import config, data, plots
 from score_kernels.cli.config import Config
 from score_kernels.cli.trained import draw_samples, network, read_about
-from score_kernels.diffusion.sigmas import suggest_schedule
+from score_kernels.diffusion.sigmas import best_step_size, suggest_schedule
 from score_kernels.training import Trainer
 from score_kernels.training.checkpoint import locked
 from score_kernels.training.distributed import joined
@@ -92,13 +93,13 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
                 draw_sheet(*numbered(trainer.step))
 
         out.mkdir(parents=True, exist_ok=True)
-        if ranks.first:
-            print(f"{source}\n{about['schedule']['why']}")
-            if trainer.warmup_steps < training.warmup_steps:
-                asked = training.warmup_steps
-                print(f"warm-up: {trainer.warmup_steps} steps, a tenth of all, instead of {asked}")
-            (out / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
-        with locked(out, ranks.first):
+        with locked(out) if ranks.first else nullcontext():
+            if ranks.first:
+                print(f"{source}\n{about['schedule']['why']}")
+                if trainer.warmup_steps < training.warmup_steps:
+                    of_all = f"{trainer.warmup_steps} steps, a tenth of all"
+                    print(f"warm-up: {of_all}, instead of {training.warmup_steps}")
+                (out / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
             trainer.fit(
                 source,
                 training.steps,
@@ -109,10 +110,10 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
                 callback=report if ranks.first else None,
                 progress=progress,
             )
-        if ranks.first:
-            if trainer.step:
-                draw_sheet("samples.png", *numbered(trainer.step))
-            print(f"Trained to step {trainer.step}; written to {out}")
+            if ranks.first:
+                if trainer.step:
+                    draw_sheet("samples.png", *numbered(trainer.step))
+                print(f"Trained to step {trainer.step}; written to {out}")
         return trainer
 
 
@@ -146,12 +147,19 @@ def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, 
 
 
 def _set_sampling(about: dict[str, Any], settings: Config) -> None:
-    """Give a training's description the settings that only its samples depend on."""
-    schedule, noise = about["schedule"], settings.noise
-    schedule["steps_per_level"] = noise.steps_per_level
-    if noise.step_size is not None:
-        schedule["step_size"] = noise.step_size
+    """Give a training's description the settings of its samples, where a resume changes them."""
+    schedule, noise, before = about["schedule"], settings.noise, about["config"]["noise"]
     about["config"] = config.to_dict(settings)
+    names = ("steps_per_level", "step_size")
+    if all(before.get(name) == getattr(noise, name) for name in names):
+        return
+    sigmas, why = schedule["sigmas"], "given"
+    schedule["steps_per_level"], schedule["step_size"] = noise.steps_per_level, noise.step_size
+    if noise.step_size is None:
+        ratio, why = (sigmas[0] / sigmas[-1]) ** (1 / (len(sigmas) - 1)), "technique 4"
+        schedule["step_size"] = best_step_size(ratio, sigmas[-1], noise.steps_per_level)
+    used = ", ".join(f"{name} {schedule[name]:g}" for name in names)
+    schedule["why"] += f"\nOn resuming: {used} ({why})."
 
 
 def _identity(source: data.Data) -> dict[str, Any]:

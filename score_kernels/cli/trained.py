@@ -59,11 +59,9 @@ def load(
         FileNotFoundError, ValueError: there is no such file, it is damaged, or of another program;
             see :func:`score_kernels.training.checkpoint.load_weights` for those of a `Trainer`.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint: got {path}, expected a file")
-    # One reading: the file may be replaced while it is in use.
-    contents = Path(path).read_bytes()
-    state = checkpoint.parse(path, contents)
+    with checkpoint.opened(path) as file:
+        checksum = hashlib.sha256(file.read()).hexdigest()
+        state = checkpoint.parse(path, file)
     about = _about(path, state)
     net = network(about)
     checkpoint.restore(path, net, checkpoint.weights_of(path, state, weights))
@@ -74,7 +72,6 @@ def load(
     )
     values = torch.empty(0, *found["shape"], dtype=getattr(torch, found["dtype"]), device="cpu")
     data = Data(values, found["low"], found["high"], str(path))
-    checksum = hashlib.sha256(contents).hexdigest()
     return Trained(net.eval().to(device), schedule, data, about, checksum)
 
 

@@ -114,11 +114,18 @@ def pairwise_distance_bounds(
     return lower * unit, upper * unit
 
 
+def gathered(data: Any) -> Any:
+    """The samples of a torch Dataset, read once, as a tensor; anything else as it is."""
+    if not isinstance(data, Dataset):
+        return data
+    count: int = len(data)  # type: ignore[arg-type]
+    items = (data[i] for i in range(count))
+    return torch.stack([item[0] if isinstance(item, (tuple, list)) else item for item in items])
+
+
 def samples(data: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Checked data as ``[N, D]``, and least and largest of each of the D numbers in float64."""
-    if isinstance(data, Dataset):
-        items = (data[i] for i in range(len(data)))  # type: ignore[arg-type]
-        data = torch.stack([x[0] if isinstance(x, (tuple, list)) else x for x in items])
+    data = gathered(data)
     checks.instance("data", data, Tensor, "a tensor [N, ...] or a dataset")
     if not data.dtype.is_floating_point:
         raise TypeError(

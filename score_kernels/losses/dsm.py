@@ -76,23 +76,20 @@ def dsm_loss(
     if not batch:
         raise ValueError("x: got a batch of 0, expected at least one sample")
     refuse_vmap(x=x)
-    table, given = _table(sigmas, x.device), None
+    table = _table(sigmas, x.device)
+    last = table.shape[0] - 1
     noise = resolve(noise, seed)
     if labels is None:
-        labels = draw_labels(batch, table.shape[0], noise, x.device)
+        labels = draw_labels(batch, last + 1, noise, x.device)
+        sigma = table.index_select(0, labels)
     else:
         checks.per_sample("labels", labels, x, torch.int64)
         if labels.is_cpu and not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(labels))
-            if low < 0 or high >= len(table):
-                raise ValueError(
-                    f"labels: got values from {low} to {high}, expected 0 to {len(table) - 1}"
-                )
-        else:
-            given, labels = labels, labels.clamp(0, len(table) - 1)
-    sigma = table.index_select(0, labels)
-    if given is not None:
-        sigma = sigma.where(labels == given, math.nan)
+            if low < 0 or high > last:
+                raise ValueError(f"labels: got values from {low} to {high}, expected 0 to {last}")
+        given, labels = labels, labels.clamp(0, last)
+        sigma = table.index_select(0, labels).where(labels == given, math.nan)
     if isinstance(weighting, Tensor):
         checks.per_sample("weighting", weighting, x)
         weight: Tensor | None = weighting
@@ -150,11 +147,13 @@ def _table(sigmas: Any, device: torch.device) -> Tensor:
     # Read once: another thread may replace it.
     if tensor and (checked := _checked) is not None:
         source, version, seen, table = checked
-        if (seen.dtype, seen.device, table.device) == (sigmas.dtype, sigmas.device, device):
-            # By value where that does not wait: NumPy changes tensors behind torch's back.
-            on_cpu, same = sigmas.is_cpu, version == _version(sigmas) and source() is sigmas
-            if torch.equal(seen, sigmas) if on_cpu else same:
-                return table
+        # By value where that does not wait: NumPy changes tensors behind torch's back.
+        if seen.is_cpu and sigmas.is_cpu:
+            same = seen.dtype == sigmas.dtype and torch.equal(seen, sigmas)
+        else:
+            same = version == _version(sigmas) and source() is sigmas
+        if same and table.device == device:
+            return table
     table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32, device=device)
     # Tensors made under a transform or a mode do not outlive it.
     if isinstance(sigmas, Tensor) and not (transforms_active() or modes_active()):

@@ -39,7 +39,7 @@ def exact_score_loss(
     samples, and as the truth in tests. Arguments, result and errors: :func:`sliced_score_loss`.
     """
     call = _score_at(score, _check(score, x, sigma), {})
-    _refuse_inference()
+    refuse_inference()
     training = torch.is_grad_enabled()
     with torch.enable_grad():
         leaf = x if x.requires_grad else x.detach().requires_grad_()
@@ -155,7 +155,7 @@ def _by_derivative(
 ) -> list[Tensor]:
     training, reverse = torch.is_grad_enabled(), method == "double_backward"
     if reverse:
-        _refuse_inference()
+        refuse_inference()
     losses = []
     with torch.set_grad_enabled(training or reverse):
         if reverse:
@@ -193,9 +193,8 @@ def vector_jacobian(
     Of a value without a graph, by which nothing can be said, it is ``(grad s) v``.
     """
     if not value.requires_grad:
-        return torch.func.jvp(call, (x.detach().contiguous(),), (v.reshape(x.shape).to(x.dtype),))[
-            1
-        ]
+        x, v = x.detach().contiguous(), v.reshape(x.shape).to(x.dtype)
+        return torch.func.jvp(call, (x,), (v,))[1]
     (grad,) = torch.autograd.grad(
         value,
         x,
@@ -207,7 +206,8 @@ def vector_jacobian(
     return grad
 
 
-def _refuse_inference() -> None:
+def refuse_inference() -> None:
+    """An error where nothing can be differentiated."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "score: called under torch.inference_mode(), which records no derivatives; expected "

@@ -52,7 +52,7 @@ def probe_dot(s: Tensor, noise: NoiseKey, *, probe: str = "rademacher") -> Tenso
     if direct(s):
         return _dot(_probe_sums, s, noise, probe)
     if transformed():
-        return _dot_formula(s, noise, probe)
+        return _dot_formula(s, noise, probe=probe)
     return apply(_Dot, s, noise, probe)
 
 
@@ -81,7 +81,7 @@ def probe_scale(
     if direct(g):
         return _scale(g, sizes, noise, probe)
     if transformed():
-        return _scale_formula(g, sizes, noise, probe)
+        return _scale_formula(g, sizes, noise, probe=probe)
     return apply(_Scale, g, sizes, noise, probe)
 
 
@@ -181,11 +181,11 @@ def fd_reduce(
     return apply(_Objective, above, below, step, noise, probe, variance_reduced)
 
 
-def _dot_formula(s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
+def _dot_formula(s: Tensor, noise: NoiseKey, *, probe: str) -> Tensor:
     return sums(probe_like(s, noise, probe) * wide(s))
 
 
-def _scale_formula(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
+def _scale_formula(g: Tensor, shape: Sequence[int], noise: NoiseKey, *, probe: str) -> Tensor:
     v = probe_like(torch.empty((), dtype=g.dtype, device=g.device).expand(shape), noise, probe)
     return expand_like(g, v) * v
 
@@ -262,14 +262,6 @@ def _pair(x: Tensor, step: Tensor, noise: NoiseKey, probe: str) -> Tensor:
     return _shift_op(_KINDS[probe], x, factor, noise).flatten(0, 1)
 
 
-def _dotted(s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
-    return probe_dot(s, noise, probe=probe)
-
-
-def _scaled(g: Tensor, shape: Sequence[int], noise: NoiseKey, probe: str) -> Tensor:
-    return probe_scale(g, shape, noise, probe=probe)
-
-
 class _Dot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Tensor, noise: NoiseKey, probe: str) -> Tensor:
@@ -278,8 +270,8 @@ class _Dot(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale = _scale_formula if transformed(grad) else _scaled
-        return scale(grad, ctx.shape, ctx.noise, ctx.probe).to(ctx.dtype), None, None
+        scale = _scale_formula if transformed(grad) else probe_scale
+        return scale(grad, ctx.shape, ctx.noise, probe=ctx.probe).to(ctx.dtype), None, None
 
 
 class _Scale(torch.autograd.Function):
@@ -290,8 +282,8 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dot = _dot_formula if transformed(grad) else _dotted
-        return dot(grad, ctx.noise, ctx.probe), None, None, None
+        dot = _dot_formula if transformed(grad) else probe_dot
+        return dot(grad, ctx.noise, probe=ctx.probe), None, None, None
 
 
 class _Objective(torch.autograd.Function):
@@ -313,14 +305,14 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, step = ctx.saved_tensors
         s = a if step is None else 0.25 * (a + b)
-        scale = _scale_formula if transformed(grad) else _scaled
+        scale = _scale_formula if transformed(grad) else probe_scale
         if ctx.reduced:
             to_s = grad.view(-1, *[1] * (s.dim() - 1)) * s
         else:
-            along = _dotted(s, ctx.noise, ctx.probe)
-            to_s = scale(grad * along, s.shape, ctx.noise, ctx.probe)
+            along = probe_dot(s, ctx.noise, probe=ctx.probe)
+            to_s = scale(grad * along, s.shape, ctx.noise, probe=ctx.probe)
         factor = grad if step is None else grad / (2 * step)
-        to_g = scale(factor, s.shape, ctx.noise, ctx.probe)
+        to_g = scale(factor, s.shape, ctx.noise, probe=ctx.probe)
         to_a, to_b = (to_s, to_g) if step is None else (to_s + to_g, to_s - to_g)
         return to_a.to(a.dtype), to_b.to(a.dtype), None, None, None, None
 

@@ -43,7 +43,7 @@ class DivergenceMonitor:
     def finite(self, done: int, by_callback: bool = False) -> bool:
         """Whether the state is finite; if not, it is set back to the last one that was.
 
-        By_callback: a callback has changed the state after the last step.
+        With `by_callback` a callback has changed the state after the last step.
 
         Raises:
             FloatingPointError: it is not, and the chain is not one that just stops.
@@ -66,7 +66,7 @@ class DivergenceMonitor:
     def _located(self, done: int, changed: int | None) -> str:
         """Repeat the steps from the last finite state, and say where they diverge.
 
-        Changed: the first bad row, where a callback has changed the state after the last step.
+        `changed` is the first bad row, where a callback has changed the state after the last step.
         """
         chain, score = self.chain, self.chain.model.score
         finite = True

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from score_kernels import checks, ops
 from score_kernels.bars import progress_bar
-from score_kernels.losses.sliced import vector_jacobian
+from score_kernels.losses.sliced import refuse_inference, vector_jacobian
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
 from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
 
@@ -122,8 +122,7 @@ def log_likelihood(
         raise ValueError("sigmas: got 1 noise level, expected at least 2")
     if not x.numel():
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one element")
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("log_likelihood: got torch.inference_mode(), expected torch.no_grad()")
+    refuse_inference()
     probes = checks.count("probes", probes, least=1)
     std = levels[-1] if prior_std is None else checks.positive("prior_std", prior_std)
     seed = fresh_seed() if seed is None else seed

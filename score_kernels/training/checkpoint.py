@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic", "load_weights", "locked", "parse", "read", "remove", "restore", "write"]
+__all__ = ["atomic", "load_weights", "locked", "read", "remove", "write"]
 
 # Bumped when what a file holds changes its meaning.
 FORMAT = 1
@@ -59,7 +58,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path, wanted: bool = True) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a folder against other processes, until the block or this process ends.
 
     A record lock, which workers do not inherit. Without `fcntl` (Windows) nothing is held.
@@ -67,7 +66,7 @@ def locked(folder: Path, wanted: bool = True) -> Iterator[None]:
     Raises:
         BlockingIOError: another process holds it.
     """
-    if fcntl is None or not wanted:
+    if fcntl is None:
         yield
         return
     with open(folder / ".lock", "w") as file:
@@ -93,14 +92,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is cut short, damaged (by its checksums), of another kind or format.
     """
+    with opened(path) as file:
+        return parse(path, file)
+
+
+def opened(path: str | os.PathLike[str]) -> BinaryIO:
+    """A checkpoint's file: one that is replaced meanwhile is still the one that was opened."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint: got {path}, expected a file")
-    return parse(path, Path(path).read_bytes())
+    return open(path, "rb")
 
 
-def parse(path: str | os.PathLike[str], contents: bytes) -> dict[str, Any]:
-    """:func:`read` for the contents of a file."""
-    file = io.BytesIO(contents)
+def parse(path: str | os.PathLike[str], file: BinaryIO) -> dict[str, Any]:
+    """:func:`read` for an open file."""
     # Damaged bytes raise many kinds of errors in zipfile, zlib and pickle.
     try:
         with zipfile.ZipFile(file) as archive:

@@ -23,7 +23,7 @@ from score_kernels.noise import NoiseKey, Purpose, fresh_seed
 from score_kernels.training import checkpoint
 from score_kernels.training.batches import Batches
 from score_kernels.training.distributed import current
-from score_kernels.training.interrupt import uninterrupted
+from score_kernels.training.interrupt import interrupts_delayed
 from score_kernels.training.progress import Meter
 
 __all__ = ["Trainer"]
@@ -163,9 +163,8 @@ class Trainer:
                 f"batch_size = {batch_size}"
             )
         # [accumulate, samples of a part]: this rank's parts of every batch.
-        self._parts = torch.arange(batch_size, device="cpu").view(accumulate, size, -1)[
-            :, self.ranks.rank
-        ]
+        parts = torch.arange(batch_size, device="cpu").view(accumulate, size, -1)
+        self._parts = parts[:, self.ranks.rank]
         # Rank 0's, for all ranks.
         seed = fresh_seed() if seed is None else checks.unsigned("seed", seed, 64)
         self.seed = self.ranks.all_gather(seed)[0]
@@ -173,9 +172,8 @@ class Trainer:
         self.device = next(net.parameters()).device
         # What a step calls: in `fit`, of several ranks, the network that averages gradients.
         self._model: Any = net
-        for value in net.state_dict(keep_vars=True).values() if size > 1 else ():
-            if isinstance(value, Tensor):
-                dist.broadcast(value.detach(), 0)
+        for value in (*net.parameters(), *net.buffers()) if size > 1 else ():
+            dist.broadcast(value.detach(), 0)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         self._average = AveragedModel(net, multi_avg_fn=self._update_average)
         # The first update copies: the average starts at the initial weights.
@@ -244,7 +242,8 @@ class Trainer:
                 ``workers=0``, of torch's default generator.
             steps: the step to stop at.
             checkpoint: the file to save to, atomically: every `save_every` steps, at the end, and
-                when stopped by Ctrl-C.
+                after the step in which Ctrl-C is pressed, which stops. Pressed again it stops at
+                once.
             resume: go on from that file where it exists; without it an existing file is an error.
             save_every, report_every: in steps. The loss is read every `report_every` steps and
                 before every save; in between nothing waits for the device.
@@ -302,7 +301,7 @@ class Trainer:
             closing(meter),
             torch.random.fork_rng(devices=devices),
             self._gradients_averaged(),
-            self._saved_on_interrupt(path),
+            interrupts_delayed() as interrupted,
         ):
             stream = batches.between(self.step, steps, self._torch_seeds()[1])
             while self.step < steps:
@@ -323,8 +322,12 @@ class Trainer:
                         callback(self)
                         for module, mode in modes.items():
                             module.training = mode
-                if path is not None and self.step % save_every == 0 and not last:
+                # Other ranks may not be where they could save.
+                stopped = interrupted and self.ranks.size == 1
+                if path and (stopped or (self.step % save_every == 0 and not last)):
                     self.save(path)
+                if interrupted:
+                    raise KeyboardInterrupt
         if path is not None:
             self.save(path)
         return self.losses
@@ -387,23 +390,12 @@ class Trainer:
             self._model = self.net
 
     def _seed_torch(self) -> None:
-        seed, _ = self._torch_seeds()
+        """Seed the generators of the CPU and of the network's device, and no others."""
+        seed, kind = self._torch_seeds()[0], self.device.type
         torch.default_generator.manual_seed(seed)
-        on_gpu = self.device.type == "cuda"
-        if self.device.type != "cpu":
-            with torch.cuda.device(self.device) if on_gpu else nullcontext():
-                getattr(torch, self.device.type).manual_seed(seed)
-
-    @contextmanager
-    def _saved_on_interrupt(self, path: Path | None) -> Iterator[None]:
-        """Save a training that Ctrl-C stops; it stops between two steps."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            # Other ranks may not be where they could save.
-            if path is not None and self.ranks.size == 1 and self.step:
-                self.save(path)
-            raise
+        with torch.cuda.device(self.device) if kind == "cuda" else nullcontext():
+            if kind != "cpu":
+                getattr(torch, kind).manual_seed(seed)
 
     def _stateful(self) -> list[tuple[str, Any]]:
         names = ("net", "ema", "optimizer", "scheduler", "_scaler")
@@ -467,21 +459,20 @@ class Trainer:
         if self.clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
-        with uninterrupted():
-            # In the warm-up at a share of the learning rate.
-            rates = [group["lr"] for group in self.optimizer.param_groups]
-            if self.step < self.warmup_steps:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = group["lr"] * ((self.step + 1) / self.warmup_steps)
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            if self.scheduler is not None:
-                self.scheduler.step()
-            self._average.update_parameters(self.net)
-            self._pending.append(total)
-            self.step += 1
+        # In the warm-up at a share of the learning rate.
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        if self.step < self.warmup_steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["lr"] * ((self.step + 1) / self.warmup_steps)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self._average.update_parameters(self.net)
+        self._pending.append(total)
+        self.step += 1
 
     def _loss(self, x: Tensor, key: NoiseKey, conditions: dict[str, Any]) -> Tensor:
         """The mean loss of a part of a batch; its losses are added to those of their levels."""
