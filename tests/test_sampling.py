@@ -80,24 +80,6 @@ def test_toy_mode_mass() -> None:
     assert abs(masses[1] - tolerances.TOY_PLAIN) < tolerances.TOY_PLAIN_TOLERANCE
 
 
-def test_annealed_langevin_is_algorithm_1(backend: str) -> None:
-    """Step by step against the formula in fp64 with the contract's own noise."""
-    x = torch.randn(3, 7, dtype=torch.float64)
-    want, t = x.clone(), 0
-    for sigma in SIGMAS.double():
-        alpha = 1e-3 * sigma**2 / SIGMAS[-1].double() ** 2
-        for _ in range(5):
-            key = score_kernels.NoiseKey(9, purpose=2, draw=t)
-            z = score_kernels.ops.normal((3, 7), key).double()
-            want += alpha / 2 * gaussian(want, sigma.expand(3)) + alpha.sqrt() * z
-            t += 1
-    last = SIGMAS[-1].double()
-    denoised = want + last**2 * gaussian(want, last.expand(3))
-    for denoise, expected in ((False, want), (True, denoised)):
-        got = anneal(x.float(), denoise=denoise)
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("shape", [(8, 3), (8, 1, 8, 8), (8,)])
 def test_a_run_does_not_depend_on_its_batches(backend: str, shape: tuple[int, ...]) -> None:
     whole = anneal(shape, first_sample=2**32 - 3)

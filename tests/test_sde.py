@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -41,11 +42,31 @@ def test_published_ends() -> None:
     torch.testing.assert_close(ddpm.alphas_bar, (1 - betas).cumprod(0))
     one = torch.ones((), dtype=torch.float64)
     assert float(VP().mean(one).square()) == pytest.approx(float(ddpm.alphas_bar[-1]), rel=0.1)
-    cosine = DDPMSchedule.cosine(100)
-    assert len(cosine.sigmas) == 100 and bool((cosine.sigmas.diff() > 0).all())
+
+
+@pytest.mark.parametrize("offset", [0.008, 0.1])
+def test_the_cosine_schedule(offset: float) -> None:
+    """Equation 17 of arXiv 2102.09672, abar = f(t) / f(0), and betas of at most 0.999."""
+    times = np.arange(101) / 100
+    f = np.cos((times + offset) / (1 + offset) * np.pi / 2) ** 2
+    want = f[1:] / f[0]
+    # The last beta would be 1.
+    want[-1] = 0.001 * want[-2]
+    np.testing.assert_allclose(DDPMSchedule.cosine(100, offset).alphas_bar, want, rtol=1e-12)
+    assert DDPMSchedule.cosine().alphas_bar[499] == pytest.approx(0.4938, abs=1e-4)
+
+
+def test_sigmas_and_betas_of_a_chain() -> None:
+    schedule = DDPMSchedule([0.8, 0.5, 0.2])
+    np.testing.assert_allclose(schedule.sigmas, [0.5, 1.0, 2.0], rtol=1e-15)
+    linear = DDPMSchedule.linear(3, 0.1, 0.5).alphas_bar
+    np.testing.assert_allclose(linear, [0.9, 0.9 * 0.7, 0.9 * 0.7 * 0.5], rtol=1e-15)
 
 
 def test_index_is_the_nearest_step() -> None:
+    # By ratio: between 0.5 and 2 the middle is 1, not 1.25.
+    coarse = DDPMSchedule([0.8, 0.2])
+    assert coarse.index(torch.tensor([0.99, 1.01, 1.24])).tolist() == [0, 1, 1]
     ddpm = DDPMSchedule.linear(50)
     assert torch.equal(ddpm.index(ddpm.sigmas.float()), torch.arange(50))
     near = ddpm.sigmas * torch.exp(0.4 * ddpm.sigmas.log().diff().min() * (torch.rand(50) * 2 - 1))

@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import tolerances
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from score_kernels import NoiseKey, dsm_loss, exact_score_loss, sliced_score_loss
+from score_kernels import NoiseKey, Purpose, dsm_loss, exact_score_loss, ops, sliced_score_loss
 
 METHODS = ["double_backward", "jvp", "finite_difference"]
 PROBES = ["rademacher", "gaussian", "sphere"]
@@ -43,6 +44,46 @@ def test_the_gaussian_s_score_has_minus_half_the_dimension(
     assert abs(loss - want) < 1e-3
     score = (loss + dimension / 2) / math.sqrt(dimension / 2 / batch)
     assert 2 * stats.norm.sf(abs(score)) > tolerances.ALPHA / 6
+
+
+@pytest.mark.parametrize("variance_reduced", [True, False])
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_is_the_papers(method: str, probe: str, variance_reduced: bool) -> None:
+    """Equations 7 and 8 of arXiv 1905.07088 and 13 of 2007.03317 in NumPy, of s = (W y + sin 2y) /
+    sigma at sigmas far from 1, each sample the mean of its three probes."""
+    key, batch = NoiseKey(4, draw=9, first_sample=2), 6
+    x = torch.randn(batch, 4, dtype=torch.float64).numpy()
+    w = torch.randn(4, 4, dtype=torch.float64).numpy()
+    sigma = np.array([0.25, 0.5, 2.0, 4.0, 8.0, 16.0])
+
+    def s(y: np.ndarray) -> np.ndarray:
+        return (y @ w.T + np.sin(2 * y)) / sigma[:, None]
+
+    want = np.zeros(batch)
+    for i in range(3):
+        own = key.for_purpose(Purpose.SSM_PROBE + i)
+        v = (ops.rademacher if probe == "rademacher" else ops.normal)((batch, 4), own)
+        v = v.double().numpy()
+        if probe == "sphere":
+            v *= 2 / np.linalg.norm(v, axis=1, keepdims=True)
+        along, value = ((v @ w.T + 2 * np.cos(2 * x) * v) / sigma[:, None]), s(x)
+        if method == "finite_difference":
+            h = 0.1 * sigma[:, None]
+            along = (s(x + h * v) - s(x - h * v)) / (2 * h)
+            value = (s(x + h * v) + s(x - h * v)) / 2
+        second = (value**2).sum(1) if variance_reduced else (v * value).sum(1) ** 2
+        want += ((v * along).sum(1) + second / 2) / 3
+
+    def score(y: Tensor, sigma: Tensor) -> Tensor:
+        return (y @ torch.from_numpy(w).T + torch.sin(2 * y)) / sigma[:, None].double()
+
+    options: dict[str, Any] = {"probe": probe, "probes": 3, "variance_reduced": variance_reduced}
+    options |= {"noise": key, "method": method, "fd_step": 0.1}
+    levels = torch.from_numpy(sigma).float()
+    for reduction, wanted in (("none", want), ("mean", want.mean()), ("sum", want.sum())):
+        got = sliced_score_loss(score, torch.from_numpy(x), levels, reduction=reduction, **options)
+        np.testing.assert_allclose(got.detach(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_exact_loss_is_the_formula() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,16 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-import score_kernels
-from score_kernels import NoiseKey, Trainer, dsm_loss, geometric_sigmas, sliced_score_loss
-from score_kernels.networks import ConvScore, MLPScore
+from score_kernels import (
+    NoiseKey,
+    Purpose,
+    Trainer,
+    dsm_loss,
+    geometric_sigmas,
+    ops,
+    sliced_score_loss,
+)
+from score_kernels.networks import MLPScore
 from score_kernels.training import checkpoint as files
 from score_kernels.training.batches import Batches, permutation
 
@@ -56,44 +65,125 @@ def same(a: Trainer, b: Trainer) -> bool:
     return all(torch.equal(x.nan_to_num(9), y.nan_to_num(9)) for x, y in pairs)
 
 
-def test_it_is_the_loop_one_would_write() -> None:
-    """Loss, gradient, clipping, Adam, warm-up and the average, step by step."""
-    trainer, source = make(ema_decay=0.9, clip_norm=0.5, warmup_steps=4), data()
-    net = copy.deepcopy(trainer.net)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    average = [p.detach().clone() for p in net.parameters()]
-    losses = []
-    for step in range(12):
-        stream = torch.cat([permutation(37, 5, epoch) for epoch in range(3)])
-        rows = stream[step * 8 : step * 8 + 8]
-        loss = dsm_loss(net, source[rows], SIGMAS, noise=NoiseKey(5).at(step))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
-        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / 4)
-        optimizer.step()
-        for m, p in zip(average, net.parameters(), strict=True):
-            m.lerp_(p.detach(), 1 - 0.9)
-        losses.append(loss.detach())
-    assert torch.equal(fit(trainer, source, 12), torch.stack(losses))
-    for got, want in zip(trainer.net.parameters(), net.parameters(), strict=True):
-        assert torch.equal(got, want)
-    for got, want in zip(trainer.ema.parameters(), average, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2
-
-
 class Noisy(nn.Module):
     """A network with dropout, batch normalisation's buffers, and conditions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.Dropout(0.5))
+        self.body = nn.Sequential(nn.Linear(3, 16, bias=False), nn.BatchNorm1d(16), nn.Dropout(0.5))
         self.last = nn.Linear(16, 3)
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
         out = self.last(self.body(x)) / sigma[:, None]
         return out if label is None else out * (1 + label[:, None])
+
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "all at once": {"ema_decay": 0.9, "clip_norm": 0.5, "warmup_steps": 4},
+    "weighting": {"weighting": 1.0},
+    "sliced": {"loss": "ssm", "weighting": 3.0},
+    "parts": {"accumulate": 4, "clip_norm": 2.0},
+    "average that warms up": {"ema_warmup": True},
+    "average of short memory": {"ema_decay": 0.2, "ema_warmup": True},
+    "bfloat16": {"precision": "bfloat16", "ema_decay": 0.5},
+    "float16": {"precision": "float16", "clip_norm": 0.5, "ema_decay": 0.5},
+    "batch": {"batch_size": 5, "seed": 2**64 - 1, "ema_decay": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_it_is_the_loop_one_would_write(name: str) -> None:
+    """Data, levels, noise, dropout, loss, gradient, clipping, rate and averages of every step."""
+    given = {"batch_size": 8, "seed": 5, "loss": "dsm", "weighting": 2.0, "accumulate": 1}
+    given |= {"ema_decay": 0.999, "ema_warmup": False, "clip_norm": None, "warmup_steps": 0}
+    given |= {"precision": "float32", **LOOPS[name]}
+    trainer, source = make(Noisy, **given), data()
+    net, losses = copy.deepcopy(trainer.net), []
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    average = [p.detach().clone() for p in net.parameters()]
+    scaler = torch.amp.GradScaler("cpu", enabled=given["precision"] == "float16")
+    dtype = getattr(torch, given["precision"])
+    size, seed, parts = given["batch_size"], given["seed"], given["accumulate"]
+    stream = torch.cat([permutation(37, seed, epoch) for epoch in range(3)])
+    state = torch.get_rng_state()
+    for step in range(12):
+        key = NoiseKey(seed).at(step)
+        words = ops.words((1, 4), key.for_purpose(Purpose.TORCH_SEED))[0].tolist()
+        torch.manual_seed(words[0] + 2**32 * words[1])
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for first in range(0, size, size // parts):
+            x = source[stream[step * size + first :][: size // parts]]
+            rows = key.for_samples(first)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                if given["loss"] == "dsm":
+                    loss = dsm_loss(net, x, SIGMAS, noise=rows, weighting=given["weighting"])
+                else:
+                    labels = ops.words((len(x),), rows.for_purpose(Purpose.DSM_LEVEL)) * 6 >> 32
+                    sigma = SIGMAS[labels]
+                    z = ops.normal(x.shape, rows.for_purpose(Purpose.DSM_NOISE))
+                    noisy = x + sigma[:, None] * z
+                    each = sliced_score_loss(net, noisy, sigma, noise=rows, reduction="none")
+                    loss = (sigma ** given["weighting"] * each).mean()
+            scaler.scale(loss / parts).backward()
+            total += loss.detach() / parts
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(net.parameters(), given["clip_norm"] or math.inf)
+        warm = given["warmup_steps"]
+        optimizer.param_groups[0]["lr"] = 1e-2 * (min(1.0, (step + 1) / warm) if warm else 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        m = given["ema_decay"]
+        m = min(m, (1 + step) / (10 + step)) if given["ema_warmup"] else m
+        for mean, p in zip(average, net.parameters(), strict=True):
+            mean.copy_(m * mean + (1 - m) * p.detach())
+        losses.append(total)
+    torch.set_rng_state(state)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    close(fit(trainer, source, 12), torch.stack(losses))
+    for got, want in zip(trainer.net.parameters(), net.parameters(), strict=True):
+        close(got, want)
+    for got, want in zip(trainer.ema.parameters(), average, strict=True):
+        close(got, want)
+    for got, want in zip(trainer.ema.buffers(), net.buffers(), strict=True):
+        close(got, want)
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_ranks_have_seeds_of_their_own() -> None:
+    trainer = make()
+    seeds = [trainer._torch_seeds()]
+    trainer.ranks = dataclasses.replace(trainer.ranks, rank=1)
+    seeds.append(trainer._torch_seeds())
+    key = NoiseKey(5, purpose=Purpose.TORCH_SEED)
+    words = ops.words((2, 4), key).tolist()
+    assert seeds == [(a + 2**32 * b, c + 2**32 * d) for a, b, c, d in words]
+
+
+def test_all_that_belongs_to_a_training_is_restored(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    trainer = make(precision="float16", about={"units": "meters", "year": 1999})
+    fit(trainer, data(), 2)
+    scale = {**trainer._scaler.state_dict(), "scale": 128.0, "_growth_tracker": 7}
+    trainer._scaler.load_state_dict(scale)
+    trainer.save(path)
+    again = make(precision="float16", about={"year": 2000})
+    again.load(path)
+    assert again._scaler.state_dict() == scale
+    assert again.about == {"units": "meters", "year": 2000}
+    changed: dict[str, Any] = {
+        "seed": 6, "loss": "ssm", "weighting": 1.0, "batch_size": 16, "accumulate": 2,
+        "ema_decay": 0.9, "ema_warmup": True, "clip_norm": 1.0, "warmup_steps": 3,
+        "precision": "bfloat16",
+    }  # fmt: skip
+    for name, value in changed.items():
+        other = make(**{"precision": "float16", name: value})
+        with pytest.raises(ValueError, match=f"{name} = .* there and {value} here"):
+            other.load(path)
+    scheduled = make(precision="float16")
+    scheduled.scheduler = torch.optim.lr_scheduler.ConstantLR(scheduled.optimizer)
+    with pytest.raises(ValueError, match="a scheduler is given in one and not in the other"):
+        scheduled.load(path)
 
 
 class Augmented(torch.utils.data.Dataset):
@@ -221,7 +311,7 @@ def test_losses_by_level() -> None:
         x = data(40)[permutation(40, 5, 0)[step * 8 : step * 8 + 8]]
         key = NoiseKey(5).at(step)
         each = dsm_loss(trainer.net, x, SIGMAS, noise=key, reduction="none").detach()
-        labels = (score_kernels.ops.words((8, 1), key.for_purpose(3))[:, 0] * 6) >> 32
+        labels = (ops.words((8, 1), key.for_purpose(3))[:, 0] * 6) >> 32
         sums.index_add_(0, labels, each)
         counts.index_add_(0, labels, torch.ones(8))
     assert len(trainer.level_losses) == 1
@@ -245,19 +335,6 @@ def test_the_average_warms_up_and_is_not_the_weights(tmp_path: Path) -> None:
         files.load_weights(tmp_path / "c.pt", net, which=which)
         assert distance(net, wanted) == 0
     assert not any(p.requires_grad for p in cold.ema.parameters()) and not cold.ema.training
-
-
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_lower_precision(precision: str) -> None:
-    def train(precision: str) -> tuple[Tensor, Trainer]:
-        trainer = make(lambda: ConvScore(1, 8), rate=1e-3, precision=precision)
-        images = torch.randn(40, 1, 6, 6, generator=torch.Generator().manual_seed(3))
-        return fit(trainer, images, 20), trainer
-
-    exact, _ = train("float32")
-    got, trainer = train(precision)
-    assert all(p.dtype == torch.float32 for p in trainer.net.parameters())
-    assert 0 < float((got - exact).norm()) < 0.05 * float(exact.norm())
 
 
 def test_a_loss_that_is_not_finite_is_named_and_not_saved(tmp_path: Path) -> None:
@@ -296,7 +373,7 @@ def test_callback_bar_and_tensorboard(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    trainer = make()
+    trainer = make(Noisy)
 
     def watch(trainer: Trainer) -> None:
         seen.append(trainer.step)
@@ -307,7 +384,7 @@ def test_callback_bar_and_tensorboard(
     assert seen == [4, 8, 10]
     err = capsys.readouterr().err + capsys.readouterr().out
     assert "samples/s" in err and "loss" in err
-    assert torch.equal(trainer.losses, fit(make(), data(), 10))
+    assert torch.equal(trainer.losses, fit(make(Noisy), data(), 10))
 
     class Writer:
         scalars: dict[str, list[int]] = {}
@@ -343,10 +420,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="resume=True"):
         fit(make(), data(), 5, checkpoint=path)
     others = [
-        (make(seed=6), "seed = 5 there and 6 here"),
-        (make(batch_size=16), "batch_size = 8 there and 16 here"),
         (make(rate=1e-4), "optimizer ="),
-        (make(loss="ssm"), "loss = dsm there and ssm here"),
         (make(lambda: MLPScore(3, 20)), r"layers.0.weight is \(16, 3\) in the file and"),
         (make(lambda: MLPScore(3, 16, depth=3)), "layers.2.weight is missing in the file"),
     ]
