@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from PIL import Image
 
 from score_kernels.cli import config
 from score_kernels.cli import main as cli
-from score_kernels.training import checkpoint
+from score_kernels.cli.train import train
+from score_kernels.networks import MLPScore
+from score_kernels.training import Trainer, checkpoint
 
 SETTINGS = """
 [network]
@@ -229,6 +233,124 @@ def test_bad_data_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "Traceback" not in text and not (tmp_path / "run").exists()
     assert run("train", "--out", tmp_path / "run") == 1
     assert "--data PATH" in capsys.readouterr().err
+
+
+def rate(trainer: Trainer) -> float:
+    group = trainer.optimizer.param_groups[0]
+    return group.get("initial_lr", group["lr"])
+
+
+# A setting, a value that is not its default, and what it must be of the trainer.
+EFFECTS: dict[str, tuple[Any, Callable[[Trainer], Any], Any]] = {
+    "data.key": ("b", lambda t: t.about["data"]["shape"], [2]),
+    "network.kind": ("mlp", lambda t: type(t.net).__name__, "MLPScore"),
+    "network.width": (24, lambda t: t.net.layers[0].out_features, 24),
+    "network.depth": (4, lambda t: len(t.net.layers), 4),
+    "noise.sigma_max": (9.0, lambda t: float(t.sigmas[0]), 9.0),
+    "noise.sigma_min": (0.5, lambda t: float(t.sigmas[-1]), 0.5),
+    "noise.levels": (7, lambda t: len(t.sigmas), 7),
+    "noise.steps_per_level": (3, lambda t: t.about["schedule"]["steps_per_level"], 3),
+    "noise.step_size": (0.125, lambda t: t.about["schedule"]["step_size"], 0.125),
+    "training.loss": ("ssm", lambda t: t.loss, "ssm"),
+    "training.steps": (3, lambda t: t.step, 3),
+    "training.batch_size": (6, lambda t: t.batch_size, 6),
+    "training.accumulate": (2, lambda t: t.accumulate, 2),
+    "training.learning_rate": (0.25, rate, 0.25),
+    "training.warmup_steps": (1, lambda t: t.warmup_steps, 1),
+    "training.cosine": (False, lambda t: t.scheduler, None),
+    "training.clip_norm": (0.5, lambda t: t.clip_norm, 0.5),
+    "training.ema_decay": (0.5, lambda t: t.ema_decay, 0.5),
+    "training.ema_warmup": (False, lambda t: t.ema_warmup, False),
+    "training.precision": ("bfloat16", lambda t: t.precision, "bfloat16"),
+    "training.seed": (9, lambda t: t.seed, 9),
+    "training.save_every": (8, lambda t: t.saves, 3),
+}
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_every_setting_reaches_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of a training of 20 steps; `data.path` and `training.device` are refused elsewhere."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(30, 3)), rng.normal(size=(30, 2))
+    if name == "network.kind":
+        a = rng.normal(size=(30, 4, 4))
+    np.savez(tmp_path / "two.npz", a=a, b=b)
+    tables: dict[str, dict[str, Any]] = {
+        "data": {"path": str(tmp_path / "two.npz"), "key": "a"},
+        "noise": {"levels": 5},
+        "training": {"steps": 20, "batch_size": 8},
+    }
+    saves, save = [], Trainer.save
+    monkeypatch.setattr(Trainer, "save", lambda self, path: (saves.append(path), save(self, path)))
+
+    def trained(out: str) -> Trainer:
+        trainer = train(config.from_dict(tables, "here"), tmp_path / out, progress=False)
+        trainer.saves = len(saves)
+        saves.clear()
+        return trainer
+
+    value, seen, expected = EFFECTS[name]
+    before = seen(trained("default"))
+    section, key = name.split(".")
+    tables.setdefault(section, {})[key] = value
+    after = trained("changed")
+    assert seen(after) == expected != before
+    if name == "training.learning_rate":
+        assert after.scheduler.T_max == 20
+    if name == "training.steps":
+        assert len(after.losses) == 3
+
+
+def test_settings_for_none_and_by_themselves(tmp_path: Path) -> None:
+    tables = {
+        "data": {"path": str(npy_file(tmp_path / "points.npy"))},
+        "noise": {"levels": 5},
+        "training": {"steps": 25, "batch_size": 8, "clip_norm": 0},
+    }
+    trainer = train(config.from_dict(tables, "here"), tmp_path / "out", progress=False)
+    assert trainer.clip_norm is None
+    # A tenth of the training, in place of 200.
+    assert trainer.warmup_steps == 2
+    tables["network"] = {"kind": "conv"}
+    with pytest.raises(ValueError, match="network kind: got conv for samples of shape"):
+        train(config.from_dict(tables, "here"), tmp_path / "conv", progress=False)
+
+
+def test_the_network_s_first_weights_are_the_seed_s(tmp_path: Path) -> None:
+    tables = {
+        "data": {"path": str(npy_file(tmp_path / "points.npy"))},
+        "noise": {"levels": 5},
+        "training": {"steps": 0, "batch_size": 8, "seed": 3},
+    }
+    trainer = train(config.from_dict(tables, "here"), tmp_path / "out", progress=False)
+    torch.manual_seed(3)
+    values = np.load(tmp_path / "points.npy").astype(np.float64)
+    middle, half = (values.max() + values.min()) / 2, (values.max() - values.min()) / 2
+    std = math.sqrt((((values - middle) / half) ** 2).mean())
+    net = MLPScore(3, 32, depth=3, data_std=trainer.net.data_std)
+    # The root mean square around 0, which is not the standard deviation.
+    assert math.isclose(net.data_std, std, rel_tol=1e-5)
+    for got, want in zip(trainer.net.parameters(), net.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_defaults_of_the_commands() -> None:
+    def defaults(*command: str) -> dict[str, Any]:
+        return vars(cli._parser().parse_args(command))
+
+    assert defaults("info") == {"command": "info"}
+    assert defaults("selfcheck") == {"command": "selfcheck", "device": "cpu", "quick": False}
+    assert defaults("train") == {
+        "command": "train", "data": None, "out": Path("run"), "config": None, "steps": None,
+        "seed": None, "device": None, "resume": False, "print_config": False,
+    }  # fmt: skip
+    assert defaults("sample", "c.pt") == {
+        "command": "sample", "path": Path("c.pt"), "count": 64, "out": Path("samples"),
+        "format": "npz", "shard_size": 1024, "seed": 0, "first_sample": 0, "weights": "ema",
+        "batch_size": 64, "device": "cpu", "overwrite": False,
+    }  # fmt: skip
 
 
 def test_stopping_by_hand_is_no_traceback(

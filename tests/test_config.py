@@ -38,6 +38,24 @@ def test_round_trip_and_every_key_is_in_the_text(tmp_path: Path) -> None:
     assert read(tmp_path, "[training]\nlearning_rate = 1").training.learning_rate == 1.0
 
 
+def test_defaults() -> None:
+    assert dataclasses.asdict(Config()) == {
+        "data": {"path": None, "key": None},
+        "network": {"kind": "auto", "width": 32, "depth": 3},
+        "noise": {
+            "sigma_max": None, "sigma_min": None, "levels": None, "steps_per_level": 5,
+            "step_size": None,
+        },
+        "training": {
+            "loss": "dsm", "steps": 20_000, "batch_size": 64, "accumulate": 1,
+            "learning_rate": 1e-3, "warmup_steps": 200, "cosine": True, "clip_norm": 1.0,
+            "ema_decay": 0.999, "ema_warmup": True, "precision": "float32", "seed": 0,
+            "device": "cpu", "save_every": 1000,
+        },
+        "sampling": {"count": 64, "every": 0},
+    }  # fmt: skip
+
+
 CASES: list[tuple[str, str]] = [
     ("[trainig]\nsteps = 3", r"\[trainig\] is unknown; did you mean training\?"),
     ("[training]\nstesp = 3", r"\[training\] stesp is unknown; did you mean steps\?"),

@@ -13,6 +13,7 @@ from benchmarks.harness import peak_bytes
 from score_kernels import NoiseKey, Purpose, ops
 from score_kernels.diffusion import distance
 from score_kernels.diffusion.distance import max_pairwise_distance, pairwise_distance_bounds
+from score_kernels.diffusion.sigmas import suggest_schedule
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -179,8 +180,13 @@ def test_bounds_hold(blocks: None, shape: tuple[int, int], points: int, dtype: t
 
 
 def test_bounds_are_reproducible_and_sweep() -> None:
-    data = torch.randn(300, 12)
-    assert pairwise_distance_bounds(data, seed=3) == pairwise_distance_bounds(data, seed=3)
+    data = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
+    found = [pairwise_distance_bounds(data, seed=seed, points=1) for seed in range(8)]
+    assert found[3] == pairwise_distance_bounds(data, seed=3, points=1)
+    assert len(set(found)) > 1
+    # More points to start from find a larger distance, and a smaller bound.
+    lower, upper = pairwise_distance_bounds(data, seed=3, points=9)
+    assert lower >= found[3][0] and upper < found[3][1]
     # One far pair, and no luck needed to find it.
     data[17], data[130] = 40.0, -41.0
     lower, upper = pairwise_distance_bounds(data, points=1)
@@ -196,6 +202,10 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
     assert "largest distance" in capsys.readouterr().err
     pairwise_distance_bounds(data, progress=True)
     assert "100%" in capsys.readouterr().err
+    suggest_schedule(data)
+    assert capsys.readouterr().err == ""
+    suggest_schedule(data, progress=True)
+    assert "largest distance" in capsys.readouterr().err
 
 
 def bad(value: float) -> Tensor:

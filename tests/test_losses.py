@@ -81,7 +81,11 @@ def test_the_loss_is_the_formula(backend: str) -> None:
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
     check(each.mean())
-    check(each.mean(), labels=labels)
+    others = 4 - labels
+    sigma = SIGMAS[others].double().view(-1, 1, 1, 1)
+    noisy = clean + sigma * z
+    reverse = 0.5 * (sigma * -noisy / (1 + sigma**2) + z).square().sum((1, 2, 3))
+    check(reverse.mean(), labels=others)
     check(each.sum(), reduction="sum")
     check(each, reduction="none")
     check((each / SIGMAS[labels].double()).mean(), weighting=1.0)

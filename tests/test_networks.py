@@ -104,6 +104,17 @@ def test_differentiates_twice_for_sliced_score_matching():
         assert torch.autograd.gradgradcheck(lambda x, net=net, sigma=sigma: net(x, sigma), (x,))
 
 
+def test_sizes_and_activations():
+    net = MLPScore(6, 24, depth=3, activation="softplus", conditional=False)
+    widths = [tuple(p.shape) for p in net.parameters() if p.ndim == 2]
+    assert widths == [(24, 6), (24, 24), (24, 24), (6, 24)]
+    assert isinstance(net.act, torch.nn.Softplus) and isinstance(MLPScore(6).act, torch.nn.SiLU)
+    net = ConvScore(2, 16, levels=3)
+    assert net.first.weight.shape == (16, 2, 3, 3) and len(net.down) == 3
+    # Half as many pixels a side and twice as many channels a level.
+    assert [block.conv1.weight.shape[0] for block in net.down] == [16, 32, 64]
+
+
 @pytest.mark.parametrize(
     "call, names",
     [

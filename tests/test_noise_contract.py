@@ -84,9 +84,17 @@ def test_rank_and_shape_do_not_enter() -> None:
 
 def test_other_dtypes_hold_the_same_values(backend: str) -> None:
     key = NoiseKey(14)
-    z = ops.normal((3, 37), key)
-    for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        assert torch.equal(ops.normal((3, 37), key, dtype=dtype), z.to(dtype))
+    for fill in (ops.normal, ops.uniform, ops.rademacher):
+        z = fill((3, 37), key)
+        assert z.dtype == torch.float32
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
+            got = fill((3, 37), key, dtype=dtype)
+            assert got.dtype == dtype and torch.equal(got, z.to(dtype))
+
+
+def test_noise_is_made_on_the_device_that_is_named() -> None:
+    for fill in (ops.words, ops.normal, ops.uniform, ops.rademacher):
+        assert fill((3, 37), NoiseKey(14), device="meta").is_meta
 
 
 def test_empty_batches(backend: str) -> None:

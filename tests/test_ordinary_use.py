@@ -325,6 +325,8 @@ def test_a_checkpoint_gives_network_schedule_and_units_back(tmp_path: Path, imag
     for name, value in trained.net.state_dict().items():
         assert torch.equal(value, state["net"][name])
     assert not trained.net.training and len(trained.schedule.sigmas) == 3
+    elsewhere = sk.load(out / "checkpoint.pt", device="meta").net
+    assert all(p.is_meta for p in elsewhere.parameters())
     assert trained.data.shape == (1, 4, 4)
     x = torch.tensor([[-1.0, 1.0, 0.0]])
     assert trained.data.unscale(x).tolist() == [[0, 255, 128]]

@@ -275,28 +275,18 @@ def test_log_likelihood_of_a_gaussian() -> None:
     def score(x: Tensor, sigma: Tensor) -> Tensor:
         return -((x @ vectors) / (values + sigma[:, None].double() ** 2)) @ vectors.T
 
-    x = torch.randn(1500, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     x = x @ torch.linalg.cholesky(covariance).T
     sigmas = sk.geometric_sigmas(200.0, 0.01, 150)
     exact = torch.distributions.MultivariateNormal(
         torch.zeros(6, dtype=torch.float64), covariance + 1e-4 * torch.eye(6)
     ).log_prob(x)
-    deviations = []
-    for probe in ("rademacher", "gaussian", "sphere"):
-        got = sk.log_likelihood(score, x, sigmas, probe=probe, seed=5)
-        error = got - exact
-        standard = float(error.std()) / math.sqrt(len(x))
-        print(f"{probe}: error {float(error.mean()):.4f} +- {standard:.4f} nats")
-        z = stats.norm.isf(tolerances.ALPHA / 6)
-        # 0.01 nats for the steps of the integration.
-        assert abs(float(error.mean())) < z * standard + 0.01
-        deviations.append(float(error.std()))
-    assert deviations[0] < deviations[1]
-    many = sk.log_likelihood(score, x, sigmas, probes=16, seed=5) - exact
-    assert float(many.std()) < 0.4 * deviations[0]
+    error = sk.log_likelihood(score, x, sigmas, seed=5) - exact
+    standard = float(error.std()) / math.sqrt(len(x))
+    # 0.01 nats for the steps of the integration.
+    assert abs(float(error.mean())) < stats.norm.isf(tolerances.ALPHA / 2) * standard + 0.01
     part = sk.log_likelihood(score, x[7:9], sigmas, seed=5, first_sample=7)
-    whole = sk.log_likelihood(score, x, sigmas, seed=5)
-    torch.testing.assert_close(part, whole[7:9])
+    torch.testing.assert_close(part, (error + exact)[7:9])
 
 
 def test_a_score_of_zero_is_not_corrected() -> None:

@@ -20,7 +20,7 @@ from scipy import stats
 from torch import Tensor
 
 import score_kernels
-from score_kernels import annealed_langevin, geometric_sigmas, langevin
+from score_kernels import annealed_langevin, geometric_sigmas, langevin, log_likelihood
 from score_kernels.sampling import Progress
 from score_kernels.sampling.engine import Chain, Phase, run
 
@@ -258,6 +258,10 @@ def test_progress_bar_is_shown_when_asked(capsys: pytest.CaptureFixture[str]) ->
     assert "sampling" in capsys.readouterr().err
     anneal((2, 3))
     assert capsys.readouterr().err == ""
+    log_likelihood(gaussian, torch.zeros(2, 3), SIGMAS)
+    assert capsys.readouterr().err == ""
+    log_likelihood(gaussian, torch.zeros(2, 3), SIGMAS, progress=True)
+    assert "likelihood" in capsys.readouterr().err
 
 
 def wrong_score(value: Any) -> Any:

@@ -35,11 +35,16 @@ SIGMAS = geometric_sigmas(5.0, 0.1, 6)
 
 
 def make(
-    net: Callable[[], nn.Module] = lambda: MLPScore(3, 16), rate: float = 1e-2, **options: Any
+    net: Callable[[], nn.Module] = lambda: MLPScore(3, 16),
+    rate: float = 1e-2,
+    period: int = 0,
+    **options: Any,
 ) -> Trainer:
     torch.manual_seed(0)
     made = net()
     optimizer = torch.optim.Adam(made.parameters(), lr=rate)
+    if period:
+        options["scheduler"] = torch.optim.lr_scheduler.StepLR(optimizer, period, 0.5)
     return Trainer(made, SIGMAS, optimizer, **{"batch_size": 8, "seed": 5, **options})
 
 
@@ -87,6 +92,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "average of short memory": {"ema_decay": 0.2, "ema_warmup": True},
     "bfloat16": {"precision": "bfloat16", "ema_decay": 0.5},
     "float16": {"precision": "float16", "clip_norm": 0.5, "ema_decay": 0.5},
+    "scheduler": {"scheduler": 3, "warmup_steps": 5},
     "batch": {"batch_size": 5, "seed": 2**64 - 1, "ema_decay": 0.5},
 }
 
@@ -97,7 +103,8 @@ def test_it_is_the_loop_one_would_write(name: str) -> None:
     given = {"batch_size": 8, "seed": 5, "loss": "dsm", "weighting": 2.0, "accumulate": 1}
     given |= {"ema_decay": 0.999, "ema_warmup": False, "clip_norm": None, "warmup_steps": 0}
     given |= {"precision": "float32", **LOOPS[name]}
-    trainer, source = make(Noisy, **given), data()
+    period = given.pop("scheduler", 100)
+    trainer, source = make(Noisy, period=period, **given), data()
     net, losses = copy.deepcopy(trainer.net), []
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     average = [p.detach().clone() for p in net.parameters()]
@@ -130,7 +137,8 @@ def test_it_is_the_loop_one_would_write(name: str) -> None:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(net.parameters(), given["clip_norm"] or math.inf)
         warm = given["warmup_steps"]
-        optimizer.param_groups[0]["lr"] = 1e-2 * (min(1.0, (step + 1) / warm) if warm else 1.0)
+        rate = 1e-2 * 0.5 ** (step // period)
+        optimizer.param_groups[0]["lr"] = rate * (min(1.0, (step + 1) / warm) if warm else 1.0)
         scaler.step(optimizer)
         scaler.update()
         m = given["ema_decay"]
@@ -147,7 +155,7 @@ def test_it_is_the_loop_one_would_write(name: str) -> None:
         close(got, want)
     for got, want in zip(trainer.ema.buffers(), net.buffers(), strict=True):
         close(got, want)
-    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2 * 0.5 ** (12 // period)
 
 
 def test_ranks_have_seeds_of_their_own() -> None:
@@ -281,6 +289,28 @@ def test_any_source_of_data_gives_the_same_training() -> None:
     assert all(torch.equal(loss, losses[0]) for loss in losses[1:])
 
 
+class Fetched(torch.utils.data.Dataset):
+    """Ones from a worker, zeros from this process."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.full((3,), float(torch.utils.data.get_worker_info() is not None))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_are_fetched_by_workers(workers: int) -> None:
+    seen: list[Tensor] = []
+
+    def loss(net: nn.Module, x: Tensor, sigmas: Tensor, noise: NoiseKey) -> Tensor:
+        seen.append(x)
+        return net(x, sigmas[:1].expand(len(x))).square().mean()
+
+    fit(make(loss=loss), Fetched(), 1, workers=workers)
+    assert torch.equal(seen[0], torch.full((8, 3), float(workers > 0)))
+
+
 def test_sliced_and_custom_losses() -> None:
     """SSM weighs v^T grad s v + 1/2 ||s||^2 by sigma^2; both train on a Gaussian to its score."""
     trainer = make(loss="ssm", batch_size=256, rate=3e-3)
@@ -382,8 +412,10 @@ def test_callback_bar_and_tensorboard(
 
     trainer.fit(data(), 10, report_every=4, callback=watch)
     assert seen == [4, 8, 10]
-    err = capsys.readouterr().err + capsys.readouterr().out
+    err = capsys.readouterr().err
     assert "samples/s" in err and "loss" in err
+    make().fit(data(), 3, progress=False)
+    assert capsys.readouterr().err == ""
     assert torch.equal(trainer.losses, fit(make(Noisy), data(), 10))
 
     class Writer:

@@ -1,0 +1,303 @@
+"""Change the library's code in small ways, one at a time, and see whether its tests notice.
+
+    python -m tools.mutants                                # all modules of mutants.toml: an hour
+    python -m tools.mutants score_kernels/sampling/sde.py  # some
+    python -m tools.mutants --options                      # ignore every option of options.toml
+
+The changes are cosmic-ray's: a number, an operator, a comparison, a condition. Each runs the
+module's tests in a fork of a process that has imported torch already. The module is changed in
+memory only; the files stay as they are. Tests that start processes see the unchanged module.
+
+Prints the changes that no test noticed, and how many were noticed by module. Changes that alter
+nothing a user could see are listed in mutants.toml with the reason, and not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.machinery
+import inspect
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+from tqdm import tqdm
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = tomllib.loads((ROOT / "tools" / "mutants.toml").read_text())
+OPTIONS = tomllib.loads((ROOT / "tests" / "options.toml").read_text())
+# One change of each kind at a place: the opposite operator, the other side of a boundary.
+OPERATORS = re.compile(
+    r"core/(ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|Pow_Mul|FloorDiv_Div|Mod_FloorDiv"
+    r"|LShift_RShift|RShift_LShift)"
+    r"|ReplaceComparisonOperator_(Eq_NotEq|NotEq_Eq|Is_IsNot|IsNot_Is|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt)"
+    r"|NumberReplacer|ReplaceUnaryOperator_(Delete_USub|Delete_Not)|AddNot|Replace(And|Or)With.*"
+    r"|Replace(True|False)With.*|Replace(Break|Continue)With.*|ZeroIterationForLoop)"
+)
+SECONDS = 240
+
+
+@dataclass
+class Mutant:
+    """A changed module: its path, its code, and the changed line before and after."""
+
+    module: str
+    code: str
+    change: str
+    line: int
+
+    @property
+    def tests(self) -> list[str]:
+        return [f"tests/{name}.py" for name in SETTINGS["tests"][self.module]]
+
+    def apply(self) -> None:
+        """Let the module be imported as it is here, and not from its file or a compiled one."""
+        path, loader = str(ROOT / self.module), importlib.machinery.SourceFileLoader
+        read, code = loader.get_data, self.code.encode()
+        cached = importlib.util.cache_from_source(path)
+
+        def changed(loader: Any, name: str) -> bytes:
+            if name == cached:
+                raise OSError("compiled from the unchanged module")
+            return code if name == path else read(loader, name)
+
+        loader.get_data = changed  # type: ignore[method-assign]
+        loader.set_data = lambda *_, **__: None  # type: ignore[method-assign]
+
+
+@dataclass
+class Ignored:
+    """An option of a function, command or settings' section that is ignored."""
+
+    module: str
+    change: str
+    test: str
+    line: int = 0
+
+    @property
+    def tests(self) -> list[str]:
+        file, name = self.test.split("::")
+        return [f"tests/{file}.py::{name}"]
+
+    def apply(self) -> None:
+        """Let the option have its default whatever is given."""
+        head, _, name = self.module.partition(".")
+        {"settings": _without_setting, "command": _without_flag}.get(head, _without_argument)(
+            self.module if head == "score_kernels" else name, self.change
+        )
+
+
+def _without_setting(section: str, key: str) -> None:
+    from score_kernels.cli import config
+
+    read, default = config.from_dict, getattr(getattr(config.Config(), section), key)
+
+    def changed(*arguments: Any) -> Any:
+        settings = read(*arguments)
+        table = config.replace(getattr(settings, section), **{key: default})
+        return config.replace(settings, **{section: table})
+
+    config.from_dict = changed
+
+
+def _without_flag(command: str, flag: str) -> None:
+    from score_kernels.cli import main
+
+    make = main._parser
+
+    def changed() -> argparse.ArgumentParser:
+        parser = make()
+        parse = parser.parse_args
+
+        def parsed(*arguments: Any) -> argparse.Namespace:
+            found = parse(*arguments)
+            if found.command == command:
+                (choices,) = (a.choices for a in parser._actions if a.dest == "command")
+                setattr(found, flag, choices[command].get_default(flag))
+            return found
+
+        parser.parse_args = parsed  # type: ignore[method-assign, assignment]
+        return parser
+
+    main._parser = changed
+
+
+def _without_argument(path: str, option: str) -> None:
+    """In every module of the library that has imported the function."""
+    import score_kernels.cli.main
+    import score_kernels.cli.train  # noqa: F401
+
+    parts = path.split(".")
+    if path.endswith("sampling.Options"):
+        # Samplers hand the options on in one dictionary.
+        import score_kernels.sampling.engine as engine
+
+        path, parts = "", []
+        owner: Any = engine
+        value: Any = engine.run
+    else:
+        owner = score_kernels
+        for part in parts[1:-1]:
+            owner = getattr(owner, part)
+        value = getattr(owner, parts[-1])
+    function: Any = value
+    if inspect.isclass(value):
+        name = "__new__" if "__new__" in vars(value) else "__init__"
+        function = getattr(value, name)
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def changed(*arguments: Any, **named: Any) -> Any:
+        bound = signature.bind(*arguments, **named)
+        for given in (bound.arguments, bound.arguments.get("options", {})):
+            if option in given and _default(signature, option) is inspect.Parameter.empty:
+                # There is no default: something else.
+                given[option] = _other(given[option])
+            else:
+                given.pop(option, None)
+        return function(*bound.args, **bound.kwargs)
+
+    if inspect.isclass(value):
+        setattr(value, name, staticmethod(changed) if name == "__new__" else changed)
+        return
+    if inspect.isclass(owner):
+        wrapped = classmethod(changed) if inspect.ismethod(value) else changed
+        if inspect.ismethod(value):
+            function = value.__func__
+            signature = inspect.signature(function)
+        setattr(owner, parts[-1], wrapped)
+        return
+    for module in [m for n, m in sys.modules.items() if n.startswith("score_kernels")]:
+        for name, held in list(vars(module).items()):
+            if held is function:
+                setattr(module, name, changed)
+
+
+def _default(signature: inspect.Signature, option: str) -> Any:
+    parameter = signature.parameters.get(option)
+    return None if parameter is None else parameter.default
+
+
+def _other(value: Any) -> Any:
+    return value + 1 if isinstance(value, int) else 2 * value if isinstance(value, float) else None
+
+
+def mutants(module: str) -> Iterator[Mutant]:
+    """All changes of a module."""
+    source = (ROOT / module).read_text()
+    lines = source.splitlines()
+    for name in filter(OPERATORS.fullmatch, operator_names()):
+        # Of a number cosmic-ray makes one more and one less: the first is enough.
+        step, at = 2 if name == "core/NumberReplacer" else 1, 0
+        while (code := mutate_code(source, get_operator(name)(), at)) is not None:
+            at += step
+            pairs = enumerate(zip(lines, code.splitlines(), strict=True), 1)
+            number, (before, after) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
+            change = f"{before.strip()} -> {after.strip()}"
+            if not any(re.search(pattern, change) for pattern in SETTINGS["ignored"]):
+                yield Mutant(module, code, change, number)
+
+
+def run(mutant: Mutant | Ignored, folder: str) -> None:
+    """In a fork: import the library with the change, and run the tests; does not return."""
+    os.setpgrp()
+    signal.alarm(SECONDS)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    mutant.apply()
+    import pytest
+
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", folder]
+    chosen = " and ".join(f"not {name}" for name in SETTINGS["slow"])
+    os._exit(int(pytest.main([*options, "-k", chosen, *mutant.tests])))
+
+
+def start(mutant: Mutant | Ignored) -> int:
+    """The process of a changed module's tests."""
+    folder = tempfile.mkdtemp(prefix="mutant-")
+    process = os.fork()
+    if not process:
+        try:
+            run(mutant, folder)
+        finally:
+            os._exit(1)
+    return process
+
+
+def finished() -> tuple[int, bool]:
+    """Wait for a process; whether its tests passed."""
+    process, status = os.wait()
+    try:
+        os.killpg(process, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    return process, os.waitstatus_to_exitcode(status) == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", default=list(SETTINGS["tests"]))
+    parser.add_argument("--options", action="store_true", help="ignore options instead")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    # What all forks need, imported once; the library itself is imported by each.
+    import hypothesis  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import torch._inductor.config  # noqa: F401
+
+    started, equivalent = time.perf_counter(), SETTINGS.get("equivalent", {})
+    waiting: list[Any] = [m for module in arguments.modules for m in mutants(module)]
+    if arguments.options:
+        waiting = [Ignored(p, o, test) for p, t in OPTIONS.items() for o, (_, test) in t.items()]
+    total = {mutant.module: 0 for mutant in waiting}
+    spared = {mutant.module: 0 for mutant in waiting}
+    survived: list[Any] = []
+    running: dict[int, Any] = {}
+    for module in {} if arguments.options else arguments.modules:
+        start(Mutant(module, (ROOT / module).read_text(), "unchanged", 0))
+        if not finished()[1]:
+            raise RuntimeError(f"the tests of {module} fail without a change")
+    with tqdm(total=len(waiting), unit="mutant") as bar:
+        while waiting or running:
+            while waiting and len(running) < arguments.processes:
+                mutant = waiting.pop(0)
+                running[start(mutant)] = mutant
+            process, passed = finished()
+            mutant = running.pop(process)
+            known = mutant.change in equivalent.get(mutant.module, {})
+            spared[mutant.module] += known
+            total[mutant.module] += not known
+            if passed and not known:
+                survived.append(mutant)
+                bar.write(f"{mutant.module}:{mutant.line}: {mutant.change}")
+            bar.update()
+    print(f"\n| module | changes | noticed | share | equivalent |\n|{'---|' * 5}")
+    for module, count in total.items():
+        noticed = count - sum(m.module == module for m in survived)
+        share = noticed / max(count, 1)
+        print(f"| {module} | {count} | {noticed} | {share:.1%} | {spared[module]} |")
+    print(f"\n{sum(total.values())} changes in {(time.perf_counter() - started) / 60:.0f} minutes")
+    return int(bool(survived))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
