@@ -218,9 +218,9 @@ def run(mutant: Mutant | Ignored, folder: str) -> None:
     """In a fork: import the library with the change, and run the tests; does not return."""
     os.setpgrp()
     signal.alarm(SECONDS)
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
+    log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     mutant.apply()
     import pytest
 
@@ -229,9 +229,9 @@ def run(mutant: Mutant | Ignored, folder: str) -> None:
     os._exit(int(pytest.main([*options, "-k", chosen, *mutant.tests])))
 
 
-def start(mutant: Mutant | Ignored) -> int:
+def start(mutant: Mutant | Ignored, folder: str) -> int:
     """The process of a changed module's tests."""
-    folder = tempfile.mkdtemp(prefix="mutant-")
+    folder = tempfile.mkdtemp(dir=folder)
     process = os.fork()
     if not process:
         try:
@@ -259,6 +259,12 @@ def main() -> int:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     os.environ["OMP_WAIT_POLICY"] = "passive"
+    with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
+        return all_of(arguments, folder)
+
+
+def all_of(arguments: argparse.Namespace, folder: str) -> int:
+    """Run the tests of every change, and print what was not noticed; 0 if nothing was not."""
     # What all forks need, imported once; the library itself is imported by each.
     import hypothesis  # noqa: F401
     import scipy.stats  # noqa: F401
@@ -273,14 +279,18 @@ def main() -> int:
     survived: list[Any] = []
     running: dict[int, Any] = {}
     for module in {} if arguments.options else arguments.modules:
-        start(Mutant(module, (ROOT / module).read_text(), "unchanged", 0))
+        start(Mutant(module, (ROOT / module).read_text(), "unchanged", 0), folder)
         if not finished()[1]:
+            (log,) = Path(folder).glob("*.log")
+            print(log.read_text()[-3000:])
             raise RuntimeError(f"the tests of {module} fail without a change")
+        (log,) = Path(folder).glob("*.log")
+        log.unlink()
     with tqdm(total=len(waiting), unit="mutant") as bar:
         while waiting or running:
             while waiting and len(running) < arguments.processes:
                 mutant = waiting.pop(0)
-                running[start(mutant)] = mutant
+                running[start(mutant, folder)] = mutant
             process, passed = finished()
             mutant = running.pop(process)
             known = mutant.change in equivalent.get(mutant.module, {})

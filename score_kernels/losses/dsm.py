@@ -95,7 +95,8 @@ def dsm_loss(
         weight: Tensor | None = weighting
     else:
         power = checks.number("weighting", weighting)
-        weight = None if power == 2.0 else sigma ** (power - 2.0)
+        # An exponent in a tensor, which torch.compile does not compile anew for each value.
+        weight = None if power == 2.0 else sigma ** (sigma.new_ones(()) * (power - 2.0))
     mean = reduction == "mean" and not return_per_level
     each = denoising_losses(net, x, sigma, noise, weight, conditions, mean=mean)
     if mean:

@@ -240,7 +240,8 @@ def _by_finite_difference(
     keys: list[NoiseKey],
     kind: dict[str, Any],
 ) -> list[Tensor]:
-    step = torch.full(x.shape[:1], fd_step, dtype=x.dtype, device=x.device)
+    # Not torch.full, which torch.compile compiles anew for each value.
+    step = x.new_ones(x.shape[:1]) * fd_step
     if level is not None:
         step = step * level.to(x.dtype)
     losses = []
@@ -295,5 +296,5 @@ def _check(score: Any, x: Any, sigma: Any) -> Tensor | None:
         checks.per_sample("sigma", sigma, x)
     elif sigma is not None:
         level = checks.noise_level("sigma", sigma)
-        sigma = torch.full(x.shape[:1], level, dtype=torch.float32, device=x.device)
+        sigma = torch.ones(x.shape[:1], dtype=torch.float32, device=x.device) * level
     return sigma

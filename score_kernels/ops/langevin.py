@@ -17,6 +17,7 @@ from score_kernels.ops._dispatch import (
     check_key,
     dense,
     direct,
+    is_compiling,
     is_grad_enabled,
     new_like,
     refuse_vmap,
@@ -219,7 +220,11 @@ class _AffineStep(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
-        return _new_op(x, score, a, b, c, noise)
+        return (
+            _compiled(x, score, a, b, c, noise)
+            if is_compiling()
+            else _new_op(x, score, a, b, c, noise)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -237,6 +242,8 @@ class _AffineStep(torch.autograd.Function):
 class _AffineStepInPlace(_AffineStep):
     @staticmethod
     def forward(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
+        if is_compiling():
+            return x.copy_(_compiled(x, score, a, b, c, noise))
         _in_place_op(x, score, a, b, c, noise)
         return x
 
@@ -244,6 +251,16 @@ class _AffineStepInPlace(_AffineStep):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _AffineStep.setup_context(ctx, inputs, output)
         ctx.mark_dirty(inputs[0])
+
+
+def _compiled(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
+    """The step with its coefficients in a tensor: torch.compile compiles an op anew for each value
+    of a number, and not for those of a product with a tensor."""
+    one = x.new_ones(())
+    table = torch.stack([one * a, one * b, one * c])[None]
+    out = x.clone(memory_format=torch.contiguous_format)
+    _table_op(out, score, table, None, None, None, noise)
+    return out
 
 
 def _shares_elements(x: Tensor) -> bool:
@@ -295,8 +312,7 @@ def _table_step_(
     _increment_version((x,))
 
 
-# Scalars and not floats, for which torch.compile would compile each value anew.
-_STEP = f"Tensor score, Scalar a, Scalar b, Scalar c, {KEY_SCHEMA}"
+_STEP = f"Tensor score, float a, float b, float c, {KEY_SCHEMA}"
 _new_op = register(f"affine_step(Tensor x, {_STEP}) -> Tensor", _affine_step, new_like)
 _in_place_op = register(
     f"affine_step_(Tensor(a!) x, {_STEP}) -> ()", _affine_step_, lambda *_: None
