@@ -53,6 +53,14 @@ def test_level_step_and_sample_are_named(step: int, value: float) -> None:
         sampler(Faulty(step, value=value), first_sample=2**40)
 
 
+def test_a_resumed_chain_is_searched_from_where_it_was_resumed() -> None:
+    with pytest.raises(FloatingPointError, match="not finite after step 25 "):
+        sk.annealed_langevin(
+            Faulty(5), torch.ones(ROWS, 3), SIGMAS, steps_per_level=3, step_size=1e-3, seed=1,
+            first_step=20,
+        )  # fmt: skip
+
+
 def test_the_denoising_is_checked() -> None:
     with pytest.raises(FloatingPointError, match="not finite after the denoising at the end"):
         sampler(Faulty(STEPS))
@@ -63,18 +71,18 @@ def test_a_step_too_large_is_called_so() -> None:
         sk.langevin(lambda x: -x, (2, 2), step_size=1e3, steps=40, seed=0)
 
 
-@pytest.mark.parametrize("step", [0, 30, 99, 119, STEPS])
-def test_stopping_gives_the_last_state_seen_to_be_finite(step: int) -> None:
+@pytest.mark.parametrize("step", [0, 30, 80, 99, 100, 119, STEPS])
+def test_stopping_gives_the_last_finite_state(step: int) -> None:
     states: list[Tensor] = []
     sampler(Faulty(10**9), callback=lambda p: states.append(p.x.clone()))
-    done = step // 50 * 50
-    with pytest.warns(RuntimeWarning, match=f"stopped, with the state after {done} steps"):
+    with pytest.warns(RuntimeWarning, match=f"stopped, with the state after {step} steps"):
         x = sampler(Faulty(step), on_nan="stop")
-    if done:
-        assert torch.equal(x, states[done - 1])
+    if step:
+        assert torch.equal(x, states[step - 1])
     with pytest.warns(RuntimeWarning, match="is not finite after"):
         trajectory = sampler(Faulty(step), on_nan="stop", record_every=20)
-    assert torch.equal(trajectory[-1], x) and len(trajectory) == done // 20 + 1
+    # The last state comes once.
+    assert torch.equal(trajectory[-1], x) and len(trajectory) == max(1, -(-step // 20))
     for i, frame in enumerate(trajectory[:-1]):
         assert torch.equal(frame, states[20 * i + 19])
 

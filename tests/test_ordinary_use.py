@@ -506,6 +506,12 @@ def test_a_recorded_result_comes_once() -> None:
             gaussian, (2, 3), denoise=denoise, record_every=every, **options
         )
         assert len(trajectory) == frames and torch.equal(trajectory[-1], x)
+    # Known parts: with noise up to the end in annealed dynamics, and none in what ends at 0.
+    known: dict[str, Any] = {"known": torch.zeros(3), "mask": torch.tensor([True, False, False])}
+    options.update(known, record_every=10, denoise=False)
+    assert len(sk.annealed_langevin(gaussian, (2, 3), **options)) == 4
+    flow = sk.probability_flow(gaussian, (2, 3), SIGMAS, seed=1, record_every=2, **known)
+    assert len(flow) == 3 and not flow[-1][:, 0].any()
 
 
 def test_guided_scores_take_conditions() -> None:
@@ -526,6 +532,9 @@ def test_networks_without_sigma_are_told_the_wrapper() -> None:
     for call in (
         lambda: sk.annealed_langevin(net, (2, 3), seed=1, **ANNEAL),
         lambda: sk.dsm_loss(net, torch.zeros(2, 3), SIGMAS, seed=1),
+        lambda: sk.sliced_score_loss(net, torch.zeros(2, 3), 0.5, seed=1),
+        lambda: sk.exact_score_loss(net, torch.zeros(2, 3), 0.5),
+        lambda: sk.log_likelihood(net, torch.zeros(2, 3), SIGMAS),
     ):
         with pytest.raises(TypeError, match=r"does not take \(x, sigma\).*unconditional"):
             call()
@@ -539,7 +548,67 @@ def _fail() -> Tensor:
     raise TypeError("inside")
 
 
+def test_sigma_is_not_changed_by_a_score() -> None:
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        return -x / sigma.mul_(2)[:, None]
+
+    for call in (
+        lambda: sk.dsm_loss(score, torch.zeros(2, 3), SIGMAS, seed=1),
+        lambda: sk.annealed_langevin(score, (1, 3), seed=1, **ANNEAL),
+    ):
+        with pytest.raises(RuntimeError, match="changed its argument sigma in place"):
+            call()
+
+
+def test_callbacks_that_change_nothing_are_refused() -> None:
+    def assign(progress: Any) -> None:
+        progress.x = progress.x.clamp(-1, 1)
+
+    for callback in (lambda p: p.x.clamp(-1, 1), assign):
+        with pytest.raises(TypeError, match="callback: returned a tensor or set progress.x"):
+            sk.annealed_langevin(gaussian, (2, 3), seed=1, callback=callback, **ANNEAL)
+    # As list.append, or a number for a log.
+    sk.annealed_langevin(gaussian, (2, 3), seed=1, callback=lambda p: float(p.x[0, 0]), **ANNEAL)
+
+
 # Losses
+
+
+@pytest.mark.parametrize("method", ["double_backward", "jvp", "finite_difference", "exact"])
+def test_data_are_not_changed_by_a_score(method: str) -> None:
+    net, x = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), torch.randn(4, 3)
+    kept = x.clone()
+
+    def loss() -> Tensor:
+        if method == "exact":
+            return sk.exact_score_loss(net, x)
+        return sk.sliced_score_loss(net, x, seed=1, method=method)
+
+    with pytest.raises(RuntimeError, match="score: changed its argument x in place.*clone"):
+        loss()
+    if method != "jvp":
+        assert torch.equal(x, kept)
+
+
+def test_scores_that_cut_their_graph_are_refused() -> None:
+    """Their trace would be 0; that of a score that does not depend on x is."""
+
+    @torch.inference_mode()
+    def inferred(x: Tensor, sigma: Tensor) -> Tensor:
+        return -2 * x
+
+    def detached(x: Tensor, sigma: Tensor) -> Tensor:
+        return (-2 * x).detach()
+
+    x = torch.randn(4, 3)
+    for score in (inferred, detached):
+        for call in (
+            lambda f=score: sk.sliced_score_loss(f, x, 1.0, seed=1),
+            lambda f=score: sk.exact_score_loss(f, x, 1.0),
+            lambda f=score: sk.log_likelihood(f, x, SIGMAS),
+        ):
+            with pytest.raises(RuntimeError, match="score: its value depends on x and has no der"):
+                call()
 
 
 def test_vmap_over_samples_is_refused() -> None:
@@ -550,10 +619,11 @@ def test_vmap_over_samples_is_refused() -> None:
         "langevin_step_": lambda x, s: ops.langevin_step_(x.clone(), x, 0.1, KEY),
         "dsm_loss": lambda x, s: sk.dsm_loss(gaussian, x, SIGMAS, seed=1),
         "dsm_loss_from_score": lambda x, s: ops.dsm_loss_from_score(x, s, KEY),
+        "fd_pair": lambda x, s: ops.fd_pair(x, s, KEY),
         "sliced_score_loss": lambda x, s: sk.sliced_score_loss(gaussian, x, s, seed=1),
     }
     for call in calls.values():
-        with pytest.raises(RuntimeError, match="under torch.func.vmap.*apply vmap to the network"):
+        with pytest.raises(RuntimeError, match="under torch.func.vmap.*make the noise first"):
             torch.func.vmap(call)(x, sigma)
         with pytest.raises(RuntimeError, match="under torch.func.vmap"):
             torch.func.vmap(torch.func.grad(lambda a, s, f=call: f(a, s).sum()))(x, sigma)

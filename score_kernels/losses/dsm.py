@@ -12,7 +12,7 @@ from torch import Tensor
 
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
-from score_kernels.ops._dispatch import modes_active, refuse_vmap, transforms_active
+from score_kernels.ops._dispatch import modes_active, refuse_vmap, transforms_active, version_of
 from score_kernels.ops.dsm import dsm_losses
 
 __all__ = ["dsm_loss"]
@@ -129,12 +129,14 @@ def denoising_losses(
 ) -> Tensor:
     """The ``[B]`` losses of :func:`dsm_loss` at given noise levels, or their mean, unchecked."""
     key = noise.for_purpose(_NOISE)
-    noisy = ops.perturb(x, sigma, key)
+    noisy, version = ops.perturb(x, sigma, key), version_of(sigma)
     try:
         score = net(noisy, sigma, **conditions)
     except TypeError as error:
         checks.takes_sigma("net", net, error)
         raise
+    if version_of(sigma) != version:
+        raise RuntimeError("net: changed its argument sigma in place, expected it as it was")
     checks.score_like(x, score, "net")
     return dsm_losses(score, sigma, key, weight, mean=mean)
 
@@ -152,15 +154,11 @@ def _table(sigmas: Any, device: torch.device) -> Tensor:
         if seen.is_cpu and sigmas.is_cpu:
             same = seen.dtype == sigmas.dtype and torch.equal(seen, sigmas)
         else:
-            same = version == _version(sigmas) and source() is sigmas
+            same = version == version_of(sigmas) and source() is sigmas
         if same and table.device == device:
             return table
     table = torch.tensor(checks.noise_levels(sigmas), dtype=torch.float32, device=device)
     # Tensors made under a transform or a mode do not outlive it.
     if isinstance(sigmas, Tensor) and not (transforms_active() or modes_active()):
-        _checked = weakref.ref(sigmas), _version(sigmas), sigmas.detach().clone(), table
+        _checked = weakref.ref(sigmas), version_of(sigmas), sigmas.detach().clone(), table
     return table
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

@@ -17,11 +17,15 @@ from torch import Tensor
 
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
-from score_kernels.ops._dispatch import refuse_vmap, state_dtype
+from score_kernels.ops._dispatch import refuse_vmap, state_dtype, version_of
 
 __all__ = ["exact_score_loss", "sliced_score_loss"]
 
 _METHODS = ("auto", "double_backward", "jvp", "finite_difference")
+_IN_PLACE = (
+    "score: changed its argument x in place, as ReLU(inplace=True) does; expected x as it was, or "
+    "a copy: lambda x, *sigma: score(x.clone(), *sigma)"
+)
 # Scores, by id, whose gradient was found to have no derivative.
 _no_double_backward: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -38,7 +42,7 @@ def exact_score_loss(
     Hyvarinen (2005), with the exact trace: one backward pass per element of a sample. For small
     samples, and as the truth in tests. Arguments, result and errors: :func:`sliced_score_loss`.
     """
-    call = _score_at(score, _check(score, x, sigma), {})
+    call = score_at(score, _check(score, x, sigma), {})
     refuse_inference()
     training = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -127,7 +131,7 @@ def sliced_score_loss(
     losses = []
     if used != "finite_difference":
         try:
-            losses = _by_derivative(_score_at(score, level, conditions), x, keys, kind, used)
+            losses = _by_derivative(score_at(score, level, conditions), x, keys, kind, used)
         except _NoDoubleBackward:
             if method != "auto":
                 raise
@@ -140,7 +144,7 @@ def sliced_score_loss(
                 stacklevel=2,
             )
     if not losses:
-        call = _score_at(score, level, conditions)
+        call = score_at(score, level, conditions)
         losses = _by_finite_difference(call, x, level, fd_step, keys, kind)
     each = losses[0] if probes == 1 else torch.stack(losses).mean(0)
     return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
@@ -194,7 +198,13 @@ def vector_jacobian(
     """
     if not value.requires_grad:
         x, v = x.detach().contiguous(), v.reshape(x.shape).to(x.dtype)
-        return torch.func.jvp(call, (x,), (v,))[1]
+        along = torch.func.jvp(call, (x,), (v,))[1]
+        if not along.any() and not torch.equal(call(x + 1), call(x)):
+            raise RuntimeError(
+                "score: its value depends on x and has no derivative, as after detach(), .data or "
+                "under inference_mode; expected a score that autograd can follow"
+            )
+        return along
     (grad,) = torch.autograd.grad(
         value,
         x,
@@ -273,13 +283,25 @@ def _generators(device: torch.device) -> Callable[[], None]:
     return lambda: (on_cpu(), on_gpu()) and None
 
 
-def _score_at(
+def score_at(
     score: Callable[..., Tensor], level: Tensor | None, conditions: dict[str, Any]
 ) -> Callable[[Tensor], Tensor]:
     """The score at given noise levels as a function of x alone, its result checked."""
 
     def call(y: Tensor) -> Tensor:
-        value = score(y, **conditions) if level is None else score(y, level, **conditions)
+        version = version_of(y)
+        try:
+            value = score(y, **conditions) if level is None else score(y, level, **conditions)
+        except TypeError as error:
+            if level is not None:
+                checks.takes_sigma("score", score, error)
+            raise
+        except RuntimeError as error:
+            if "in-place operation" not in str(error):
+                raise
+            raise RuntimeError(_IN_PLACE) from error
+        if version_of(y) != version:
+            raise RuntimeError(_IN_PLACE)
         checks.score_like(y, value)
         return value
 

@@ -83,9 +83,14 @@ def refuse_vmap(**tensors: Tensor | None) -> None:
         if value is not None:
             raise RuntimeError(
                 f"{name}: got samples under torch.func.vmap, which all would have the noise of "
-                "sample 0; expected the whole batch [B, ...]. For gradients of each sample, apply "
-                "vmap to the network alone"
+                "sample 0; expected the whole batch [B, ...]. For gradients of each sample, make "
+                "the noise first (ops.perturb, ops.normal), and apply vmap to what follows"
             )
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that changes with a tensor's values, where torch counts them."""
+    return -1 if is_compiling() or tensor.is_inference() else tensor._version
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

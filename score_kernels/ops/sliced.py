@@ -22,6 +22,7 @@ from score_kernels.ops._dispatch import (
     check_key,
     dense,
     direct,
+    refuse_vmap,
     register,
     state_dtype,
     transformed,
@@ -139,6 +140,7 @@ def fd_pair(x: Tensor, step: Tensor, noise: NoiseKey, *, probe: str = "rademache
     checks.per_sample("step", step, x, x.dtype)
     if direct(x, step):
         return _pair(x, step, noise, probe)
+    refuse_vmap(x=x)
     if transformed():
         shift = expand_like(step, x) * probe_like(x, noise, probe)
         return torch.cat([x + shift, x - shift])

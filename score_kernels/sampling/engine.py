@@ -47,7 +47,8 @@ class Options(TypedDict, total=False):
             that many steps of a run with the same seed, which must be given.
         aux: resume a sampler that has auxiliary tensors: those of `Progress` after that step.
         callback: called with a `Progress` after each update step. It may change the state, with
-            operations of torch in place: ``progress.x.clamp_(-1, 1)``.
+            operations of torch in place: ``progress.x.clamp_(-1, 1)``; those of ``.data`` and of
+            NumPy are not seen by `on_nan`.
         record_every: return the trajectory, on the CPU, ``[n, B, ...]``: x after every so many
             steps and, last, the result, once.
         progress: show a progress bar.
@@ -64,8 +65,8 @@ class Options(TypedDict, total=False):
             Both are broadcast to the state's shape; mask is bool.
         on_nan: what to do when the state is not finite, which is checked every 50 steps and at the
             end: "raise" (the default) a FloatingPointError that names level, step and the first
-            such sample; "stop" there with a warning, and return the last state seen to be finite;
-            or "ignore" it. To find the step, those since the last check are repeated with the same
+            such sample; "stop" there with a warning, and return the last finite state; or "ignore"
+            it. To find the step, those since the last check are repeated with the same
             noise from a copy of the state, which all but "ignore" keep. A state that a callback has
             changed is checked and copied at once.
 
@@ -178,7 +179,7 @@ class ScoreModel:
     def __call__(self, x: Tensor) -> Tensor:
         """The score at x."""
         seen = x if self.scale is None else x * self.scale
-        version = seen._version
+        version, level = seen._version, self.sigma._version
         if self.pass_sigma:
             try:
                 value = self.score(seen, self.sigma, **self.conditions)
@@ -192,6 +193,8 @@ class ScoreModel:
             added = self.guidance(seen, self.sigma)
             checks.score_like(x, added, "guidance")
             value = value + added
+        if self.sigma._version != level:
+            raise RuntimeError("score: changed its argument sigma in place, expected it as it was")
         if seen._version != version:
             raise RuntimeError(
                 "score: changed its argument x in place, as ReLU(inplace=True) does; expected x as "
@@ -341,10 +344,12 @@ def run(
     every = total + 1
     if record_every is not None:
         every = checks.count("record_every", record_every, least=1)
+    if "init" in options and isinstance(shape_or_init, Tensor):
+        raise ValueError(f"init: got {options['init']!r} beside a state, expected it with a shape")
     seed, first_sample = options.get("seed"), options.get("first_sample", 0)
     seed = fresh_seed() if seed is None else seed
     key = NoiseKey(seed, purpose=Purpose.LANGEVIN, first_sample=first_sample)
-    _warn_of_training_mode(score)
+    warn_of_training_mode(score)
     # Not in inference mode, whose tensors have no versions and give a score no gradients.
     with torch.inference_mode(False), torch.no_grad():
         x = _start(shape_or_init, scale, key, options)
@@ -363,7 +368,9 @@ def run(
             monitor = DivergenceMonitor(chain, first_step, stop=on_nan == "stop")
         skipped = first_step // every
         # The result, unless it is the state after the last step recorded.
-        extra = bool(total % every) or denoise or known is not None or first_step == total
+        _, _, _, mean, noise = plan[-1].row() if plan else Phase(0.0).row()
+        changed_last = denoise or (known is not None and (mean, noise) != (1.0, 0.0))
+        extra = bool(total % every) or changed_last or first_step == total
         frames = 0 if record_every is None else total // every - skipped + extra
         trajectory = x.new_empty((frames, *x.shape), device="cpu")
         seen = Progress(step=0, level=-1, sigma=math.nan, x=x, aux=aux)
@@ -387,7 +394,12 @@ def run(
                 seen.step, seen.level = t - 1, chain.phase_of(t - 1)
                 seen.sigma = plan[seen.level].sigma
                 versions = [value._version for value in chain.tensors]
-                callback(seen)
+                result = callback(seen)
+                if isinstance(result, Tensor) or seen.x is not x:
+                    raise TypeError(
+                        "callback: returned a tensor or set progress.x, which changes nothing; "
+                        "expected changes in place: progress.x.clamp_(-1, 1)"
+                    )
                 changed = versions != [value._version for value in chain.tensors]
                 if changed and monitor is not None and not monitor.finite(t, by_callback=True):
                     t = monitor.done
@@ -408,13 +420,15 @@ def run(
         if record_every is None:
             # Without the flag that a score may have set: x.requires_grad_().
             return x.detach()
-        # Where the chain has stopped early, the last finite state.
-        last = min(t // every - skipped, frames - 1)
+        last = frames - 1
+        if monitor is not None and monitor.stopped:
+            # The last finite state, which may have been recorded.
+            last = max(0, t // every - skipped - (t % every == 0))
         trajectory[last].copy_(x)
         return trajectory[: last + 1]
 
 
-def _warn_of_training_mode(score: Any) -> None:
+def warn_of_training_mode(score: Any) -> None:
     """Dropout and batch normalisation would make samples random, or depend on each other."""
     parts = score.modules() if isinstance(score, nn.Module) else ()
     if any(part.training and isinstance(part, (_DropoutNd, _BatchNorm)) for part in parts):

@@ -28,10 +28,11 @@ class DivergenceMonitor:
 
     Attributes:
         done: steps done at the last state that was seen to be finite.
+        stopped: whether the chain has ended there.
     """
 
     def __init__(self, chain: Chain, done: int, stop: bool) -> None:
-        self.chain, self.done, self.stop = chain, done, stop
+        self.chain, self.done, self.stop, self.stopped = chain, done, stop, False
         row = _first_bad_row(chain.tensors)
         if row is not None:
             sample = chain.key.first_sample + row
@@ -60,7 +61,9 @@ class DivergenceMonitor:
             raise FloatingPointError(message)
         message += f"; stopped, with the state after {self.done} steps"
         warnings.warn(message, RuntimeWarning, 4)
+        # The replay has moved it on to the last finite one.
         _copy(self.chain.tensors, self.last)
+        self.stopped = True
         return False
 
     def _located(self, done: int, changed: int | None) -> str:
@@ -85,6 +88,9 @@ class DivergenceMonitor:
             row = _first_bad_row(chain.tensors)
             if row is not None:
                 break
+            if self.stop:
+                _copy(self.last, chain.tensors)
+                self.done = t + 1
         else:
             if changed is not None:
                 sample = chain.key.first_sample + changed

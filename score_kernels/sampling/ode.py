@@ -14,9 +14,16 @@ from typing_extensions import Unpack
 
 from score_kernels import checks, ops
 from score_kernels.bars import progress_bar
-from score_kernels.losses.sliced import refuse_inference, vector_jacobian
+from score_kernels.losses.sliced import refuse_inference, score_at, vector_jacobian
 from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
-from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
+from score_kernels.sampling.engine import (
+    Chain,
+    Options,
+    Phase,
+    Score,
+    run,
+    warn_of_training_mode,
+)
 
 __all__ = ["log_likelihood", "probability_flow"]
 
@@ -123,6 +130,7 @@ def log_likelihood(
     if not x.numel():
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one element")
     refuse_inference()
+    warn_of_training_mode(score)
     probes = checks.count("probes", probes, least=1)
     std = levels[-1] if prior_std is None else checks.positive("prior_std", prior_std)
     seed = fresh_seed() if seed is None else seed
@@ -150,10 +158,10 @@ def _score_and_trace(
     level = x.new_full(x.shape[:1], sigma, dtype=torch.float32)
     ones = x.new_ones(x.shape[0])
 
+    called = score_at(score, level, {})
+
     def call(y: Tensor) -> Tensor:
-        value = score(y, level)
-        checks.score_like(y, value)
-        return value.to(x.dtype)
+        return called(y).to(x.dtype)
 
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
