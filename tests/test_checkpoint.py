@@ -27,6 +27,39 @@ def test_round_trip(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
+def test_bytes_are_on_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = tmp_path / "c.pt", []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_size), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("renamed"), replace(*names)))
+    checkpoint.write(path, {"step": 1})
+    assert done == [path.stat().st_size, "renamed"]
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, {"step": 1})
+    with checkpoint.opened(path) as file:
+        checkpoint.write(path, {"step": 2})
+        assert checkpoint.parse(path, file)["step"] == 1
+    assert checkpoint.read(path)["step"] == 2
+
+
+def test_a_part_that_is_called_a_folder_is_damaged(tmp_path: Path) -> None:
+    """torch would read no bytes of it, and give what the memory held."""
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, {"weights": torch.randn(4)})
+    whole = bytearray(path.read_bytes())
+    # Entries of the archive's directory: the external attributes are at byte 38.
+    entry = whole.index(b"PK\x01\x02")
+    whole[entry + 38] ^= 0x10
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.read(path)
+
+
 def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     checkpoint.write(path, {"step": 1})
@@ -96,6 +129,10 @@ def test_weights_of_another_network_change_nothing(tmp_path: Path) -> None:
     ):
         checkpoint.load_weights(path, other)
     assert torch.equal(other.weight, net.weight)
+    checkpoint.write(path, {"net": {**net.state_dict(), "extra": torch.zeros(4)}})
+    with pytest.raises(ValueError, match=r"extra is \(4,\) in the file and missing in the network"):
+        checkpoint.load_weights(path, other, which="raw")
+    checkpoint.write(path, {"net": net.state_dict()})
     with pytest.raises(ValueError, match=r"weight is \(2, 3\) in the file and \(2, 4\) in"):
         checkpoint.load_weights(path, nn.Linear(4, 2), which="raw")
     with pytest.raises(ValueError, match="weights: got 'best', expected one of 'ema', 'raw'"):

@@ -250,7 +250,7 @@ EFFECTS: dict[str, tuple[Any, Callable[[Trainer], Any], Any]] = {
     "noise.sigma_min": (0.5, lambda t: float(t.sigmas[-1]), 0.5),
     "noise.levels": (7, lambda t: len(t.sigmas), 7),
     "noise.steps_per_level": (3, lambda t: t.about["schedule"]["steps_per_level"], 3),
-    "noise.step_size": (0.125, lambda t: t.about["schedule"]["step_size"], 0.125),
+    "noise.step_size": (1e-4, lambda t: t.about["schedule"]["step_size"], 1e-4),
     "training.loss": ("ssm", lambda t: t.loss, "ssm"),
     "training.steps": (3, lambda t: t.step, 3),
     "training.batch_size": (6, lambda t: t.batch_size, 6),

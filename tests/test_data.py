@@ -344,6 +344,11 @@ def test_extreme_floats_do_not_overflow(tmp_path: Path) -> None:
     assert torch.equal(data.unscale(torch.tensor([-1.0, 1.0])), torch.tensor([-top, top]))
 
 
+def test_values_outside_the_range_are_clamped() -> None:
+    data = Data(torch.tensor([[-3.0], [2.0], [11.0]]), 0.0, 8.0, "here")
+    assert data.scaled(torch.arange(3)).tolist() == [[-1.0], [-0.5], [1.0]]
+
+
 def test_unscale_clamps_and_rounds(tmp_path: Path) -> None:
     data = load(put(tmp_path / "x.npy", npy(random((3, 5, 7)))))
     x = torch.tensor([-torch.inf, -1.5, -1, 1, 1.5, torch.inf, 0.49 / 127.5, 0.51 / 127.5])

@@ -205,7 +205,7 @@ def test_functional_transforms() -> None:
     torch.testing.assert_close(grad, torch.full_like(score, 0.15))
     with pytest.raises(
         RuntimeError,
-        match="x: got samples under torch.func.vmap, .*apply vmap to the network alone",
+        match="x: got samples under torch.func.vmap, .*make the noise first",
     ):
         torch.func.vmap(lambda a, b: ops.langevin_step(a, b, 0.3, KEY))(x[None], score[None])
 

@@ -27,6 +27,7 @@ from score_kernels import NoiseKey, ops
 from score_kernels.bars import progress_bar
 from score_kernels.cli import config
 from score_kernels.cli.main import main
+from score_kernels.cli.train import train
 from score_kernels.diffusion.sde import VE, VP
 from score_kernels.networks import MLPScore
 from score_kernels.training import Trainer, checkpoint
@@ -75,6 +76,39 @@ class Drawn(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.rand(3)
+
+
+class Masked(nn.Module):
+    """A network with a mask of infinities, and frozen batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(3), nn.Linear(3, 3)
+        self.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.last(self.norm(x) @ self.mask.softmax(1)) / sigma[:, None]
+
+
+def test_masks_of_infinities_are_saved_and_infinities_that_came_are_not(tmp_path: Path) -> None:
+    trainer = make(Masked())
+    trainer.fit(torch.randn(20, 3), 3, checkpoint=tmp_path / "c.pt", progress=False)
+    trainer.net.norm.running_var[0] = math.inf
+    with pytest.raises(FloatingPointError, match="net.norm.running_var: not finite"):
+        trainer.save(tmp_path / "c.pt")
+
+
+def test_evaluating_between_two_fits_does_not_unfreeze() -> None:
+    trainer, data = make(Masked()), torch.randn(20, 3)
+    trainer.net.norm.eval()
+    trainer.fit(data, 2, progress=False)
+    trainer.net.eval()
+    trainer.fit(data, 4, progress=False)
+    assert trainer.net.training and not trainer.net.norm.training
+    assert trainer.net.norm.num_batches_tracked == 0
+    trainer.net.train()
+    trainer.fit(data, 6, progress=False)
+    assert trainer.net.norm.num_batches_tracked == 2
 
 
 def test_workers_draw_other_numbers_after_every_start() -> None:
@@ -306,12 +340,12 @@ def test_settings_of_sampling_alone_may_change_on_resume(tmp_path: Path, points:
     first = settings(tmp_path, SMALL + "[noise]\nlevels = 3\n")
     assert main([*common, "--config", str(first), "--out", str(out)]) == 0
     second = settings(
-        tmp_path, SMALL + "[noise]\nlevels = 3\nstep_size = 0.25\nsteps_per_level = 2\n"
+        tmp_path, SMALL + "[noise]\nlevels = 3\nstep_size = 0.0001\nsteps_per_level = 2\n"
     )
     assert main([*common, "--config", str(second), "--out", str(out), "--resume"]) == 0
     trained = sk.load(out / "checkpoint.pt")
-    assert (trained.schedule.step_size, trained.schedule.steps_per_level) == (0.25, 2)
-    assert "step_size 0.25 (given)" in trained.schedule.why
+    assert (trained.schedule.step_size, trained.schedule.steps_per_level) == (0.0001, 2)
+    assert "step_size 0.0001 (given)" in trained.schedule.why
     first = settings(tmp_path, SMALL + "[noise]\nlevels = 3\n")
     assert main([*common, "--config", str(first), "--out", str(out), "--resume"]) == 0
     schedule = sk.load(out / "checkpoint.pt").schedule
@@ -330,8 +364,9 @@ def test_a_checkpoint_gives_network_schedule_and_units_back(tmp_path: Path, imag
     for name, value in trained.net.state_dict().items():
         assert torch.equal(value, state["net"][name])
     assert not trained.net.training and len(trained.schedule.sigmas) == 3
-    elsewhere = sk.load(out / "checkpoint.pt", device="meta").net
-    assert all(p.is_meta for p in elsewhere.parameters())
+    with pytest.raises(ValueError, match="device: got str 'cuda:99', expected a device that torch"):
+        sk.load(out / "checkpoint.pt", device="cuda:99")
+    assert repr(trained).startswith("Trained(MLPScore, 3 levels, Data(0 samples of shape (1, 4, 4)")
     assert trained.data.shape == (1, 4, 4)
     x = torch.tensor([[-1.0, 1.0, 0.0]])
     assert trained.data.unscale(x).tolist() == [[0, 255, 128]]
@@ -378,17 +413,17 @@ def test_devices_that_compute_nothing_are_one_line(
         assert code == 1 and f"device: got str '{device}'" in said and said.count("\n") <= 2
 
 
-def test_a_sheet_of_a_training_is_not_overwritten(
+def test_a_sheet_of_something_else_is_not_overwritten(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
-    toml = settings(tmp_path, SMALL + "[noise]\nlevels = 3\n[sampling]\ncount = 4\n")
+    out, other = tmp_path / "run", tmp_path / "samples.png"
+    toml = settings(tmp_path, SMALL + "[noise]\nlevels = 3\n[sampling]\ncount = 0\n")
     arguments = ["train", "--data", str(images), "--config", str(toml), "--steps", "2"]
     assert main([*arguments, "--out", str(out)]) == 0
-    before = (out / "samples.png").read_bytes()
-    assert main(["sample", str(out / "checkpoint.pt"), "--num", "2", "--out", str(out)]) == 1
-    assert "samples.png" in capsys.readouterr().err
-    assert (out / "samples.png").read_bytes() == before
+    other.write_bytes(b"mine")
+    assert main(["sample", str(out / "checkpoint.pt"), "--num", "2", "--out", str(tmp_path)]) == 1
+    assert "samples.png: of something else" in capsys.readouterr().err
+    assert other.read_bytes() == b"mine"
 
 
 def test_two_jobs_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -406,6 +441,65 @@ def test_two_jobs_in_one_folder_are_refused(tmp_path: Path) -> None:
     with checkpoint.locked(tmp_path):
         assert "another process is writing to it" in other()
     assert other() == "held\n"
+
+
+def test_a_shortened_warm_up_goes_on_when_resumed(tmp_path: Path, points: Path) -> None:
+    toml = settings(tmp_path, SMALL + "cosine = false\n[noise]\nlevels = 3\n")
+    common = ["train", "--data", str(points), "--config", str(toml), "--out", str(tmp_path / "run")]
+    assert main([*common, "--steps", "20"]) == 0
+    assert main([*common, "--steps", "40", "--resume"]) == 0
+    state = checkpoint.read(tmp_path / "run" / "checkpoint.pt")
+    assert state["step"] == 40 and state["settings"]["warmup_steps"] == 2
+
+
+def test_steps_that_diverge_are_found_before_the_training(tmp_path: Path, points: Path) -> None:
+    tables = {"data": {"path": str(points)}, "noise": {"levels": 3, "sigma_min": 0.1}}
+    tables["noise"]["step_size"] = 0.05
+    with pytest.raises(ValueError, match="step_size: got 0.05, expected less than 4 sigma_min"):
+        train(config.from_dict(tables, "here"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sheet_that_diverges_does_not_end_the_training(
+    tmp_path: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def diverge(*_: Any, **__: Any) -> Tensor:
+        raise FloatingPointError("x: sample 0 is not finite")
+
+    monkeypatch.setattr("score_kernels.cli.train.draw_samples", diverge)
+    toml = settings(tmp_path, SMALL + "steps = 4\n[noise]\nlevels = 3\n[sampling]\nevery = 2\n")
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(images), "--config", str(toml), "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "samples-00000002.png is not drawn: x: sample 0" in text and "step_size" in text
+    assert checkpoint.read(out / "checkpoint.pt")["step"] == 4
+
+
+def test_folders_of_trainings_and_samples_are_not_mixed(
+    tmp_path: Path, points: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toml = settings(tmp_path, SMALL + "steps = 2\n[noise]\nlevels = 3\n")
+    out = tmp_path / "run"
+    common = ["train", "--data", str(points), "--config", str(toml)]
+    assert main([*common, "--out", str(out), "--resume"]) == 0
+    assert f"no checkpoint in {out}: starting at step 0" in capsys.readouterr().out
+    path = str(out / "checkpoint.pt")
+    assert main(["sample", path, "--out", str(out), "--overwrite"]) == 1
+    assert "is the folder of a training" in capsys.readouterr().err
+    assert main(["sample", path, "--num", "2", "--out", str(tmp_path / "s")]) == 0
+    assert main([*common, "--out", str(tmp_path / "s")]) == 1
+    assert "holds samples" in capsys.readouterr().err
+
+
+def test_the_bar_of_a_training_is_not_drawn_at_every_report(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make().fit(torch.randn(20, 3), 200, report_every=1)
+    # At the epochs that are shown, and the end.
+    assert capsys.readouterr().err.count("step/s") < 40
 
 
 def test_bars_do_not_fill_log_files(capsys: pytest.CaptureFixture[str]) -> None:

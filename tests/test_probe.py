@@ -61,20 +61,26 @@ def test_transforms_of_torch_func(backend: str, kind: str) -> None:
     step = torch.rand(4) + 0.1
 
     def calls(s: Tensor, g: Tensor) -> list[Tensor]:
-        pair = ops.fd_pair(s, step, KEY, probe=kind)
         return [
             ops.probe_dot(s, KEY, probe=kind),
             ops.probe_scale(g[:, 0], s.shape, KEY, probe=kind),
             *(ops.ssm_reduce(g, s, KEY, probe=kind, variance_reduced=r) for r in (True, False)),
-            *(ops.fd_reduce(*pair.chunk(2), step, KEY, probe=kind, variance_reduced=r)
+            *(ops.fd_reduce(s, g, step, KEY, probe=kind, variance_reduced=r)
               for r in (True, False)),
-            pair,
         ]  # fmt: skip
 
     mapped = torch.func.vmap(calls)(s, g)
     for i in range(3):
         for got, want in zip(mapped, calls(s[i], g[i]), strict=True):
             torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-4)
+
+    # Samples are not hidden from their noise.
+    with pytest.raises(RuntimeError, match="x: got samples under torch.func.vmap"):
+        torch.func.vmap(lambda x: ops.fd_pair(x, step, KEY, probe=kind))(s)
+    ahead, behind = torch.func.jvp(
+        lambda x: ops.fd_pair(x, step, KEY, probe=kind), (s[0],), (along[0],)
+    )[1].chunk(2)
+    assert torch.equal(ahead, along[0]) and torch.equal(behind, along[0])
 
     def loss(s: Tensor) -> Tensor:
         return ops.ssm_reduce(s.square(), s, KEY, probe=kind).sum()

@@ -188,8 +188,10 @@ def test_all_that_belongs_to_a_training_is_restored(tmp_path: Path) -> None:
         other = make(**{"precision": "float16", name: value})
         with pytest.raises(ValueError, match=f"{name} = .* there and {value} here"):
             other.load(path)
-    scheduled = make(precision="float16")
-    scheduled.scheduler = torch.optim.lr_scheduler.ConstantLR(scheduled.optimizer)
+    files.write(tmp_path / "other.pt", {"step": 3})
+    with pytest.raises(ValueError, match="not written by a Trainer"):
+        again.load(tmp_path / "other.pt")
+    scheduled = make(precision="float16", period=3)
     with pytest.raises(ValueError, match="a scheduler is given in one and not in the other"):
         scheduled.load(path)
 

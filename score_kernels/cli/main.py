@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"score-kernels {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"score-kernels {arguments.command}: stopped", file=sys.stderr)
+        hint = {"train": "; --resume goes on from the last checkpoint", "sample": ""}
+        text = f"stopped{hint.get(arguments.command, '')}"
+        print(f"score-kernels {arguments.command}: {text}", file=sys.stderr)
         return 130
 
 

@@ -93,6 +93,8 @@ def sample(
     checks.unsigned("seed", seed, 64)
     checks.sample_range(checks.unsigned("first_sample", first_sample, 56), count)
     checks.choice("format", format, ("npz", "png"))
+    if (out / "checkpoint.pt").exists():
+        raise FileExistsError(f"{out}: is the folder of a training; name another --out")
     with joined(device) as ranks:
         checks.device("device", device)
         trained = load(path, weights=weights, device=ranks.device(device))

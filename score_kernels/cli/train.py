@@ -16,7 +16,7 @@ from score_kernels import checks
 from score_kernels.cli import config, data, plots
 from score_kernels.cli.config import Config
 from score_kernels.cli.trained import draw_samples, network, read_about
-from score_kernels.diffusion.sigmas import best_step_size, suggest_schedule
+from score_kernels.diffusion.sigmas import best_step_size, suggest_schedule, variance_ratio
 from score_kernels.training import Trainer
 from score_kernels.training.checkpoint import locked
 from score_kernels.training.distributed import joined
@@ -59,6 +59,8 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
     with joined(training.device) as ranks:
         shown = progress and ranks.first
         about = read_about(path) if path.exists() else None
+        if resume and not about and ranks.first:
+            print(f"no checkpoint in {out}: starting at step 0")
         if about and not resume:
             hint = "go on from it with --resume, or name another --out"
             raise FileExistsError(f"{path} exists; {hint}")
@@ -81,7 +83,12 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
         def draw_sheet(*names: str) -> None:
             if names and sheet.count and len(source.shape) == 3:
                 options = {"seed": training.seed, "progress": shown}
-                x = draw_samples(trainer.ema, about, sheet.count, **options)
+                try:
+                    x = draw_samples(trainer.ema, about, sheet.count, **options)
+                except FloatingPointError as error:
+                    # The training goes on: later weights, or another step size, may do better.
+                    print(f"{names[0]} is not drawn: {error}; see [noise] step_size")
+                    return
                 for name in names:
                     plots.save_sheet(out / name, x)
 
@@ -92,6 +99,8 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
             if trainer.step < training.steps:
                 draw_sheet(*numbered(trainer.step))
 
+        if (out / "manifest.json").exists():
+            raise FileExistsError(f"{out}: holds samples; name another --out")
         out.mkdir(parents=True, exist_ok=True)
         with locked(out) if ranks.first else nullcontext():
             if ranks.first:
@@ -125,6 +134,8 @@ def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, 
     step_size, why = schedule.step_size, schedule.why
     if noise["step_size"] is not None:
         step_size = noise["step_size"]
+        # Refuses steps with which a chain diverges.
+        variance_ratio(step_size, 2.0, float(schedule.sigmas[-1]), 1)
         why += f"\nstep_size given: {step_size:g} in place of {schedule.step_size:g}."
     return {
         "version": score_kernels.__version__,
@@ -143,6 +154,7 @@ def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, 
             "step_size": step_size,
             "why": why,
         },
+        "warmup_steps": min(settings.training.warmup_steps, settings.training.steps // 10),
     }
 
 
@@ -155,7 +167,9 @@ def _set_sampling(about: dict[str, Any], settings: Config) -> None:
         return
     sigmas, why = schedule["sigmas"], "given"
     schedule["steps_per_level"], schedule["step_size"] = noise.steps_per_level, noise.step_size
-    if noise.step_size is None:
+    if noise.step_size is not None:
+        variance_ratio(noise.step_size, 2.0, sigmas[-1], 1)
+    else:
         ratio, why = (sigmas[0] / sigmas[-1]) ** (1 / (len(sigmas) - 1)), "technique 4"
         schedule["step_size"] = best_step_size(ratio, sigmas[-1], noise.steps_per_level)
     used = ", ".join(f"{name} {schedule[name]:g}" for name in names)
@@ -179,7 +193,8 @@ def _check_same(path: Path, about: dict[str, Any], settings: Config, source: dat
     if about["data"] | _identity(source) != about["data"]:
         differ.append(f"the data, {source.source}, are not those it began with")
     if differ:
-        raise ValueError(f"checkpoint {path}: cannot be resumed: {'; '.join(differ)}")
+        words = "expected those it began with; other steps need cosine = false"
+        raise ValueError(f"checkpoint {path}: cannot be resumed: {'; '.join(differ)}; {words}")
 
 
 def _trainer(settings: Config, about: dict[str, Any], device: torch.device) -> Trainer:
@@ -194,5 +209,6 @@ def _trainer(settings: Config, about: dict[str, Any], device: torch.device) -> T
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR
     options["scheduler"] = cosine(optimizer, training.steps) if training.cosine else None
     options["clip_norm"] = training.clip_norm or None
-    options["warmup_steps"] = min(training.warmup_steps, training.steps // 10)
+    # That of the start: a resumed training may have more steps.
+    options["warmup_steps"] = about.get("warmup_steps", training.warmup_steps)
     return Trainer(net, about["schedule"]["sigmas"], optimizer, about=about, **options)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from score_kernels import checks
 from score_kernels.cli import config
 from score_kernels.cli.data import Data
 from score_kernels.diffusion.sigmas import Schedule
@@ -26,9 +27,7 @@ __all__ = ["Trained", "draw_samples", "load", "network", "read_about"]
 class Trained:
     """A network that ``score-kernels train`` has trained.
 
-    ``annealed_langevin(t.net, (n, *t.data.shape), t.schedule.sigmas, steps_per_level=
-    t.schedule.steps_per_level, step_size=t.schedule.step_size)`` samples it in the network's units,
-    and ``t.data.unscale`` brings samples to those of the data.
+    See :func:`load`.
 
     Attributes:
         net: the network in eval mode.
@@ -44,11 +43,26 @@ class Trained:
     about: dict[str, Any]
     checksum: str
 
+    def __repr__(self) -> str:
+        return (
+            f"Trained({type(self.net).__name__}, {len(self.schedule.sigmas)} levels, {self.data})"
+        )
+
 
 def load(
     path: str | os.PathLike[str], *, weights: str = "ema", device: torch.device | str = "cpu"
 ) -> Trained:
     """The network, noise levels and units of a ``score-kernels train``'s checkpoint.
+
+    Eight samples, in the units of the data and clamped to their range::
+
+        t = load("run/checkpoint.pt")
+        s = t.schedule
+        x = annealed_langevin(
+            t.net, (8, *t.data.shape), s.sigmas, steps_per_level=s.steps_per_level,
+            step_size=s.step_size,
+        )
+        t.data.unscale(x)
 
     Args:
         path: the file.
@@ -59,6 +73,7 @@ def load(
         FileNotFoundError, ValueError: there is no such file, it is damaged, or of another program;
             see :func:`score_kernels.training.checkpoint.load_weights` for those of a `Trainer`.
     """
+    checks.device("device", device)
     with checkpoint.opened(path) as file:
         checksum = hashlib.sha256(file.read()).hexdigest()
         state = checkpoint.parse(path, file)
@@ -83,7 +98,10 @@ def read_about(path: Path) -> dict[str, Any]:
 def _about(path: str | os.PathLike[str], state: dict[str, Any]) -> dict[str, Any]:
     about = state.get("about")
     if not isinstance(about, dict) or "schedule" not in about:
-        raise ValueError(f"checkpoint {path}: not written by score-kernels train")
+        raise ValueError(
+            f"checkpoint {path}: not written by score-kernels train; the weights of another "
+            "Trainer's are read by score_kernels.training.checkpoint.load_weights"
+        )
     return about
 
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from score_kernels import checks
 from score_kernels.bars import progress_bar
@@ -115,10 +115,11 @@ def pairwise_distance_bounds(
 
 
 def gathered(data: Any) -> Any:
-    """The samples of a torch Dataset, read once, as a tensor; anything else as it is."""
-    if not isinstance(data, Dataset):
+    """The samples of a dataset, read once, as a tensor; anything else as it is."""
+    indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if isinstance(data, (Tensor, np.ndarray, list, tuple)) or not indexed:
         return data
-    count: int = len(data)  # type: ignore[arg-type]
+    count: int = len(data)
     items = (data[i] for i in range(count))
     return torch.stack([item[0] if isinstance(item, (tuple, list)) else item for item in items])
 
@@ -126,7 +127,8 @@ def gathered(data: Any) -> Any:
 def samples(data: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Checked data as ``[N, D]``, and least and largest of each of the D numbers in float64."""
     data = gathered(data)
-    checks.instance("data", data, Tensor, "a tensor [N, ...] or a dataset")
+    expected = "a tensor [N, ...], as torch.from_numpy(array) is, or a dataset"
+    checks.instance("data", data, Tensor, expected)
     if not data.dtype.is_floating_point:
         raise TypeError(
             f"data: got dtype {data.dtype}, expected floating-point data; data.float() / 255 "

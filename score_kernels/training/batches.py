@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose
@@ -45,7 +45,8 @@ class Batches:
 
     def __post_init__(self) -> None:
         data = self.data
-        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+        if not indexed or isinstance(data, IterableDataset):
             raise TypeError(
                 f"data: got {type(data).__name__}, expected a tensor [N, ...] or a dataset with "
                 "__len__ and __getitem__"

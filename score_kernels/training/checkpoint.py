@@ -109,6 +109,10 @@ def parse(path: str | os.PathLike[str], file: BinaryIO) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
+            # torch would read nothing where a damaged attribute calls a part a folder.
+            damaged = damaged or next(
+                (p.filename for p in archive.infolist() if p.external_attr), None
+            )
         if damaged is not None:
             raise ValueError(f"its part {damaged} is damaged")
         file.seek(0)

@@ -40,8 +40,9 @@ class Meter:
         self.reported = step, now
         loss = float(self.trainer.losses[before:].mean())
         rate = (step - before) * self.trainer.batch_size / (now - started)
+        # Drawn by update, and not more often than the bar allows.
+        self.bar.set_postfix_str(f"loss {loss:.4g}, {rate:.0f} samples/s", refresh=False)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(f"loss {loss:.4g}, {rate:.0f} samples/s")
         if self.writer is not None:
             self.writer.add_scalar("loss", loss, step)
             self.writer.add_scalar("samples_per_second", rate, step)

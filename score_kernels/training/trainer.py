@@ -44,12 +44,19 @@ _SAVED = {
 def _check_optimizer(net: nn.Module, optimizer: Optimizer, scheduler: Any) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer: got LBFGS, whose step needs a closure, expected one without")
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    groups = optimizer.param_groups
+    trained = {id(p) for group in groups for p in group["params"] if p.requires_grad}
     if trained.isdisjoint(map(id, net.parameters())):
-        raise ValueError("optimizer: got one with no parameter of net, expected net's own")
+        raise ValueError("optimizer: got one with no parameter of net to train, expected net's own")
     if isinstance(scheduler, ReduceLROnPlateau):
-        raise TypeError("scheduler: got ReduceLROnPlateau, whose step needs a loss")
-    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise TypeError(
+            "scheduler: got ReduceLROnPlateau, whose step needs a loss, expected one without; a "
+            "callback of fit may step it: lambda trainer: scheduler.step(trainer.losses[-1])"
+        )
+    if scheduler is None:
+        return
+    checks.instance("scheduler", scheduler, LRScheduler, "a torch.optim.lr_scheduler.LRScheduler")
+    if scheduler.optimizer is not optimizer:
         raise ValueError("scheduler: got one of another optimizer, expected one of the given")
 
 
@@ -87,14 +94,14 @@ class Trainer:
             ``1 / (1 - m)`` steps.
         clip_norm: largest norm of the gradient of all parameters; longer ones are scaled to it.
         warmup_steps: over so many steps the learning rate rises linearly.
-        scheduler: a torch scheduler of this optimizer, stepped once a step without a loss.
+        scheduler: a torch scheduler of this optimizer; its ``step()`` is called after each step.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"`` of the network under autocast;
             noise, losses and weights stay in float32, float16 scales the loss.
         conditions: names by which the parts of a dataset's items after the sample are passed to the
             network or loss function, ``("label",)`` for items ``(x, label)``. Default: left out.
         seed: 64 bits; default: drawn from torch's default generator.
-        about: plain values that a checkpoint shall also hold; they go before those of a checkpoint
-            that is loaded.
+        about: plain values that a checkpoint also holds. Of a checkpoint that is loaded, only those
+            with other names are taken.
 
     Attributes:
         net, optimizer, sigmas: as given, sigmas as ``[L]`` float32 on the CPU.
@@ -180,6 +187,10 @@ class Trainer:
         self._average.update_parameters(net)
         self.ema = self._average.module.eval().requires_grad_(False)
 
+        # Buffers may hold infinities on purpose, as masks of attention do.
+        self._finite_at_start = [n for n, finite in self._finite_weights() if finite]
+        # Of the modules in the last `fit`: train or eval.
+        self._modes: dict[nn.Module, bool] = {}
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self._settings = {
             **{name: getattr(self, name) for name in _SETTINGS},
@@ -231,8 +242,9 @@ class Trainer:
     ) -> Tensor:
         """Train until `steps` optimiser steps are done, earlier ones included.
 
-        A network in eval mode is set to train; of one in training mode the modules keep their own
-        modes, such as frozen batch normalisation.
+        The modules of a network in training mode keep their own modes: batch normalisation in eval
+        mode stays frozen. A network in eval mode gets the modes of the `fit` before, or is set to
+        train.
 
         Args:
             data: ``[N, ...]`` float32 tensor, a :class:`score_kernels.cli.data.Data` (any object
@@ -241,9 +253,9 @@ class Trainer:
                 For equal bits after a resume an item must be a function of its index and, with
                 ``workers=0``, of torch's default generator.
             steps: the step to stop at.
-            checkpoint: the file to save to, atomically: every `save_every` steps, at the end, and
-                after the step in which Ctrl-C is pressed, which stops. Pressed again it stops at
-                once.
+            checkpoint: the file to save to, atomically: every `save_every` steps, at the end, and,
+                if Ctrl-C is pressed, after the step at hand, before KeyboardInterrupt is raised.
+                Pressed again it is raised at once.
             resume: go on from that file where it exists; without it an existing file is an error.
             save_every, report_every: in steps. The loss is read every `report_every` steps and
                 before every save; in between nothing waits for the device.
@@ -260,20 +272,23 @@ class Trainer:
             FileExistsError: checkpoint exists and resume is False.
             FloatingPointError: a loss is not finite. The step and the noise levels are named, and
                 nothing is saved after it.
-            FileNotFoundError: the folder of checkpoint is missing.
+            FileNotFoundError: the folder of checkpoint is missing, or cannot be written to.
             ImportError: tensorboard is given and not installed.
             ValueError: the data, an argument or the checkpoint to resume from do not fit.
         """
         checks.count("steps", steps, least=0)
         checks.count("save_every", save_every, least=1)
         checks.count("report_every", report_every, least=1)
+        if callback is not None:
+            checks.function("callback", callback)
         batches = Batches(
             data, self.batch_size, self.seed, workers, self.conditions, self._parts.flatten()
         )
         path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and not path.parent.is_dir():
+        # A link is followed when it is written.
+        if path is not None and not os.access(path.resolve().parent, os.W_OK):
             raise FileNotFoundError(
-                f"checkpoint: got {path}, expected a file in an existing folder"
+                f"checkpoint: got {path}, expected a file in an existing folder to write to"
             )
         # What rank 0 finds, all act upon.
         if path is not None and self.ranks.all_gather(path.exists())[0]:
@@ -289,9 +304,11 @@ class Trainer:
         self._data_count = batches.count
         if not self.ranks.first:
             tensorboard, progress = None, False
-        if not self.net.training:
+        if not self.net.training and not self._modes:
             self.net.train()
-        modes = {module: module.training for module in self.net.modules()}
+        if self.net.training:
+            self._modes = {module: module.training for module in self.net.modules()}
+        self._set_modes()
         meter = Meter(self, steps, tensorboard, progress)
         # About ten epochs of a training are shown.
         every = max(1, batches.epoch(steps) // 10)
@@ -320,8 +337,7 @@ class Trainer:
                     meter.report()
                     if callback is not None:
                         callback(self)
-                        for module, mode in modes.items():
-                            module.training = mode
+                        self._set_modes()
                 # Other ranks may not be where they could save.
                 stopped = interrupted and self.ranks.size == 1
                 if path and (stopped or (self.step % save_every == 0 and not last)):
@@ -357,17 +373,29 @@ class Trainer:
         }
         checkpoint.write(path, state)
 
-    def _check_weights(self) -> None:
+    def _set_modes(self) -> None:
+        for module, mode in self._modes.items():
+            module.training = mode
+
+    def _finite_weights(self) -> list[tuple[str, bool]]:
+        """The names of weights, averaged ones and buffers, and whether they are finite."""
         named = {
             f"{part}.{name}": value
             for part in ("net", "ema")
             for name, value in getattr(self, part).state_dict().items()
-            if isinstance(value, Tensor) and value.is_floating_point()
+            if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
         }
+        if not named:
+            return []
         # Read from the device once.
         finite = torch.stack([value.isfinite().all() for value in named.values()]).cpu()
-        if not finite.all():
-            name = list(named)[int(finite.int().argmin())]
+        return list(zip(named, finite.tolist(), strict=True))
+
+    def _check_weights(self) -> None:
+        finite = dict(self._finite_weights())
+        for name in self._finite_at_start:
+            if finite.get(name, True):
+                continue
             raise FloatingPointError(
                 f"{name}: not finite after step {self.step - 1}, unlike the losses; nothing was "
                 "saved. A lower learning rate, clip_norm or precision='bfloat16' may help"
@@ -411,6 +439,8 @@ class Trainer:
                 :func:`score_kernels.training.checkpoint.load_weights`.
         """
         state = checkpoint.read(path)
+        if "settings" not in state:
+            raise ValueError(f"checkpoint {path}: not written by a Trainer")
         found = state["settings"]
         differ = [
             f"{name} = {found.get(name)} there and {value} here"
