@@ -235,6 +235,13 @@ def test_a_read_past_the_end_is_caught(tmp_path: Path) -> None:
     assert "READ of size" in done.stderr
 
 
+def test_a_mask_off_its_alignment_is_caught(tmp_path: Path) -> None:
+    csrc = edited(tmp_path, "cuda/update.cu", "args.known, args.mask);", "args.known);")
+    done = drive(tmp_path, csrc, *SANITIZED)("forward")
+    assert done.returncode != 0
+    assert "misaligned address" in done.stderr
+
+
 def test_a_misaligned_vector_is_caught(tmp_path: Path) -> None:
     old = "return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;"
     csrc = edited(tmp_path, "cuda/launch.h", old, "return pointer != &bytes;")

@@ -107,6 +107,22 @@ def test_scores_of_every_value(backend: str, dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(got.numpy(), score[None].float().numpy())
 
 
+@pytest.mark.parametrize("elements", [4, 7])
+def test_where_there_is_no_noise_none_is_added(backend: str, elements: int) -> None:
+    """A product with 0 would change the sign of a zero."""
+    zero = torch.full((3, elements), -0.0)
+    assert ops.affine_step_(zero.clone(), zero, 0.9, 0.2, 0.0, KEY).signbit().all()
+    mask = torch.arange(elements).expand(3, -1) % 2 == 0
+    known, table = zero.clone(), torch.tensor([[0.9, 0.2, 0.0, 0.5, 0.0]])
+    for c, noise_scale in ((0.0, 0.0), (0.3, 0.0), (0.0, 0.3)):
+        table[0, 2], table[0, 4] = c, noise_scale
+        x = ops.table_step_(zero.clone(), zero, table, None, KEY, known=known, mask=mask.clone())
+        for where, scale in ((mask, noise_scale), (~mask, c)):
+            assert x[where].signbit().all() if not scale else (x[where] != 0).all()
+    plain = ops.table_step_(zero.clone(), zero, table[:, :3].contiguous(), None, KEY)
+    assert plain.signbit().all()
+
+
 def test_fp64_state_is_updated_in_fp64() -> None:
     x, score = inputs((3, 7), state=torch.float64)
     for s in (score, score.double(), score.bfloat16()):

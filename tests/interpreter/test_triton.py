@@ -50,6 +50,19 @@ def test_a_million_normals_are_native_s_to_the_bit(monkeypatch: pytest.MonkeyPat
     assert differ == 0
 
 
+def test_pieces_of_rows_run_over_two_axes_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second axis is full with three; a million elements a row fill no real one."""
+    monkeypatch.setattr(triton, "TILE", 4)
+    monkeypatch.setattr(triton, "_MOST", 3)
+    got = filled(triton.backend, "normal", (2, 130), KEY)
+    assert torch.equal(got, filled(native, "normal", (2, 130), KEY))
+    x, score = torch.randn(2, 130), torch.randn(2, 130)
+    results = [torch.empty(2, 130), torch.empty(2, 130)]
+    for out, backend in zip(results, (triton.backend, native), strict=True):
+        backend.affine_step(out, x, score, 0.9, 0.2, 0.3, KEY)
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("kind", ["uniform", "rademacher"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_other_noise_is_native_s_to_the_bit(shape: tuple[int, ...], kind: str) -> None:
