@@ -347,6 +347,11 @@ def test_extreme_floats_do_not_overflow(tmp_path: Path) -> None:
 def test_values_outside_the_range_are_clamped() -> None:
     data = Data(torch.tensor([[-3.0], [2.0], [11.0]]), 0.0, 8.0, "here")
     assert data.scaled(torch.arange(3)).tolist() == [[-1.0], [-0.5], [1.0]]
+    # Integers that float32 does not hold.
+    data = Data(
+        torch.tensor([[2**30 + 1], [2**30 + 8]], dtype=torch.int32), 2.0**30, 2.0**30 + 8, ""
+    )
+    assert data.scaled(torch.arange(2)).tolist() == [[-0.75], [1.0]]
 
 
 def test_unscale_clamps_and_rounds(tmp_path: Path) -> None:
