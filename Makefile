@@ -2,6 +2,7 @@
 # make test    lint, types, tests
 # make bench   every op and chain against eager and compiled PyTorch, to bench/
 # make stats   a billion normals through statistical tests (five minutes)
+# make mutants change the code in small ways, and see whether the tests notice (an hour)
 # make stubs   the types of the compiled modules, from the modules
 # make docs    the documentation as a site, in site/
 # make format  Python and C++ in the project's style
@@ -13,7 +14,7 @@ EXTRAS := demo,test
 
 CXX_FILES = $(shell git ls-files "*.h" "*.cpp" "*.cu")
 
-.PHONY: demo test lint bench stats stubs docs format clean
+.PHONY: demo test lint bench stats mutants stubs docs format clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.digits --out demo-output
@@ -37,6 +38,11 @@ format: .venv/ready
 
 stats: .venv/ready
 	$(BIN)/python -m tools.noise_statistics --count 1e9
+
+mutants: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cosmic-ray
+	$(BIN)/python -m tools.mutants
+	$(BIN)/python -m tools.mutants --options
 
 stubs: .venv/ready
 	$(BIN)/stubgen --quiet --inspect-mode -m score_kernels._cpu -m score_kernels._cuda -o .

@@ -335,7 +335,32 @@ def test_slerp_keeps_the_noise_s_variance() -> None:
         sk.slerp_noise(a, b[:5], torch.zeros(2))
 
 
+def test_the_least_that_samplers_take() -> None:
+    x = torch.randn(3, 4)
+    assert torch.equal(sk.langevin(lambda x: -x, x, step_size=0.1, steps=0, seed=1), x)
+    for predictor in ("reverse_diffusion", None):
+        got = sk.predictor_corrector(gaussian, x, WIDE, steps=1, predictor=predictor, seed=1)
+        assert got.isfinite().all()
+    assert sk.log_likelihood(gaussian, x, [2.0, 1.0], seed=1).isfinite().all()
+    # At the ends of the range of its step sizes all noise of the next level is the state's.
+    for step_size in (1.0, 3.0):
+        options: dict[str, Any] = {"step_size": step_size, "denoise": False}
+        got = sk.consistent_annealed(gaussian, x, [2.0, 1.0], seed=1, **options)
+        want = x + step_size / 2 * 4 * gaussian(x, torch.full((3,), 2.0))
+        torch.testing.assert_close(got, want)
+
+
 REFUSED: list[tuple[Any, str]] = [
+    (lambda: sk.consistent_annealed(gaussian, (2, 3), [5.0, 3.0], step_size=1.0),
+     "step_size: got 1, expected from 7.2 to 28.8 for the levels 5 and 3"),
+    (lambda: sk.consistent_annealed(gaussian, (2, 3), [5.0, 3.0, 2.4], step_size=1.0),
+     "step_size: got 1, expected from 4.608 to 18.432 for the levels 5 and 3"),
+    (lambda: sk.euler_maruyama(gaussian, (2, 3), WIDE, end=1.0), "end: got 1.0"),
+    (lambda: sk.predictor_corrector(gaussian, (2, 3), VP(1.0, 2.0), steps=1, end=0.5),
+     "steps: got 1, in which beta h reaches 1; expected it below 1, at least 2 steps"),
+    (lambda: sk.probability_flow(gaussian, (2, 3), LEVELS, churn_range=(1.0, 2.0, 3.0)),
+     "churn_range: got"),
+    (lambda: sk.probability_flow(gaussian, (2, 3), LEVELS, churn_range=1.0), "churn_range: got 1"),
     (lambda: sk.consistent_annealed(gaussian, (2, 3), LEVELS, step_size=1e-6), "step_size: got"),
     (lambda: sk.consistent_annealed(gaussian, (2, 3), [1.0], step_size=1), "sigmas: got 1 noise"),
     (lambda: sk.euler_maruyama(gaussian, (2, 3), VP(), end=0.0), "end: got 0.0"),

@@ -101,7 +101,7 @@ def test_exact_loss_is_the_formula() -> None:
 @pytest.mark.parametrize("variance_reduced", [True, False])
 @pytest.mark.parametrize("probe", PROBES)
 def test_the_expectation_is_the_exact_loss(probe: str, variance_reduced: bool) -> None:
-    """64 probes over 2000 samples, each sample's own mean against its exact value."""
+    """40 draws over the same 2000 samples: their mean, to its standard error."""
     net, x = network(), torch.randn(2000, 4, dtype=torch.float64)
     exact = float(exact_score_loss(net, x))
     batches = [
