@@ -62,8 +62,14 @@ def test_a_resumed_chain_is_searched_from_where_it_was_resumed() -> None:
 
 
 def test_the_denoising_is_checked() -> None:
-    with pytest.raises(FloatingPointError, match="not finite after the denoising at the end"):
+    where = r"after the denoising at the end \(level 39, sigma = 0.1\)"
+    with pytest.raises(FloatingPointError, match=f"not finite {where}"):
         sampler(Faulty(STEPS))
+    # One step a level: that of the last step is the last.
+    with pytest.raises(FloatingPointError, match=r"not finite after step 39 \(level 39,"):
+        sk.annealed_langevin(
+            Faulty(39), (ROWS, 3), SIGMAS, steps_per_level=1, step_size=1e-3, seed=1
+        )
 
 
 def test_a_step_too_large_is_called_so() -> None:
@@ -75,8 +81,11 @@ def test_a_step_too_large_is_called_so() -> None:
 def test_stopping_gives_the_last_finite_state(step: int) -> None:
     states: list[Tensor] = []
     sampler(Faulty(10**9), callback=lambda p: states.append(p.x.clone()))
-    with pytest.warns(RuntimeWarning, match=f"stopped, with the state after {step} steps"):
+    words = f"stopped, with the state after {step} steps"
+    with pytest.warns(RuntimeWarning, match=words) as said:
         x = sampler(Faulty(step), on_nan="stop")
+    # Where the sampler is called.
+    assert said[0].filename == __file__
     if step:
         assert torch.equal(x, states[step - 1])
     with pytest.warns(RuntimeWarning, match="is not finite after"):

@@ -71,8 +71,7 @@ class DivergenceMonitor:
 
         `changed` is the first bad row, where a callback has changed the state after the last step.
         """
-        chain, score = self.chain, self.chain.model.score
-        finite = True
+        chain, score, finite = self.chain, self.chain.model.score, True
 
         def watched(*arguments: Any, **conditions: Any) -> Tensor:
             nonlocal finite
