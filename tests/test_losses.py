@@ -88,7 +88,8 @@ def test_the_loss_is_the_formula(backend: str) -> None:
     check(reverse.mean(), labels=others)
     check(each.sum(), reduction="sum")
     check(each, reduction="none")
-    check((each * SIGMAS[labels].double() ** -1.5).mean(), weighting=0.5)
+    for power in (0.5, 3.0):
+        check((each * SIGMAS[labels].double() ** (power - 2)).mean(), weighting=power)
     factors = torch.rand(batch)
     check((factors.double() * each).mean(), weighting=factors)
     loss, table = dsm_loss(net, x, SIGMAS, noise=key, return_per_level=True)

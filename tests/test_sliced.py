@@ -84,6 +84,11 @@ def test_the_loss_is_the_papers(method: str, probe: str, variance_reduced: bool)
     for reduction, wanted in (("none", want), ("mean", want.mean()), ("sum", want.sum())):
         got = sliced_score_loss(score, torch.from_numpy(x), levels, reduction=reduction, **options)
         np.testing.assert_allclose(got.detach(), wanted, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        got = sliced_score_loss(score, torch.from_numpy(x), levels, **options)
+    np.testing.assert_allclose(got, want.mean(), rtol=1e-6, atol=1e-6)
+    options["probes"] = 64
+    assert sliced_score_loss(score, torch.from_numpy(x), levels, **options).isfinite()
 
 
 def test_exact_loss_is_the_formula() -> None:
