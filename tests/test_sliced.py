@@ -199,6 +199,30 @@ class Attention(nn.Module):
         return h.transpose(1, 2).reshape(x.shape)
 
 
+class NoDerivative(torch.autograd.Function):
+    """Twice x, by a backward that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def test_a_missing_double_backward_is_noticed_behind_other_branches() -> None:
+    net, x = network(), torch.randn(5, 4, dtype=torch.float64)
+    for score in (
+        lambda y: NoDerivative.apply(net(y)) * net(y) + net(y),
+        lambda y: net(y) + net(y) * NoDerivative.apply(net(y)),
+        lambda y: net(NoDerivative.apply(net(y))) + y.square(),
+    ):
+        with pytest.raises(RuntimeError, match="method: got 'double_backward'"):
+            sliced_score_loss(score, x, seed=1, method="double_backward")
+
+
 def test_a_missing_double_backward_is_noticed() -> None:
     net, x = Attention(), torch.randn(5, 32)
     with warnings.catch_warnings(record=True) as said:

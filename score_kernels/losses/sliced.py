@@ -52,7 +52,7 @@ def exact_score_loss(
         for d in range(rows.shape[1]):
             along = torch.zeros_like(rows)
             along[:, d] = 1
-            column = vector_jacobian(call, leaf, rows, along, create_graph=True)
+            column = vector_jacobian(call, leaf, rows, along, create_graph=True, retain=True)
             loss = loss + column.reshape(rows.shape)[:, d]
         mean = loss.mean()
     return mean if training else mean.detach()
@@ -173,7 +173,7 @@ def _by_derivative(
             v = ops.probe_scale(ones, x.shape, key, probe=kind["probe"]).to(like.dtype)
             if reverse:
                 grad = vector_jacobian(
-                    call, x, value, v, create_graph=training, retain=key is not keys[-1]
+                    call, x, value, v, create_graph=training, retain=training or key is not keys[-1]
                 )
                 if training and key is keys[0]:
                     _require_derivative(grad)
@@ -189,8 +189,8 @@ def vector_jacobian(
     value: Tensor,
     v: Tensor,
     *,
-    create_graph: bool = False,
-    retain: bool = False,
+    create_graph: bool,
+    retain: bool,
 ) -> Tensor:
     """``v^T grad s`` at x, value being ``call(x)``; 0 of a score that does not depend on x.
 
@@ -210,7 +210,7 @@ def vector_jacobian(
         x,
         v,
         create_graph=create_graph,
-        retain_graph=create_graph or retain,
+        retain_graph=retain,
         materialize_grads=True,
     )
     return grad

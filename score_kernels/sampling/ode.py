@@ -169,6 +169,7 @@ def _score_and_trace(
     trace = torch.zeros_like(ones)
     for key in keys:
         v = ops.probe_scale(ones, x.shape, key, probe=probe)
-        along = vector_jacobian(call, leaf, value, v, retain=key is not keys[-1])
+        more = key is not keys[-1]
+        along = vector_jacobian(call, leaf, value, v, create_graph=False, retain=more)
         trace += ops.probe_dot(along, key, probe=probe) / len(keys)
     return value.detach(), trace
