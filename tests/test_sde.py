@@ -79,7 +79,9 @@ def test_what_is_refused() -> None:
         VE(3.0, 2.0)
     with pytest.raises(ValueError, match="beta_min: got 0"):
         VP(0)
-    for values in ([0.5, 0.6], [1.0, 0.5], [0.5, 0.0], []):
+    with pytest.raises(ValueError, match=r"begin with \[0.5, 0.4, 0.6\], expected strictly decr"):
+        DDPMSchedule([0.5, 0.4, 0.6, 0.3])
+    for values in ([0.5, 0.6], [0.5, 0.5], [1.0, 0.5], [0.5, 0.0], []):
         with pytest.raises(ValueError, match="alphas_bar: got values that begin with"):
             DDPMSchedule(values)
     with pytest.raises(TypeError, match="alphas_bar: got float 0.5, expected a tensor or"):
