@@ -314,5 +314,10 @@ def test_what_is_refused() -> None:
         convert(y, y, sigma, source="denoiser", target="v")
     with pytest.raises(ValueError, match="target: got 'eps'"):
         convert(y, y, sigma, source="v", target="eps")
+    for name, arguments in (
+        ("value", (1.0, y, sigma)), ("y", (y, 1.0, sigma)), ("sigma", (y, y, 1.0)),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"{name}: got float"):
+            convert(*arguments, source="v", target="x0")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"value: got shape \(2, 2\), expected that of y, \(2, 3"):
         convert(y[:, 1:], y, sigma, source="v", target="score")

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tolerances
 import torch
@@ -273,6 +274,16 @@ def test_the_order_of_the_data() -> None:
     assert stats.chisquare(counts.numpy()).pvalue > tolerances.ALPHA
 
 
+def test_the_order_is_that_of_pairs_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second word of a sample decides between equal first ones."""
+    key = NoiseKey(5, purpose=Purpose.DATA_ORDER, draw=2)
+    first, second = ops.words((1, 74), key).view(2, 37).numpy()
+    assert permutation(37, 5, 2).tolist() == np.lexsort((second, first)).tolist()
+    words = torch.tensor([[7, 2**32 - 1, 7, 7, 0, 6, 2**32 - 1, 4, 2**31, 9]])
+    monkeypatch.setattr(ops, "words", lambda *_, **__: words)
+    assert permutation(5, 5, 2).tolist() == [4, 2, 0, 3, 1]
+
+
 def test_any_source_of_data_gives_the_same_training() -> None:
     class Scaled:
         def __len__(self) -> int:
@@ -499,10 +510,12 @@ def test_what_is_refused() -> None:
         (torch.zeros(4, 3, dtype=torch.uint8), TypeError, r"data: got dtype torch.uint8.*127.5"),
         (torch.empty(0, 3), ValueError, "data: got 0 samples"),
         (iter([1]), TypeError, "data: got list_iterator"),
+        (types.SimpleNamespace(__len__=3), TypeError, "data: got SimpleNamespace"),
     ):
         with pytest.raises(error, match=words):
             fit(trainer, source, 5)
-    with pytest.raises(ValueError, match="conditions: got 1 names"):
+    words = r"conditions: got 1 names, \['label'\], and items of 1 parts"
+    with pytest.raises(ValueError, match=words):
         fit(make(conditions=("label",)), torch.utils.data.TensorDataset(data()), 5)
     with pytest.raises(ValueError, match="loss: got .* from the function"):
         fit(make(loss=lambda net, x, sigmas, noise: x), data(), 1)
