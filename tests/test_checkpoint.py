@@ -129,6 +129,16 @@ def test_weights_of_another_network_change_nothing(tmp_path: Path) -> None:
     ):
         checkpoint.load_weights(path, other)
     assert torch.equal(other.weight, net.weight)
+    for count, words in (
+        (3, r"a is .*; b is .*; c is missing in the file and \(1,\) in the network$"),
+        (5, r"a is .*; b is .*; c is missing in the .* network \(and 2 more\)$"),
+    ):
+        bare = nn.Module()
+        for name in "abcde"[:count]:
+            bare.register_parameter(name, nn.Parameter(torch.zeros(1)))
+        checkpoint.write(path, {"net": {}})
+        with pytest.raises(ValueError, match=words):
+            checkpoint.load_weights(path, bare, which="raw")
     checkpoint.write(path, {"net": {**net.state_dict(), "extra": torch.zeros(4)}})
     with pytest.raises(ValueError, match=r"extra is \(4,\) in the file and missing in the network"):
         checkpoint.load_weights(path, other, which="raw")

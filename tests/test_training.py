@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import sys
 import types
@@ -417,6 +418,9 @@ def test_callback_bar_and_tensorboard(
 ) -> None:
     seen = []
     trainer = make(Noisy)
+    # Two seconds from report to report.
+    clock = types.SimpleNamespace(perf_counter=partial(next, itertools.count(0, 2)))
+    monkeypatch.setattr("score_kernels.training.progress.time", clock)
 
     def watch(trainer: Trainer) -> None:
         seen.append(trainer.step)
@@ -426,13 +430,15 @@ def test_callback_bar_and_tensorboard(
     trainer.fit(data(), 10, report_every=4, callback=watch)
     assert seen == [4, 8, 10]
     err = capsys.readouterr().err
-    assert "samples/s" in err and "loss" in err
+    last = float(trainer.losses[8:].mean())
+    assert "10/10" in err and f"loss {last:.4g}, 8 samples/s" in err
     make().fit(data(), 3, progress=False)
     assert capsys.readouterr().err == ""
     assert torch.equal(trainer.losses, fit(make(Noisy), data(), 10))
 
     class Writer:
         scalars: dict[str, list[int]] = {}
+        values: dict[str, list[float]] = {}
 
         def __init__(self, folder: str) -> None:
             assert folder == str(tmp_path)
@@ -440,6 +446,7 @@ def test_callback_bar_and_tensorboard(
         def add_scalar(self, name: str, value: float, step: int) -> None:
             assert math.isfinite(value)
             self.scalars.setdefault(name, []).append(step)
+            self.values.setdefault(name, []).append(value)
 
         def add_histogram(self, name: str, values: Tensor, step: int) -> None:
             self.scalars.setdefault(name, []).append(step)
@@ -450,7 +457,10 @@ def test_callback_bar_and_tensorboard(
     fake = types.ModuleType("torch.utils.tensorboard")
     fake.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    fit(make(), data(), 10, report_every=5, tensorboard=tmp_path)
+    losses = fit(make(), data(), 10, report_every=5, tensorboard=tmp_path)
+    assert Writer.values["loss"] == [float(losses[:5].mean()), float(losses[5:].mean())]
+    assert Writer.values["samples_per_second"] == [20, 20]
+    assert Writer.values["learning_rate"] == [1e-2, 1e-2]
     assert Writer.scalars["loss"] == [5, 10] and Writer.scalars["loss_by_level"] == [1, 2]
     assert Writer.scalars["learning_rate"] == [5, 10] and "closed" in Writer.scalars
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
