@@ -34,6 +34,11 @@ def test_round_trip_and_every_key_is_in_the_text(tmp_path: Path) -> None:
         for key in dataclasses.fields(getattr(Config(), section.name)):
             assert f"\n{key.name} = " in text or f"\n# {key.name} =" in text
             assert f"\n# {key.metadata['words']}" in text
+    assert "# denoising or sliced score matching (dsm, ssm)\n" in text
+    assert "# optimiser steps in all\n" in text
+    assert "ü" in config.to_toml(changed)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().training = config.TrainingConfig()
     assert read(tmp_path, "") == Config()
     assert read(tmp_path, "[training]\nlearning_rate = 1").training.learning_rate == 1.0
 

@@ -240,6 +240,13 @@ def test_ctrl_c_stops_between_steps_and_saves(
     thread = threading.Thread(target=lambda: interrupts_delayed().__enter__())
     thread.start()
     thread.join()
+    # A handler of the user's own stays.
+    own: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: own.append(number))
+    with interrupts_delayed() as pressed:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert own == [signal.SIGINT] and not pressed
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with interrupts_delayed() as pressed:
         os.kill(os.getpid(), signal.SIGINT)
         assert pressed == [signal.SIGINT]

@@ -468,6 +468,19 @@ def test_callback_bar_and_tensorboard(
         fit(make(), data(), 10, tensorboard=tmp_path)
 
 
+def test_about_ten_epochs_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    net, sigmas = MLPScore(3, 16), geometric_sigmas(5.0, 0.1, 11)
+    trainer = Trainer(net, sigmas, torch.optim.Adam(net.parameters()), batch_size=8, seed=5)
+    trainer.fit(data(16), 100)
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if line.startswith("epoch ")]
+    assert [int(line[6:].partition(",")[0]) for line in lines] == list(range(5, 55, 5))
+    table = trainer.level_losses[4]
+    shown = ", ".join(f"{sigmas[i]:.3g}: {table[i]:.4g}" for i in (0, 2, 4, 6, 8, 10))
+    assert lines[0].rstrip() == f"epoch 5, loss by noise level: {shown}"
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     fit(make(), data(), 3, checkpoint=path)
