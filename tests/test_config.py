@@ -61,6 +61,28 @@ def test_defaults() -> None:
     }  # fmt: skip
 
 
+LEAST = {
+    "network.width": 1, "network.depth": 1, "noise.levels": 2, "noise.steps_per_level": 1,
+    "training.steps": 0, "training.batch_size": 1, "training.accumulate": 1,
+    "training.warmup_steps": 0, "training.clip_norm": 0, "training.ema_decay": 0,
+    "training.seed": 0, "training.save_every": 1, "sampling.count": 0, "sampling.every": 0,
+}  # fmt: skip
+POSITIVE = ("noise.sigma_max", "noise.sigma_min", "noise.step_size", "training.learning_rate")
+
+
+def test_bounds() -> None:
+    for name, least in LEAST.items():
+        section, key = name.split(".")
+        config.from_dict({section: {key: least}}, "here")
+        with pytest.raises(ValueError, match=f"{key}: got .*, expected at least {least}"):
+            config.from_dict({section: {key: least - 1}}, "here")
+    for name in POSITIVE:
+        section, key = name.split(".")
+        config.from_dict({section: {key: 1e-9}}, "here")
+        with pytest.raises(ValueError, match=f"{key}: got 0.0, expected a number above 0"):
+            config.from_dict({section: {key: 0}}, "here")
+
+
 CASES: list[tuple[str, str]] = [
     ("[trainig]\nsteps = 3", r"\[trainig\] is unknown; did you mean training\?"),
     ("[training]\nstesp = 3", r"\[training\] stesp is unknown; did you mean steps\?"),
