@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -32,6 +33,7 @@ from score_kernels import (
 from score_kernels.networks import MLPScore
 from score_kernels.training import checkpoint as files
 from score_kernels.training.batches import Batches, permutation
+from score_kernels.training.distributed import Ranks
 
 SIGMAS = geometric_sigmas(5.0, 0.1, 6)
 
@@ -168,6 +170,61 @@ def test_ranks_have_seeds_of_their_own() -> None:
     key = NoiseKey(5, purpose=Purpose.TORCH_SEED)
     words = ops.words((2, 4), key).tolist()
     assert seeds == [(a + 2**32 * b, c + 2**32 * d) for a, b, c, d in words]
+
+
+class Two(Ranks):
+    """Two ranks that find the same."""
+
+    def all_gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        return 2 * value
+
+
+class Averaging(nn.Module):
+    """Stands for DistributedDataParallel: counts what is not averaged at once."""
+
+    waits = 0
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.net(*arguments)
+
+    def no_sync(self) -> Any:
+        Averaging.waits += 1
+        return contextlib.nullcontext()
+
+
+def test_the_second_of_two_ranks_takes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts of two samples of each batch of eight; processes are in test_ranks.py."""
+    module, sent, seen = "score_kernels.training.trainer.", [], []
+    monkeypatch.setattr(module + "current", lambda: Two(rank=1, size=2))
+    monkeypatch.setattr(module + "DistributedDataParallel", Averaging)
+    monkeypatch.setattr(module + "dist.broadcast", lambda value, source: sent.append(source))
+
+    def loss(net: nn.Module, x: Tensor, sigmas: Tensor, noise: NoiseKey) -> Tensor:
+        assert isinstance(net, Averaging)
+        seen.append((x, noise))
+        return net(x, sigmas[:1].expand(len(x))).square().mean()
+
+    trainer, source = make(Noisy, accumulate=2, loss=loss), data()
+    fit(trainer, source, 3)
+    parts = [*trainer.net.parameters(), *trainer.net.buffers()]
+    assert sent == [0] * len(parts) and Averaging.waits == 3
+    stream = permutation(37, 5, 0)
+    for i, (x, noise) in enumerate(seen):
+        step, first = i // 2, (2, 6)[i % 2]
+        rows = stream[8 * step + first :][:2]
+        assert torch.equal(x, source[rows]) and noise == NoiseKey(5, draw=step, first_sample=first)
+    # The mean over the ranks, which are alike, of the mean over the parts.
+    alone = make(Noisy, accumulate=2, loss=lambda *_: torch.ones((), requires_grad=True))
+    assert torch.equal(fit(alone, source, 2), torch.ones(2))
+    with pytest.raises(ValueError, match="expected accumulate x 2 ranks to divide batch_size = 8"):
+        make(accumulate=8)
 
 
 def test_all_that_belongs_to_a_training_is_restored(tmp_path: Path) -> None:
@@ -472,7 +529,7 @@ def test_about_ten_epochs_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     net, sigmas = MLPScore(3, 16), geometric_sigmas(5.0, 0.1, 11)
     trainer = Trainer(net, sigmas, torch.optim.Adam(net.parameters()), batch_size=8, seed=5)
-    trainer.fit(data(16), 100)
+    trainer.fit(data(16), 108)
     said = capsys.readouterr().out.splitlines()
     lines = [line for line in said if line.startswith("epoch ")]
     assert [int(line[6:].partition(",")[0]) for line in lines] == list(range(5, 55, 5))
