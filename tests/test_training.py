@@ -597,8 +597,9 @@ def test_what_is_refused() -> None:
     words = r"conditions: got 1 names, \['label'\], and items of 1 parts"
     with pytest.raises(ValueError, match=words):
         fit(make(conditions=("label",)), torch.utils.data.TensorDataset(data()), 5)
-    with pytest.raises(ValueError, match="loss: got .* from the function"):
-        fit(make(loss=lambda net, x, sigmas, noise: x), data(), 1)
+    for value, words in ((data(8), r"\(8, 3\)"), (3, "int")):
+        with pytest.raises(ValueError, match=f"loss: got {words} from the function, expected one"):
+            fit(make(loss=lambda *_, value=value: value), data(), 1)
     for options in ({"steps": -1}, {"save_every": 0}, {"report_every": 0}):
         (name,) = options
         with pytest.raises(ValueError, match=f"{name}: got"):
