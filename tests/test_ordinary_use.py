@@ -86,6 +86,12 @@ class Masked(nn.Module):
         self.norm, self.last = nn.BatchNorm1d(3), nn.Linear(3, 3)
         self.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
 
+    def get_extra_state(self) -> str:
+        return "meters"
+
+    def set_extra_state(self, state: str) -> None:
+        assert state == "meters"
+
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.last(self.norm(x) @ self.mask.softmax(1)) / sigma[:, None]
 

@@ -199,7 +199,9 @@ class Averaging(nn.Module):
         return contextlib.nullcontext()
 
 
-def test_the_second_of_two_ranks_takes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_of_two_ranks_takes_its_share(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Two parts of two samples of each batch of eight; processes are in test_ranks.py."""
     module, sent, seen = "score_kernels.training.trainer.", [], []
     monkeypatch.setattr(module + "current", lambda: Two(rank=1, size=2))
@@ -212,7 +214,9 @@ def test_the_second_of_two_ranks_takes_its_share(monkeypatch: pytest.MonkeyPatch
         return net(x, sigmas[:1].expand(len(x))).square().mean()
 
     trainer, source = make(Noisy, accumulate=2, loss=loss), data()
-    fit(trainer, source, 3)
+    # The first one shows a bar.
+    trainer.fit(source, 3)
+    assert capsys.readouterr().err == ""
     parts = [*trainer.net.parameters(), *trainer.net.buffers()]
     assert sent == [0] * len(parts) and Averaging.waits == 3
     stream = permutation(37, 5, 0)
@@ -573,6 +577,7 @@ def test_what_is_refused() -> None:
         ({"clip_norm": -1}, ValueError, "clip_norm: got -1"),
         ({"precision": "half"}, ValueError, "precision: got 'half'"),
         ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"seed": 2**64}, ValueError, "seed: got 18446744073709551616"),
     ):
         with pytest.raises(error, match=words):
             Trainer(net, SIGMAS, optimizer, **options)
@@ -582,6 +587,7 @@ def test_what_is_refused() -> None:
         Trainer(net, SIGMAS, "adam")
     with pytest.raises(ValueError, match="sigmas"):
         Trainer(net, [1.0, 2.0], optimizer)
+    assert len(fit(make(batch_size=1), data(), 2)) == 2
     trainer = make()
     nan = data()
     nan[23, 1] = math.nan
