@@ -155,6 +155,11 @@ def test_the_printed_settings_are_a_file(tmp_path: Path, capsys: pytest.CaptureF
     assert run("train", "--print-config", "--seed", 7) == 0
     (tmp_path / "c.toml").write_text(capsys.readouterr().out)
     assert config.load(tmp_path / "c.toml").training.seed == 7
+    # What is given on the command line goes before the file, zeros too.
+    given = ("--config", tmp_path / "c.toml", "--seed", 0, "--steps", 0, "--device", "cpu:0")
+    assert run("train", "--print-config", *given) == 0
+    text = capsys.readouterr().out
+    assert "\nseed = 0\n" in text and "\nsteps = 0\n" in text and 'device = "cpu:0"' in text
 
 
 def test_nothing_is_overwritten(

@@ -265,7 +265,16 @@ def test_exif_orientation(tmp_path: Path) -> None:
 
 
 def test_order_subfolders_and_files_passed_over(tmp_path: Path) -> None:
-    names = ["B/1.png", "B/10.png", "B/2.PNG", "a.png", "b/c/x.png", "b0.png", "\u00e9.png"]
+    names = [
+        "B-1.png",
+        "B/1.png",
+        "B/10.png",
+        "B/2.PNG",
+        "a.png",
+        "b/c/x.png",
+        "b0.png",
+        "\u00e9.png",
+    ]
     images = {name: random((3, 5)) for name in names}
     for name in RNG.permutation(names):
         put(tmp_path / str(name), encoded(images[str(name)], "PNG"))
@@ -274,11 +283,11 @@ def test_order_subfolders_and_files_passed_over(tmp_path: Path) -> None:
     for name in (".DS_Store", "._a.png", ".hidden/x.png"):
         put(tmp_path / name, b"no image")
     data = load(tmp_path)
-    # Code points: capitals first, "/" before "0", no locale.
+    # Code points: capitals first, "-" before "/" before "0", no locale.
     assert data.names == tuple(names)
     assert_values(data, np.stack([images[name] for name in names])[:, None])
-    assert data.source == f"{tmp_path} (7 images, 4 other files not read)"
-    assert len(repr(data)) < 400 and "7 samples of shape (1, 3, 5)" in repr(data)
+    assert data.source == f"{tmp_path} (8 images, 4 other files not read)"
+    assert len(repr(data)) < 400 and "8 samples of shape (1, 3, 5)" in repr(data)
 
 
 def test_linked_folders_are_followed(tmp_path: Path) -> None:

@@ -112,6 +112,12 @@ def test_levels_without_samples_are_nan_and_conditions_reach_the_network() -> No
         net, x, SIGMAS, seed=1, labels=labels, return_per_level=True, classes=classes
     )
     assert seen[0] is classes and table.isnan().tolist() == [True] * 4 + [False]
+    leaf = torch.ones(6, requires_grad=True)
+    for reduction in ("mean", "sum", "none"):
+        loss, table = dsm_loss(
+            lambda y, s: leaf * y, x, SIGMAS, seed=1, reduction=reduction, return_per_level=True
+        )
+        assert loss.requires_grad and not table.requires_grad
     with pytest.raises(TypeError, match="unexpected keyword"):
         dsm_loss(zero, x, SIGMAS, wieghting=1.0)
 

@@ -64,6 +64,21 @@ def test_untrained_network_is_the_score_of_a_gaussian(net, shape):
     torch.testing.assert_close(net(x, sigma), -x / variance)
 
 
+@pytest.mark.parametrize("net, shape", [(MLPScore(6, 16, data_std=0.7), (6,)),
+                                        (ConvScore(2, 8, data_std=0.7), (2, 4, 4))])  # fmt: skip
+def test_scalings_of_input_and_output(net, shape):
+    """Table 1 of arXiv 2206.00364 as a score: f sees x / sqrt(sigma^2 + d^2)."""
+    _stirred(net)
+    first, seen = net.layers[0] if isinstance(net, MLPScore) else net.first, []
+    first.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    net.last.register_forward_hook(lambda module, args, out: seen.append(out))
+    x, sigma = torch.randn(3, *shape), torch.tensor([0.1, 2.0, 9.0])
+    score, s = net(x, sigma), sigma.reshape(-1, *[1] * len(shape))
+    variance = s**2 + 0.7**2
+    torch.testing.assert_close(seen[0], x / variance.sqrt())
+    torch.testing.assert_close(score, -x / variance + 0.7 / (s * variance.sqrt()) * seen[1])
+
+
 def test_sigma_times_score_is_of_order_one_at_every_level():
     for net, shape in ((MLPScore(64, 32), (64,)), (ConvScore(1, 8), (1, 8, 8))):
         _stirred(net)

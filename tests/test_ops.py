@@ -155,8 +155,9 @@ def test_aliased_inputs(backend: str) -> None:
     first, second = memory[:120].view(3, 40), memory[8:].view(3, 40)
     want = ops.langevin_step(first.clone(), second.clone(), 0.1, KEY)
     assert torch.equal(ops.langevin_step_(first, second, 0.1, KEY), want)
-    # At the same address, in half the bytes.
-    halves = x.view(torch.bfloat16).view(-1)[:120].view(3, 40)
+    # At the same address, in half the bytes; more than the reference takes at a time.
+    x = torch.randn(3, 100_000)
+    halves = x.view(torch.bfloat16).view(-1)[:300_000].view(3, 100_000)
     halves.normal_()
     want = ops.langevin_step(x.clone(), halves.clone(), 0.1, KEY)
     torch.testing.assert_close(ops.langevin_step_(x, halves, 0.1, KEY), want, rtol=0, atol=0)

@@ -563,8 +563,8 @@ def test_callbacks_may_change_the_state_and_are_watched() -> None:
             progress.x[2, 1] = math.nan
 
     options["callback"] = poison
-    with pytest.raises(FloatingPointError, match=f"sample 2 .* after the callback of step {steps}"):
-        sk.annealed_langevin(gaussian, (3, 4), **options)
+    with pytest.raises(FloatingPointError, match=f"sample 9 .* after the callback of step {steps}"):
+        sk.annealed_langevin(gaussian, (3, 4), first_sample=7, **options)
 
 
 def test_options_that_would_be_ignored_are_refused() -> None:
@@ -632,6 +632,9 @@ def test_guided_scores_take_conditions() -> None:
         return 3 * gaussian(x - 0.5, sigma) - 2 * gaussian(x, sigma)
 
     assert torch.equal(x, sk.annealed_langevin(plain, (2, 3), seed=1, **ANNEAL))
+    # The two conditions of the guidance go before a sampler's.
+    at = torch.randn(2, 3), torch.ones(2)
+    assert torch.equal(guided(*at, shift=0.5, label=9.0), guided(*at, shift=0.5))
 
 
 def test_networks_without_sigma_are_told_the_wrapper() -> None:

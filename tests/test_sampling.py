@@ -110,6 +110,23 @@ def test_resume_in_the_middle_gives_the_same_bits(backend: str, done: int) -> No
     assert torch.equal(anneal(states[done - 1], first_step=done), whole)
 
 
+def test_an_inpainting_resumes_where_known_elements_are() -> None:
+    """A score that couples elements sees what the known ones are."""
+
+    def coupled(x: Tensor, sigma: Tensor) -> Tensor:
+        return -(x + x.mean(1, keepdim=True)) / (1 + sigma**2)[:, None]
+
+    options: dict[str, Any] = {"steps_per_level": 5, "step_size": 1e-3, "seed": 9}
+    options |= {"known": torch.ones(6), "mask": torch.arange(6) < 3, "denoise": False}
+    states: list[Tensor] = []
+    whole = annealed_langevin(
+        coupled, (4, 6), SIGMAS, callback=lambda p: states.append(p.x.clone()), **options
+    )
+    for done in (1, 6):
+        resumed = annealed_langevin(coupled, states[done - 1], SIGMAS, first_step=done, **options)
+        assert torch.equal(resumed, whole)
+
+
 def test_langevin_resumes_too() -> None:
     options: dict[str, Any] = {"step_size": 0.1, "steps": 20, "seed": 1}
     states = langevin(lambda x: -x, (4, 6), record_every=5, **options)

@@ -162,6 +162,22 @@ def test_it_is_the_loop_one_would_write(name: str) -> None:
     assert trainer.optimizer.param_groups[0]["lr"] == 1e-2 * 0.5 ** (12 // period)
 
 
+def test_every_group_of_parameters_warms_up() -> None:
+    rates: list[list[float]] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    net = MLPScore(3, 8)
+    first, *rest = net.parameters()
+    optimizer = Watched([{"params": [first], "lr": 0.4}, {"params": rest, "lr": 0.8}])
+    fit(Trainer(net, SIGMAS, optimizer, batch_size=8, warmup_steps=4), data(), 5)
+    want = [[0.4 * share, 0.8 * share] for share in (0.25, 0.5, 0.75, 1, 1)]
+    np.testing.assert_allclose(rates, want)
+
+
 def test_ranks_have_seeds_of_their_own() -> None:
     trainer = make()
     seeds = [trainer._torch_seeds()]
@@ -540,6 +556,31 @@ def test_about_ten_epochs_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     table = trainer.level_losses[4]
     shown = ", ".join(f"{sigmas[i]:.3g}: {table[i]:.4g}" for i in (0, 2, 4, 6, 8, 10))
     assert lines[0].rstrip() == f"epoch 5, loss by noise level: {shown}"
+
+
+def test_a_checkpoint_is_loaded_into_a_training_that_failed(tmp_path: Path) -> None:
+    class Failing(torch.utils.data.Dataset):
+        fetched, broken = 0, True
+
+        def __len__(self) -> int:
+            return 37
+
+        def __getitem__(self, index: int) -> Tensor:
+            self.fetched += 1
+            if self.broken and self.fetched > 50:
+                raise OSError("the disk is gone")
+            return data()[index]
+
+    trainer, source, path = make(), Failing(), tmp_path / "c.pt"
+    with pytest.raises(OSError, match="gone"):
+        fit(trainer, source, 9, checkpoint=path, save_every=4)
+    source.broken = False
+    trainer.load(path)
+    assert len(trainer.losses) == trainer.step == 4
+    whole = make()
+    fit(whole, source, 9)
+    fit(trainer, source, 9)
+    assert same(trainer, whole)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

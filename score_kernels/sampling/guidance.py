@@ -27,7 +27,8 @@ def classifier_free(
         cond, uncond: the keyword arguments with the condition and with none.
 
     Returns:
-        A score ``(x, sigma, **conditions)`` for any sampler; conditions go to both calls.
+        A score ``(x, sigma, **conditions)`` for any sampler; conditions go to both calls, where
+        `cond` and `uncond` go before them.
     """
     checks.function("score", score)
     scale = checks.number("scale", scale)
