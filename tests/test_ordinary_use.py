@@ -993,6 +993,17 @@ def test_datasets_have_schedules() -> None:
     assert sk.suggest_schedule(TensorDataset(x, torch.arange(40))).why == want.why
     assert sk.max_pairwise_distance(TensorDataset(x)) == sk.max_pairwise_distance(x)
 
+    class Listed:
+        """Any object with a length and samples, as `Trainer.fit` takes."""
+
+        def __len__(self) -> int:
+            return len(x)
+
+        def __getitem__(self, index: int) -> Tensor:
+            return x[index]
+
+    assert sk.suggest_schedule(Listed()).why == want.why
+
 
 def test_levels_too_far_apart_are_judged() -> None:
     x = torch.randn(40, 400)

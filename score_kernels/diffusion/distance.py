@@ -120,8 +120,9 @@ def gathered(data: Any) -> Any:
     if isinstance(data, (Tensor, np.ndarray, list, tuple)) or not indexed:
         return data
     count: int = len(data)
-    items = (data[i] for i in range(count))
-    return torch.stack([item[0] if isinstance(item, (tuple, list)) else item for item in items])
+    items = [data[i] for i in range(count)]
+    items = [item[0] if isinstance(item, (tuple, list)) else item for item in items]
+    return torch.stack(items) if all(isinstance(item, Tensor) for item in items) else data
 
 
 def samples(data: Any) -> tuple[Tensor, Tensor, Tensor]:

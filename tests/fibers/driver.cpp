@@ -36,8 +36,11 @@ void run(uint64_t rows, uint64_t elements, uint64_t shift) {
   sk::cuda::perturb({noisy.at<float>(), x.at<float>(), sigma.at<float>(), rows, elements, kKey},
                     kTarget);
   report("perturb", 0, rows, elements, shift, noisy);
-  Buffer table = floats(5 * rows, 0), mask(count, 1, shift);
-  for (uint64_t i = 0; i < count; ++i) mask.at<uint8_t>()[i] = i % 3 == 0;
+  // No mask, one where the others are, and one a byte further.
+  Buffer table = floats(5 * rows, 0),
+         masks[] = {{0, 1, 0}, {count, 1, shift}, {count, 1, shift + 1}};
+  for (uint64_t i = 0; i < count; ++i)
+    masks[1].at<uint8_t>()[i] = masks[2].at<uint8_t>()[i] = i % 3 == 0;
   const int64_t step = 1;
   for (int d = 0; d < 3; ++d) {
     const Dtype dtype = Dtype(d);
@@ -50,8 +53,9 @@ void run(uint64_t rows, uint64_t elements, uint64_t shift) {
       report("affine", d, rows, elements, shift, out);
     }
     for (const bool per_row : {false, true})
-      for (const bool some : {false, true}) {
+      for (Buffer& mask : masks) {
         Buffer stepped = floats(count, shift);
+        const bool some = &mask != masks;
         const uint64_t columns = some ? 5 : 3;
         sk::cuda::table_step(
             {stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows, elements,
