@@ -166,6 +166,15 @@ def takes_sigma(name: str, score: Any, error: TypeError) -> None:
         return
 
 
+def changed(name: str, argument: str) -> RuntimeError:
+    """The error of a score that changes its argument in place."""
+    way = "expected it as it was"
+    if argument == "x":
+        copy = f"lambda x, *sigma: {name}(x.clone(), *sigma)"
+        way = f"as ReLU(inplace=True) does; expected x as it was, or a copy: {copy}"
+    return RuntimeError(f"{name}: changed its argument {argument} in place, {way}")
+
+
 def keywords(name: str, value: Any) -> dict[str, Any]:
     """Keyword arguments, copied."""
     if not isinstance(value, Mapping):

@@ -17,6 +17,7 @@ from PIL import Image
 from score_kernels.cli import config
 from score_kernels.cli import main as cli
 from score_kernels.cli.train import train
+from score_kernels.cli.trained import draw_samples
 from score_kernels.networks import MLPScore
 from score_kernels.training import Trainer, checkpoint
 
@@ -143,12 +144,20 @@ def test_resume_has_the_same_bits(tmp_path: Path, settings: Path) -> None:
     assert (whole / "samples.png").read_bytes() == (cut / "samples.png").read_bytes()
 
 
-def test_sheets_on_the_way(tmp_path: Path, settings: Path) -> None:
+def test_sheets_on_the_way(tmp_path: Path, settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def draw(net: Any, about: Any, count: int, **options: Any) -> torch.Tensor:
+        drawn.append(count)
+        return draw_samples(net, about, count, **options)
+
+    monkeypatch.setattr("score_kernels.cli.train.draw_samples", draw)
     settings.write_text(SETTINGS.replace("count = 5", "count = 5\nevery = 3"))
     source = folder_of_images(tmp_path / "f")
     assert run("train", "--data", source, "--config", settings, "--out", tmp_path / "o") == 0
     assert png(tmp_path / "o" / "samples-00000003.png").ndim == 3
     assert (tmp_path / "o" / "samples-00000006.png").exists()
+    assert drawn == [5, 5]
 
 
 def test_the_printed_settings_are_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -308,12 +317,18 @@ def test_every_setting_reaches_the_training(
         assert len(after.losses) == 3
 
 
-def test_settings_for_none_and_by_themselves(tmp_path: Path) -> None:
-    tables = {
-        "data": {"path": str(npy_file(tmp_path / "points.npy"))},
+def on_points(folder: Path, **training: Any) -> dict[str, dict[str, Any]]:
+    """Settings of a training on points."""
+    path = str(npy_file(folder / "points.npy"))
+    return {
+        "data": {"path": path},
         "noise": {"levels": 5},
-        "training": {"steps": 25, "batch_size": 8, "clip_norm": 0},
+        "training": {"batch_size": 8, **training},
     }
+
+
+def test_settings_for_none_and_by_themselves(tmp_path: Path) -> None:
+    tables = on_points(tmp_path, steps=25, clip_norm=0)
     trainer = train(config.from_dict(tables, "here"), tmp_path / "out", progress=False)
     assert trainer.clip_norm is None
     # A tenth of the training, in place of 200.
@@ -324,11 +339,7 @@ def test_settings_for_none_and_by_themselves(tmp_path: Path) -> None:
 
 
 def test_the_network_s_first_weights_are_the_seed_s(tmp_path: Path) -> None:
-    tables = {
-        "data": {"path": str(npy_file(tmp_path / "points.npy"))},
-        "noise": {"levels": 5},
-        "training": {"steps": 0, "batch_size": 8, "seed": 3},
-    }
+    tables = on_points(tmp_path, steps=0, seed=3)
     trainer = train(config.from_dict(tables, "here"), tmp_path / "out", progress=False)
     torch.manual_seed(3)
     values = np.load(tmp_path / "points.npy").astype(np.float64)
@@ -356,6 +367,25 @@ def test_defaults_of_the_commands() -> None:
         "format": "npz", "shard_size": 1024, "seed": 0, "first_sample": 0, "weights": "ema",
         "batch_size": 64, "device": "cpu", "overwrite": False,
     }  # fmt: skip
+
+
+def test_every_flag_reaches_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the functions do with them: test_shards.py and test_selfcheck.py."""
+    calls: list[Any] = []
+    for target in ("sample.sample", "selfcheck.run"):
+        monkeypatch.setattr(
+            f"score_kernels.cli.{target}", lambda *a, **k: calls.append((*a, k)) or 0
+        )
+    assert run("sample", "c.pt", "--num", 5, "--out", "o", "--format", "png", "--shard-size", 7,
+               "--seed", 3, "--first", 9, "--weights", "raw", "--batch-size", 2,
+               "--device", "cuda:1", "--overwrite") == 0  # fmt: skip
+    assert run("selfcheck", "--device", "cuda:1", "--quick") == 0
+    given = {
+        "path": Path("c.pt"), "count": 5, "out": Path("o"), "format": "png", "shard_size": 7,
+        "seed": 3, "first_sample": 9, "weights": "raw", "batch_size": 2, "device": "cuda:1",
+        "overwrite": True,
+    }  # fmt: skip
+    assert calls == [(given,), ("cuda:1", {"quick": True})]
 
 
 def test_stopping_by_hand_is_no_traceback(

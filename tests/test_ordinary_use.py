@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from test_sliced import NoDerivative
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import Dataset, TensorDataset
@@ -585,8 +586,15 @@ def test_options_that_would_be_ignored_are_refused() -> None:
 def test_networks_with_dropout_in_training_mode_are_said() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
     options: dict[str, Any] = {"step_size": 0.1, "steps": 1, "seed": 1}
-    with pytest.warns(UserWarning, match="score: a network in training mode, with dropout"):
-        sk.langevin(net, (2, 3), **options)
+    for call in (
+        lambda: sk.langevin(net, (2, 3), **options),
+        lambda: sk.log_likelihood(sk.unconditional(net), torch.zeros(2, 3), SIGMAS),
+    ):
+        words = "score: a network in training mode, with dropout"
+        with pytest.warns(UserWarning, match=words) as said:
+            call()
+        # Where the library is called.
+        assert said[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sk.langevin(net.eval(), (2, 3), **options)
@@ -714,6 +722,7 @@ def test_scores_that_cut_their_graph_are_refused() -> None:
     for score in (inferred, detached):
         for call in (
             lambda f=score: sk.sliced_score_loss(f, x, 1.0, seed=1),
+            lambda f=score: sk.sliced_score_loss(f, x, 1.0, seed=1, method="jvp"),
             lambda f=score: sk.exact_score_loss(f, x, 1.0),
             lambda f=score: sk.log_likelihood(f, x, SIGMAS),
         ):
@@ -804,17 +813,6 @@ class Slotted:
 
     def __call__(self, x: Tensor) -> Tensor:
         return -x
-
-
-class NoDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
 
 
 def test_any_object_may_be_a_score() -> None:

@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"score-kernels {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = {"train": "; --resume goes on from the last checkpoint", "sample": ""}
-        text = f"stopped{hint.get(arguments.command, '')}"
-        print(f"score-kernels {arguments.command}: {text}", file=sys.stderr)
+        training = arguments.command == "train"
+        hint = "; --resume goes on from the last checkpoint" if training else ""
+        print(f"score-kernels {arguments.command}: stopped{hint}", file=sys.stderr)
         return 130
 
 

@@ -131,12 +131,11 @@ def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, 
     x, noise = source.scaled(torch.arange(len(source))), vars(settings.noise)
     options = {key: value for key, value in noise.items() if key != "step_size"}
     schedule = suggest_schedule(x, progress=progress, **options)
-    step_size, why = schedule.step_size, schedule.why
+    sigmas, step_size, why = schedule.sigmas.tolist(), schedule.step_size, schedule.why
     if noise["step_size"] is not None:
         step_size = noise["step_size"]
-        # Refuses steps with which a chain diverges.
-        variance_ratio(step_size, 2.0, float(schedule.sigmas[-1]), 1)
-        why += f"\nstep_size given: {step_size:g} in place of {schedule.step_size:g}."
+        why += f"\nstep_size given: {step_size:g} in place of {schedule.step_size:g}; "
+        why += _left(sigmas, noise["steps_per_level"], step_size)
     return {
         "version": score_kernels.__version__,
         "config": config.to_dict(settings),
@@ -149,7 +148,7 @@ def _describe(settings: Config, source: data.Data, progress: bool) -> dict[str, 
             "std": float(torch.linalg.vector_norm(x)) / math.sqrt(x.numel()),
         },
         "schedule": {
-            "sigmas": schedule.sigmas.tolist(),
+            "sigmas": sigmas,
             "steps_per_level": noise["steps_per_level"],
             "step_size": step_size,
             "why": why,
@@ -167,13 +166,22 @@ def _set_sampling(about: dict[str, Any], settings: Config) -> None:
         return
     sigmas, why = schedule["sigmas"], "given"
     schedule["steps_per_level"], schedule["step_size"] = noise.steps_per_level, noise.step_size
-    if noise.step_size is not None:
-        variance_ratio(noise.step_size, 2.0, sigmas[-1], 1)
-    else:
-        ratio, why = (sigmas[0] / sigmas[-1]) ** (1 / (len(sigmas) - 1)), "technique 4"
-        schedule["step_size"] = best_step_size(ratio, sigmas[-1], noise.steps_per_level)
+    if noise.step_size is None:
+        why = "technique 4"
+        schedule["step_size"] = best_step_size(_ratio(sigmas), sigmas[-1], noise.steps_per_level)
     used = ", ".join(f"{name} {schedule[name]:g}" for name in names)
-    schedule["why"] += f"\nOn resuming: {used} ({why})."
+    left = _left(sigmas, schedule["steps_per_level"], schedule["step_size"])
+    schedule["why"] += f"\nOn resuming: {used} ({why}); {left}"
+
+
+def _ratio(sigmas: list[float]) -> float:
+    return (sigmas[0] / sigmas[-1]) ** (1 / (len(sigmas) - 1))
+
+
+def _left(sigmas: list[float], steps: int, step_size: float) -> str:
+    """How levels end; a ValueError for a step size with which chains diverge."""
+    left = variance_ratio(step_size, _ratio(sigmas), sigmas[-1], steps)
+    return f"levels end with {left:.4g} times the variance of their noise."
 
 
 def _identity(source: data.Data) -> dict[str, Any]:
@@ -193,8 +201,8 @@ def _check_same(path: Path, about: dict[str, Any], settings: Config, source: dat
     if about["data"] | _identity(source) != about["data"]:
         differ.append(f"the data, {source.source}, are not those it began with")
     if differ:
-        words = "expected those it began with; other steps need cosine = false"
-        raise ValueError(f"checkpoint {path}: cannot be resumed: {'; '.join(differ)}; {words}")
+        words = "; expected what it began with"
+        raise ValueError(f"checkpoint {path}: cannot be resumed: {'; '.join(differ)}{words}")
 
 
 def _trainer(settings: Config, about: dict[str, Any], device: torch.device) -> Trainer:

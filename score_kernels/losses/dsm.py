@@ -136,7 +136,7 @@ def denoising_losses(
         checks.takes_sigma("net", net, error)
         raise
     if version_of(sigma) != version:
-        raise RuntimeError("net: changed its argument sigma in place, expected it as it was")
+        raise checks.changed("net", "sigma")
     checks.score_like(x, score, "net")
     return dsm_losses(score, sigma, key, weight, mean=mean)
 

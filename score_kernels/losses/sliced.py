@@ -22,10 +22,6 @@ from score_kernels.ops._dispatch import refuse_vmap, state_dtype, version_of
 __all__ = ["exact_score_loss", "sliced_score_loss"]
 
 _METHODS = ("auto", "double_backward", "jvp", "finite_difference")
-_IN_PLACE = (
-    "score: changed its argument x in place, as ReLU(inplace=True) does; expected x as it was, or "
-    "a copy: lambda x, *sigma: score(x.clone(), *sigma)"
-)
 # Scores, by id, whose gradient was found to have no derivative.
 _no_double_backward: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -178,7 +174,7 @@ def _by_derivative(
                 if training and key is keys[0]:
                     _require_derivative(grad)
             else:
-                value, grad = torch.func.jvp(call, (x,), (v,))[:2]
+                value, grad = _jacobian_vector(call, x, v)
             losses.append(ops.ssm_reduce(grad, value.to(grad.dtype), key, **kind))
     return losses if training else [loss.detach() for loss in losses]
 
@@ -197,14 +193,8 @@ def vector_jacobian(
     Of a value without a graph, by which nothing can be said, it is ``(grad s) v``.
     """
     if not value.requires_grad:
-        x, v = x.detach().contiguous(), v.reshape(x.shape).to(x.dtype)
-        along = torch.func.jvp(call, (x,), (v,))[1]
-        if not along.any() and not torch.equal(call(x + 1), call(x)):
-            raise RuntimeError(
-                "score: its value depends on x and has no derivative, as after detach(), .data or "
-                "under inference_mode; expected a score that autograd can follow"
-            )
-        return along
+        x = x.detach().contiguous()
+        return _jacobian_vector(call, x, v.reshape(x.shape).to(x.dtype))[1]
     (grad,) = torch.autograd.grad(
         value,
         x,
@@ -214,6 +204,24 @@ def vector_jacobian(
         materialize_grads=True,
     )
     return grad
+
+
+def _jacobian_vector(
+    call: Callable[[Tensor], Tensor], x: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``call(x)`` and ``(grad s) v``, which is 0 of a score that does not depend on x."""
+    try:
+        return torch.func.jvp(call, (x,), (v,), strict=True)[:2]
+    except RuntimeError as error:
+        if "strict=True" not in str(error):
+            raise
+    value = call(x)
+    if not torch.equal(call(x + 1), value):
+        raise RuntimeError(
+            "score: its value depends on x and has no derivative, as after detach(), .data or "
+            "under inference_mode; expected a score that autograd can follow"
+        )
+    return value, torch.zeros_like(value)
 
 
 def refuse_inference() -> None:
@@ -299,9 +307,9 @@ def score_at(
         except RuntimeError as error:
             if "in-place operation" not in str(error):
                 raise
-            raise RuntimeError(_IN_PLACE) from error
+            raise checks.changed("score", "x") from error
         if version_of(y) != version:
-            raise RuntimeError(_IN_PLACE)
+            raise checks.changed("score", "x")
         checks.score_like(y, value)
         return value
 

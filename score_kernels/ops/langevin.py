@@ -220,11 +220,8 @@ class _AffineStep(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: NoiseKey) -> Tensor:
-        return (
-            _compiled(x, score, a, b, c, noise)
-            if is_compiling()
-            else _new_op(x, score, a, b, c, noise)
-        )
+        step = _compiled if is_compiling() else _new_op
+        return step(x, score, a, b, c, noise)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -66,9 +66,9 @@ class Options(TypedDict, total=False):
         on_nan: what to do when the state is not finite, which is checked every 50 steps and at the
             end: "raise" (the default) a FloatingPointError that names level, step and the first
             such sample; "stop" there with a warning, and return the last finite state; or "ignore"
-            it. To find the step, those since the last check are repeated with the same
-            noise from a copy of the state, which all but "ignore" keep. A state that a callback has
-            changed is checked and copied at once.
+            it. To find the step, those since the last check are repeated with the same noise from a
+            copy of the state, which all but "ignore" keep. A state that a callback has changed is
+            checked and copied at once.
 
     A network is called in the mode, train or eval, that it is in.
     """
@@ -194,12 +194,9 @@ class ScoreModel:
             checks.score_like(x, added, "guidance")
             value = value + added
         if self.sigma._version != level:
-            raise RuntimeError("score: changed its argument sigma in place, expected it as it was")
+            raise checks.changed("score", "sigma")
         if seen._version != version:
-            raise RuntimeError(
-                "score: changed its argument x in place, as ReLU(inplace=True) does; expected x as "
-                "it was, or a copy: lambda x, *sigma: score(x.clone(), *sigma)"
-            )
+            raise checks.changed("score", "x")
         # Checked in full only where it is not like the last one.
         if (
             type(value) is Tensor
@@ -349,7 +346,7 @@ def run(
     seed, first_sample = options.get("seed"), options.get("first_sample", 0)
     seed = fresh_seed() if seed is None else seed
     key = NoiseKey(seed, purpose=Purpose.LANGEVIN, first_sample=first_sample)
-    warn_of_training_mode(score)
+    warn_of_training_mode(score, stacklevel=4)
     # Not in inference mode, whose tensors have no versions and give a score no gradients.
     with torch.inference_mode(False), torch.no_grad():
         x = _start(shape_or_init, scale, key, options)
@@ -367,10 +364,10 @@ def run(
         if on_nan != "ignore":
             monitor = DivergenceMonitor(chain, first_step, stop=on_nan == "stop")
         skipped = first_step // every
-        # The result, unless it is the state after the last step recorded.
-        _, _, _, mean, noise = plan[-1].row() if plan else Phase(0.0).row()
-        changed_last = denoise or (known is not None and (mean, noise) != (1.0, 0.0))
-        extra = bool(total % every) or changed_last or first_step == total
+        # The result, unless it is the state after the last step recorded: known elements are exact
+        # at the end, and before that as they are after the last step.
+        settled = not denoise and (known is None or plan[-1].row()[3:] == (1.0, 0.0))
+        extra = bool(total % every) or not settled or first_step == total
         frames = 0 if record_every is None else total // every - skipped + extra
         trajectory = x.new_empty((frames, *x.shape), device="cpu")
         seen = Progress(step=0, level=-1, sigma=math.nan, x=x, aux=aux)
@@ -428,14 +425,14 @@ def run(
         return trajectory[: last + 1]
 
 
-def warn_of_training_mode(score: Any) -> None:
+def warn_of_training_mode(score: Any, stacklevel: int) -> None:
     """Dropout and batch normalisation would make samples random, or depend on each other."""
     parts = score.modules() if isinstance(score, nn.Module) else ()
     if any(part.training and isinstance(part, (_DropoutNd, _BatchNorm)) for part in parts):
         warnings.warn(
             "score: a network in training mode, with dropout or batch normalisation; expected "
             "net.eval()",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

@@ -130,7 +130,7 @@ def log_likelihood(
     if not x.numel():
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one element")
     refuse_inference()
-    warn_of_training_mode(score)
+    warn_of_training_mode(score, stacklevel=3)
     probes = checks.count("probes", probes, least=1)
     std = levels[-1] if prior_std is None else checks.positive("prior_std", prior_std)
     seed = fresh_seed() if seed is None else seed
@@ -158,10 +158,10 @@ def _score_and_trace(
     level = x.new_full(x.shape[:1], sigma, dtype=torch.float32)
     ones = x.new_ones(x.shape[0])
 
-    called = score_at(score, level, {})
+    checked = score_at(score, level, {})
 
     def call(y: Tensor) -> Tensor:
-        return called(y).to(x.dtype)
+        return checked(y).to(x.dtype)
 
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()

@@ -385,8 +385,6 @@ class Trainer:
             for name, value in getattr(self, part).state_dict().items()
             if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
         }
-        if not named:
-            return []
         # Read from the device once.
         finite = torch.stack([value.isfinite().all() for value in named.values()]).cpu()
         return list(zip(named, finite.tolist(), strict=True))
@@ -394,6 +392,7 @@ class Trainer:
     def _check_weights(self) -> None:
         finite = dict(self._finite_weights())
         for name in self._finite_at_start:
+            # What was renamed since, as by parametrizations, is not known to have been finite.
             if finite.get(name, True):
                 continue
             raise FloatingPointError(
