@@ -50,7 +50,10 @@ OPERATORS = re.compile(
     r"|NumberReplacer|ReplaceUnaryOperator_(Delete_USub|Delete_Not)|AddNot|Replace(And|Or)With.*"
     r"|Replace(True|False)With.*|Replace(Break|Continue)With.*|ZeroIterationForLoop)"
 )
+# Of the test of an option; those of a module have three times what they take without a change.
 SECONDS = 120
+# An exit status that pytest does not have.
+NOT_APPLIED = 99
 
 
 @dataclass
@@ -143,58 +146,41 @@ def _without_argument(path: str, option: str) -> None:
     import score_kernels.cli.main
     import score_kernels.cli.train  # noqa: F401
 
-    parts = path.split(".")
-    if path.endswith("sampling.Options"):
-        # Samplers hand the options on in one dictionary.
-        import score_kernels.sampling.engine as engine
-
-        path, parts = "", []
-        owner: Any = engine
-        value: Any = engine.run
-    else:
-        owner = score_kernels
-        for part in parts[1:-1]:
-            owner = getattr(owner, part)
-        value = getattr(owner, parts[-1])
-    function: Any = value
+    *owners, name = path.split(".")[1:]
+    owner: Any = functools.reduce(getattr, owners, score_kernels)
+    if name == "Options":
+        # Samplers hand them on in one dictionary.
+        owner, name = owner.engine, "run"
+    value = getattr(owner, name)
     if inspect.isclass(value):
-        name = "__new__" if "__new__" in vars(value) else "__init__"
-        function = getattr(value, name)
+        owner, name = value, "__new__" if "__new__" in vars(value) else "__init__"
+    # A method with its decorator, which makes it anew.
+    held = inspect.getattr_static(owner, name)
+    function = getattr(held, "__func__", held)
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def changed(*arguments: Any, **named: Any) -> Any:
         bound = signature.bind(*arguments, **named)
         for given in (bound.arguments, bound.arguments.get("options", {})):
-            if option in given and _default(signature, option) is inspect.Parameter.empty:
-                # There is no default: something else.
+            parameter = signature.parameters.get(option)
+            if option in given and parameter and parameter.default is parameter.empty:
                 given[option] = _other(given[option])
             else:
                 given.pop(option, None)
         return function(*bound.args, **bound.kwargs)
 
-    if inspect.isclass(value):
-        setattr(value, name, staticmethod(changed) if name == "__new__" else changed)
-        return
     if inspect.isclass(owner):
-        wrapped = classmethod(changed) if inspect.ismethod(value) else changed
-        if inspect.ismethod(value):
-            function = value.__func__
-            signature = inspect.signature(function)
-        setattr(owner, parts[-1], wrapped)
+        setattr(owner, name, changed if held is function else type(held)(changed))
         return
     for module in [m for n, m in sys.modules.items() if n.startswith("score_kernels")]:
-        for name, held in list(vars(module).items()):
+        for own, held in list(vars(module).items()):
             if held is function:
-                setattr(module, name, changed)
-
-
-def _default(signature: inspect.Signature, option: str) -> Any:
-    parameter = signature.parameters.get(option)
-    return None if parameter is None else parameter.default
+                setattr(module, own, changed)
 
 
 def _other(value: Any) -> Any:
+    """Something else, for an option that has no default."""
     return value + 1 if isinstance(value, int) else 2 * value if isinstance(value, float) else None
 
 
@@ -221,7 +207,10 @@ def run(mutant: Mutant | Ignored, folder: str, seconds: int) -> None:
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    mutant.apply()
+    try:
+        mutant.apply()
+    except Exception:
+        os._exit(NOT_APPLIED)
     import pytest
 
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", folder]
@@ -248,7 +237,10 @@ def finished() -> tuple[int, bool]:
         os.killpg(process, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    return process, os.waitstatus_to_exitcode(status) == 0
+    code = os.waitstatus_to_exitcode(status)
+    if code == NOT_APPLIED:
+        raise RuntimeError("a change could not be made")
+    return process, code == 0
 
 
 def main() -> int:
@@ -278,7 +270,7 @@ def all_of(arguments: argparse.Namespace, folder: str) -> int:
     spared = {mutant.module: 0 for mutant in waiting}
     survived: list[Any] = []
     running: dict[int, Any] = {}
-    # What takes three times as long as without a change has not ended: an endless loop.
+    # What takes much longer than without a change is an endless loop.
     limit: dict[str, int] = {}
     for module in [] if arguments.options else arguments.modules:
         before = time.perf_counter()
