@@ -45,7 +45,8 @@ constexpr auto key_fields() {
   return std::tuple_cat(std::make_tuple(Field<Rule::kBits, kKey, &NoiseKey::seed>{"seed"}),
                         field<kKey, &NoiseKey::purpose>("purpose"),
                         field<kKey, &NoiseKey::draw>("draw"),
-                        field<kKey, &NoiseKey::first_sample>("first_sample"));
+                        field<kKey, &NoiseKey::first_sample>("first_sample"),
+                        optional<kKey, &NoiseKey::addresses>("addresses"));
 }
 
 // In a struct that is called A.

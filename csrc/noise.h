@@ -5,10 +5,14 @@
 //                              counter = (block, draw, sample_lo, purpose << 24 | sample_hi24))
 //
 //   seed     64 bits
-//   sample   56 bits, the global index of a sample (first_sample + row of the batch)
+//   sample   56 bits, the global index of a sample: first_sample + row of the batch, or the row's
+//            address
 //   draw     32 bits, the step of a chain or of training
 //   block    element / 4 inside the flattened sample; element % 4 takes word (or normal) % 4
 //   purpose  8 bits, one named constant per use, so that one seed never feeds two uses
+//
+// A row with an address (sample, piece, draw) is the piece-th run of D elements of that sample: its
+// blocks start at piece * ceil(D / 4). The address's draw is added to the batch's.
 //
 // Normals come in pairs, (w0, w1) -> (z0, z1) and (w2, w3) -> (z2, z3), by Box and Muller (1958):
 //
@@ -41,12 +45,27 @@
 
 namespace sk {
 
-// Which draw of which stream: everything of the counter but the block and the row.
+// Of a row; in Python an int64 pair (sample, draw << 32 | piece).
+struct Address {
+  uint64_t sample;
+  uint32_t piece, draw;
+};
+
+// Which draw of which stream, and which samples the rows of a batch are.
 struct NoiseKey {
   uint64_t seed;
   uint64_t first_sample;
   uint32_t draw;
   uint32_t purpose;
+  // Of all rows, and then the largest of each of their fields; null: row r is sample
+  // first_sample + r.
+  const Address* addresses;
+};
+
+// The counter of a row's first block. in_range: its blocks are within the contract's counter.
+struct Counter {
+  uint32_t block, draw, sample_low, sample_high;
+  bool in_range;
 };
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
@@ -84,17 +103,26 @@ SK_INLINE Words philox4x32_10(Words c, uint32_t k0, uint32_t k1) {
   return c;
 }
 
-// The counter's last two words, for the sample in a given row of the batch.
-SK_INLINE uint32_t sample_low(const NoiseKey& key, uint64_t row) {
-  return uint32_t(key.first_sample + row);
-}
-SK_INLINE uint32_t sample_high(const NoiseKey& key, uint64_t row) {
-  return key.purpose << 24 | (uint32_t((key.first_sample + row) >> 32) & 0xFFFFFFu);
+// Of a row of so many elements.
+SK_INLINE Counter counter_of(const NoiseKey& key, uint64_t row, uint64_t elements) {
+  uint64_t sample = key.first_sample + row, block = 0, draw = key.draw;
+  bool in_range = true;
+  if (key.addresses) {
+    const Address address = key.addresses[row];
+    const uint64_t blocks = (elements + 3) / 4;
+    sample = address.sample;
+    block = address.piece * blocks;
+    draw += address.draw;
+    in_range = sample >> 56 == 0 && draw >> 32 == 0 && (block + blocks - 1) >> 32 == 0;
+  }
+  return {in_range ? uint32_t(block) : 0, uint32_t(draw), uint32_t(sample),
+          key.purpose << 24 | (uint32_t(sample >> 32) & 0xFFFFFFu), in_range};
 }
 
-SK_INLINE Words words_of(const NoiseKey& key, uint64_t row, uint32_t block) {
-  return philox4x32_10({{block, key.draw, sample_low(key, row), sample_high(key, row)}},
-                       uint32_t(key.seed), uint32_t(key.seed >> 32));
+// The words of a row's block, counted from the sample's first.
+SK_INLINE Words words_of(const NoiseKey& key, const Counter& row, uint32_t block) {
+  return philox4x32_10({{block, row.draw, row.sample_low, row.sample_high}}, uint32_t(key.seed),
+                       uint32_t(key.seed >> 32));
 }
 
 // The primitives that the maths below is written in. A vector type brings its own overloads.

@@ -232,6 +232,33 @@ def sample_range(first_sample: int, batch: int) -> None:
         )
 
 
+def identities(name: str, value: Any, like: Tensor) -> None:
+    """Integers that say what each row is: int64 [B] in the shape and on the device of `like`."""
+    instance(name, value, Tensor, "an int64 tensor [B]")
+    instance(name, like, Tensor, "an int64 tensor [B]")
+    if value.dtype != torch.int64 or value.dim() != 1:
+        raise TypeError(f"{name}: got {_kind(value)}, expected an int64 tensor [B]")
+    if value.shape != like.shape or value.device != like.device:
+        raise ValueError(
+            f"{name}: got {len(value)} on {value.device}, expected that of samples, {len(like)} on "
+            f"{like.device}"
+        )
+
+
+def segments(value: Any, rows: int | None = None) -> None:
+    """The segment of each row, int64 [B], numbered from 0."""
+    identities("segments", value, value)
+    if rows is not None and len(value) != rows:
+        raise ValueError(f"segments: got {len(value)}, expected one a row, {rows}")
+    if value.is_cpu and not torch.compiler.is_dynamo_compiling() and value.numel():
+        low, high = (int(end) for end in value.aminmax())
+        if low < 0 or high >= len(value):
+            raise ValueError(
+                f"segments: got values from {low} to {high}, expected numbers from 0, at most one "
+                f"for each of {len(value)} rows"
+            )
+
+
 def state(name: str, value: Any) -> None:
     """A state [B, ...]: fp32 or, on the reference, fp64."""
     if not isinstance(value, Tensor):

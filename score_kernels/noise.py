@@ -6,6 +6,7 @@ Every random number of the library is a pure function of (seed, purpose, sample,
                                counter = (block, draw, sample_lo, purpose << 24 | sample_hi24))
 
 with ``block = element // 4`` inside the flattened sample and word ``element % 4`` of the block.
+Row r of a batch is sample ``first_sample + r`` or, with addresses, whatever its own says.
 ``csrc/noise.h`` says how words become normals. Device, backend, batch split, thread count and rank
 are not arguments, so they cannot change a bit.
 
@@ -18,13 +19,15 @@ import enum
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from score_kernels import checks
 
-__all__ = ["Key", "NoiseKey", "Purpose", "fresh_seed", "resolve"]
+__all__ = ["Key", "NoiseKey", "Purpose", "addressed", "fresh_seed", "resolve"]
 
-# (seed as a signed 64-bit integer, purpose, draw, first_sample): a NoiseKey as kernels take it.
-Key = tuple[int, ...]
+# (seed as a signed 64-bit integer, purpose, draw, first_sample, addresses): a NoiseKey as kernels
+# take it.
+Key = tuple[Any, ...]
 
 
 class Purpose(enum.IntEnum):
@@ -49,8 +52,8 @@ class Purpose(enum.IntEnum):
     SSM_PROBE = 64
 
 
-class NoiseKey(tuple[int, int, int, int]):
-    """Names a batch of noise: row ``n`` is sample ``first_sample + n``.
+class NoiseKey(tuple[Any, ...]):
+    """Names a batch of noise: row ``n`` is sample ``first_sample + n``; see also :meth:`rows`.
 
     Immutable and hashable. Each step of a loop takes a key of its own, ``key.at(step)``.
     Batches that share ``seed``, ``purpose`` and ``draw`` and whose samples overlap get the same
@@ -82,6 +85,7 @@ class NoiseKey(tuple[int, int, int, int]):
                 checks.unsigned("purpose", purpose, 8),
                 checks.unsigned("draw", draw, 32),
                 checks.unsigned("first_sample", first_sample, 56),
+                None,
             ),
         )
 
@@ -105,31 +109,104 @@ class NoiseKey(tuple[int, int, int, int]):
         """The global index of row 0."""
         return self[3]
 
+    @property
+    def addresses(self) -> Tensor | None:
+        """The packed addresses of rows, if there are any.
+
+        int64 ``[B + 1, 2]``: ``(sample, draw << 32 | piece)`` of each row, and the largest of each.
+        Kernels read them where they are: a captured CUDA graph follows
+        ``key.addresses.copy_(other.addresses)``.
+        """
+        return self[4]
+
     def at(self, draw: int) -> NoiseKey:
         """The same stream at another draw (step)."""
         if type(draw) is not int or not 0 <= draw < 4294967296:
             draw = checks.unsigned("draw", draw, 32)
-        seed, purpose, _, first = self
-        return _new(NoiseKey, (seed, purpose, draw, first))
+        seed, purpose, _, first, addresses = self
+        return _new(NoiseKey, (seed, purpose, draw, first, addresses))
 
     def for_samples(self, first: int) -> NoiseKey:
         """The same stream for a batch from global sample ``first`` on."""
         first = checks.unsigned("first_sample", first, 56)
-        return _new(NoiseKey, (self[0], self[1], self[2], first))
+        return _new(NoiseKey, (self[0], self[1], self[2], first, None))
 
     def for_purpose(self, purpose: int) -> NoiseKey:
         """The stream of another use of the same seed."""
-        return _new(NoiseKey, (self[0], checks.unsigned("purpose", purpose, 8), self[2], self[3]))
+        purpose = checks.unsigned("purpose", purpose, 8)
+        return _new(NoiseKey, (self[0], purpose, self[2], self[3], self[4]))
+
+    def rows(
+        self, samples: Tensor, *, draws: Tensor | None = None, pieces: Tensor | None = None
+    ) -> NoiseKey:
+        """The same stream for rows that are any samples, in any order.
+
+        Row r is the ``pieces[r]``-th run of D elements, D those of a row, of sample ``samples[r]``,
+        at the key's draw plus ``draws[r]``. Rows of one address have the same noise. Permuting,
+        dropping, merging or splitting rows with their addresses changes no bit of theirs.
+
+        Args:
+            samples: int64 ``[B]`` on the data's device, ``0 <= samples < 2**56``.
+            draws: int64 ``[B]``, at least 0, and with the key's draw below 2**32; default: 0.
+            pieces: int64 ``[B]``, at least 0; ``(pieces + 1) ceil(D / 4) <= 2**32``; default: 0.
+
+        Returns:
+            A key for batches of B rows. Its first_sample is not used.
+
+        Raises:
+            TypeError: an argument is not an int64 tensor.
+            ValueError: shapes or devices differ or, on a CPU, a value is out of range. On a GPU,
+                where reading it would wait for the device, its row's noise is NaN.
+        """
+        return _new(NoiseKey, (*self[:4], _packed(samples, draws, pieces)))
+
+    def whole(self) -> NoiseKey:
+        """The key of rows that are whole samples: without pieces."""
+        if self[4] is None:
+            return self
+        sample, packed = self[4].unbind(1)
+        return _new(NoiseKey, (*self[:4], torch.stack([sample, packed >> 32 << 32], 1)))
+
+    def sample_of(self, row: int) -> int:
+        """The sample that a row is; waits for the device of its address."""
+        return self[3] + row if self[4] is None else int(self[4][row, 0])
 
     def __repr__(self) -> str:
+        rows = "" if self[4] is None else f".rows(<{len(self[4]) - 1} addresses>)"
         return (
             f"NoiseKey({self.seed}, purpose={self.purpose}, draw={self.draw}, "
-            f"first_sample={self.first_sample})"
+            f"first_sample={self.first_sample}){rows}"
         )
 
-    def __getnewargs_ex__(self) -> tuple[tuple[int], dict[str, int]]:
-        fields = {"purpose": self.purpose, "draw": self.draw, "first_sample": self.first_sample}
-        return (self.seed,), fields
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, tuple(self)
+
+
+def _restored(*fields: Any) -> NoiseKey:
+    return _new(NoiseKey, fields)
+
+
+def _packed(samples: Tensor, draws: Tensor | None, pieces: Tensor | None) -> Tensor:
+    """The addresses of rows as csrc/noise.h has them, and the largest of each field."""
+    values = {"samples": (samples, 56), "draws": (draws, 32), "pieces": (pieces, 32)}
+    fields = []
+    for name, (value, bits) in values.items():
+        if value is None:
+            value = torch.zeros_like(samples)
+        checks.identities(name, value, samples)
+        if value.is_cpu and not torch.compiler.is_dynamo_compiling() and value.numel():
+            low, high = (int(end) for end in value.aminmax())
+            checks.unsigned(name, low if low < 0 else high, bits)
+        fields.append(value)
+    sample, draw, piece = fields
+    if not sample.is_cpu:
+        # Packed, these would seem to be in range.
+        inside = (draw | piece) >> 32 == 0
+        sample = torch.where(inside, sample, -1)
+    sample, draw, piece = (torch.cat([f, f.new_zeros(1)]) for f in (sample, draw, piece))
+    for field in (sample, draw, piece):
+        field[-1] = field.amax()
+    return torch.stack([sample, draw << 32 | piece], 1)
 
 
 _new: Any = tuple.__new__
@@ -141,16 +218,40 @@ def fresh_seed() -> int:
     return int(seed) & (2**64 - 1)
 
 
-def resolve(noise: NoiseKey | None, seed: int | None) -> NoiseKey:
-    """The key of a loss that takes either: noise, or NoiseKey(seed), or a fresh seed's.
+def resolve(
+    noise: NoiseKey | None,
+    seed: int | None,
+    samples: Tensor | None = None,
+    draws: Tensor | None = None,
+    pieces: Tensor | None = None,
+) -> NoiseKey:
+    """The key of a loss: noise, or NoiseKey(seed), or a fresh seed's, with the rows' addresses.
 
     Raises:
-        ValueError: both are given, or the seed is out of range.
+        ValueError: noise is given beside a seed, or has addresses beside others.
         TypeError: noise is not a NoiseKey, or seed not an integer.
     """
     if noise is None:
-        return NoiseKey(fresh_seed() if seed is None else seed)
-    if seed is not None:
+        noise = NoiseKey(fresh_seed() if seed is None else seed)
+    elif seed is not None:
         raise ValueError(f"seed: got {seed} beside noise, expected one of the two")
     checks.instance("noise", noise, NoiseKey, "a NoiseKey")
-    return noise
+    return addressed(noise, samples, draws, pieces)
+
+
+def addressed(
+    noise: NoiseKey, samples: Tensor | None, draws: Tensor | None, pieces: Tensor | None
+) -> NoiseKey:
+    """`NoiseKey.rows` where any of these is given; without samples the rows' are the key's own."""
+    fields = {"samples": samples, "draws": draws, "pieces": pieces}
+    given = [(name, value) for name, value in fields.items() if value is not None]
+    if not given:
+        return noise
+    name, like = given[0]
+    if noise.addresses is not None or samples is not None and noise.first_sample:
+        other = "first_sample" if noise.addresses is None else "a noise with addresses"
+        raise ValueError(f"{name}: got {name} beside {other}, expected one of the two")
+    if samples is None:
+        checks.identities(name, like, like)
+        samples = noise.first_sample + torch.arange(len(like), device=like.device)
+    return noise.rows(samples, draws=draws, pieces=pieces)

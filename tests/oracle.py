@@ -34,13 +34,23 @@ def padded_words(
     rows: int, elements: int, seed: int, purpose: int, draw: int, first_sample: int
 ) -> np.ndarray:
     """[rows, elements rounded up to whole blocks] words of a batch."""
+    addresses = [(first_sample + row, draw, 0) for row in range(rows)]
+    return addressed_words(addresses, elements, seed, purpose)
+
+
+def addressed_words(
+    addresses: list[tuple[int, int, int]], elements: int, seed: int, purpose: int
+) -> np.ndarray:
+    """`padded_words` of rows that are (sample, draw, piece)."""
     blocks = -(-elements // 4)
-    block = np.tile(np.arange(blocks, dtype=np.uint64), (rows, 1))
-    sample = [(first_sample + row) for row in range(rows)]
-    low = np.array([s % 2**32 for s in sample], np.uint64)[:, None] + 0 * block
-    high = np.array([purpose << 24 | s >> 32 for s in sample], np.uint64)[:, None] + 0 * block
-    out = philox([block, np.full_like(block, draw), low, high], (seed % 2**32, seed >> 32))
-    return np.stack(out, -1).reshape(rows, -1)
+    samples, draws, pieces = ([address[i] for address in addresses] for i in range(3))
+    first = np.array([piece * blocks for piece in pieces], np.uint64)[:, None]
+    block = first + np.arange(blocks, dtype=np.uint64)
+    low = np.array([s % 2**32 for s in samples], np.uint64)[:, None] + 0 * block
+    high = np.array([purpose << 24 | s >> 32 for s in samples], np.uint64)[:, None] + 0 * block
+    draw = np.array(draws, np.uint64)[:, None] + 0 * block
+    out = philox([block, draw, low, high], (seed % 2**32, seed >> 32))
+    return np.stack(out, -1).reshape(len(addresses), -1)
 
 
 def words(rows: int, elements: int, **key: int) -> np.ndarray:

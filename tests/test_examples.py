@@ -129,6 +129,19 @@ def test_torchrun(tmp_path: Path) -> None:
     torch.testing.assert_close(two, one, rtol=1e-5, atol=0)
 
 
+def test_sharded_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two += [str(EXAMPLES / "sharded_image.py"), "--out", str(tmp_path / "two"), "--steps", "200"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(two, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "2 processes; error of y 0.498" in done.stdout, done.stderr
+    monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / "one"), "--steps", "200"])
+    module("sharded_image").main()
+    one, two_s = (torch.load(tmp_path / name / "sample.pt") for name in ("one", "two"))
+    assert torch.equal(one, two_s)
+    assert (tmp_path / "two" / "image.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("row", ["ncsnv2-cifar10 | 3072 | 50 | 232", "so from 50 to 0.01 L = 219"])
 def test_published_settings(row: str) -> None:
     assert row in run("published_settings.py")

@@ -19,7 +19,7 @@ import pytest
 import score_kernels as sk
 from score_kernels.cli import config
 from score_kernels.cli.main import _parser
-from score_kernels.sampling import Options
+from score_kernels.sampling import Options, Request, stream
 
 FOLDER = Path(__file__).parent
 REGISTRY: dict[str, dict[str, list[str]]] = config.tomllib.loads(
@@ -57,6 +57,8 @@ def options() -> dict[str, dict[str, str]]:
                 if not method.startswith("_") and callable(getattr(value, method)):
                     found[f"{path}.{method}"] = of(getattr(value, method))
     found["score_kernels.sampling.Options"] = dict.fromkeys(Options.__annotations__, "")
+    found["score_kernels.sampling.stream"] = of(stream)
+    found["score_kernels.sampling.Request"] = of(Request)
     for section, table in vars(config.Config()).items():
         keys = dataclasses.asdict(table)
         found[f"settings.{section}"] = {key: repr(default) for key, default in keys.items()}

@@ -3,12 +3,23 @@
 // elements are not 0.
 #pragma once
 
+#include <stdexcept>
+
 #include "../args.h"
 
 namespace sk {
 
 // Set in a child of fork() that cannot start threads.
 inline bool one_thread = false;
+
+// An error where the address of a row does not fit the noise contract.
+inline void require_in_range(const NoiseKey& key, uint64_t rows, uint64_t elements) {
+  if (key.addresses && !counter_of(key, rows, elements).in_range)
+    throw std::invalid_argument(
+        "noise: got addresses whose sample, draw or piece is out of range, expected samples below "
+        "2**56, draws that with the key's stay below 2**32, and pieces whose blocks of four "
+        "elements do");
+}
 
 // The kernels of an instruction set, and whether this processor has it. An op without a kernel is
 // null.

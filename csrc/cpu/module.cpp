@@ -86,6 +86,7 @@ constexpr uint64_t kHoldGil = 4096;
 template <class Args>
 void run(void (*kernel)(const Args&), const Args& args) {
   std::optional<py::gil_scoped_release> release;
+  sk::require_in_range(args.key, args.rows, args.elements);
   if (args.elements > kHoldGil || args.rows * args.elements > kHoldGil) release.emplace();
   kernel(args);
 }

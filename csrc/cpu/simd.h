@@ -96,6 +96,11 @@ struct IsaVector : AnyVector {
   static SK_INLINE F zip_high(F a, F b) { return F(_mm512_unpackhi_ps(a.v, b.v)); }
   static SK_INLINE F low_halves(F a, F b) { return F(_mm512_shuffle_ps(a.v, b.v, 0x44)); }
   static SK_INLINE F high_halves(F a, F b) { return F(_mm512_shuffle_ps(a.v, b.v, 0xEE)); }
+  // The first, third, ... 64 bits, and then the others.
+  static SK_INLINE F deal_pairs(F a) {
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return F((Floats)_mm512_permutexvar_epi64(order, (__m512i)a.v));
+  }
 };
 
 SK_INLINE AnyVector::F fma(AnyVector::F a, AnyVector::F b, AnyVector::F c) {
@@ -134,6 +139,9 @@ struct IsaVector : AnyVector {
   static SK_INLINE F zip_high(F a, F b) { return F(_mm256_unpackhi_ps(a.v, b.v)); }
   static SK_INLINE F low_halves(F a, F b) { return F(_mm256_shuffle_ps(a.v, b.v, 0x44)); }
   static SK_INLINE F high_halves(F a, F b) { return F(_mm256_shuffle_ps(a.v, b.v, 0xEE)); }
+  static SK_INLINE F deal_pairs(F a) {
+    return F((Floats)_mm256_permute4x64_epi64((__m256i)a.v, 0xD8));
+  }
 };
 
 SK_INLINE AnyVector::F fma(AnyVector::F a, AnyVector::F b, AnyVector::F c) {
@@ -176,6 +184,7 @@ struct IsaVector : AnyVector {
   static SK_INLINE F high_halves(F a, F b) {
     return F(vcombine_f32(vget_high_f32(a.v), vget_high_f32(b.v)));
   }
+  static SK_INLINE F deal_pairs(F a) { return a; }
 };
 
 SK_INLINE AnyVector::F fma(AnyVector::F a, AnyVector::F b, AnyVector::F c) {

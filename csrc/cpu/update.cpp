@@ -1,8 +1,6 @@
 // The affine step x <- a x + b score + c z.
 #include "../update.h"
 
-#include <stdexcept>
-
 #include "score.h"
 
 namespace sk {
@@ -65,6 +63,7 @@ void table_step(const TableArgs& from) {
     if (step >= args.lines) throw std::invalid_argument("step: points past the table");
     args.table += step * args.columns;
     args.key.draw += uint32_t(step);
+    require_in_range(args.key, args.rows, args.elements);
   }
   for_each_tile(args.rows, args.elements, [args](const Tile& tile) {
     alignas(64) float z[kTileBuffer], converted[kTile];

@@ -10,13 +10,14 @@ namespace {
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads) perturb_kernel(PerturbArgs args) {
   each_row(args.rows, [&](uint64_t row) {
-    const Row<kVector, const float> x(args.x, row, args.elements);
-    const Row<kVector, float> out(args.out, row, args.elements);
-    const float sigma = args.sigma[row];
+    const Place place(args.key, row, args.elements);
+    const Row<kVector, const float> x(args.x, place);
+    const Row<kVector, float> out(args.out, place);
+    const float sigma = place.checked(args.sigma[row]);
     each_quad(
-        range_of_grid(args.elements), [&](At at) { return x.load(at); },
+        place, range_of_grid(args.elements), [&](At at) { return x.load(at); },
         [&](At at, Quad noisy) {
-          const Quad z = values_of<NormalMap>(words_of(args.key, row, at.block()));
+          const Quad z = values_of<NormalMap>(words_of(args.key, place.counter, at.block()));
           for (uint32_t e = 0; e < kQuad; ++e) noisy.v[e] = perturbed(noisy.v[e], sigma, z.v[e]);
           out.store(at, noisy);
         });
@@ -25,18 +26,18 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(PerturbArgs args) {
 
 // body(at, residuals) for the quads of a range; elements past the row's end have residual 0.
 template <class Score, bool kVector, class Body>
-__device__ __forceinline__ void each_residual(const DsmArgs& args, uint64_t row, Range range,
+__device__ __forceinline__ void each_residual(const DsmArgs& args, const Place& place, Range range,
                                               const Body& body) {
-  const Row<kVector, const Score> scores(static_cast<const Score*>(args.score), row, args.elements);
-  const float sigma = args.sigma[row];
+  const Row<kVector, const Score> scores(static_cast<const Score*>(args.score), place);
+  const float sigma = place.checked(args.sigma[place.row]);
   each_quad(
-      range, [&](At at) { return scores.load(at); },
+      place, range, [&](At at) { return scores.load(at); },
       [&](At at, const Four<Score>& loaded) {
         const Quad score = to_floats(loaded);
-        Quad r = values_of<NormalMap>(words_of(args.key, row, at.block()));
+        Quad r = values_of<NormalMap>(words_of(args.key, place.counter, at.block()));
         for (uint32_t e = 0; e < kQuad; ++e) {
           r.v[e] = dsm_residual(score.v[e], sigma, r.v[e]);
-          if (!kVector && at.element() + e >= args.elements) r.v[e] = 0.0f;
+          if (!kVector && at.element() + e >= place.end()) r.v[e] = 0.0f;
         }
         body(at, r);
       });
@@ -48,7 +49,8 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(DsmArgs args, uint32_t c
   sum_chunks<1>(
       args.rows, args.elements, chunks,
       [&](uint64_t row, Range range, float (&sum)[1]) {
-        each_residual<Score, kVector>(args, row, range, [&](At, const Quad& r) {
+        const Place place(args.key, row, args.elements);
+        each_residual<Score, kVector>(args, place, range, [&](At, const Quad& r) {
           for (uint32_t e = 0; e < kQuad; ++e) sum[0] = fma(r.v[e], r.v[e], sum[0]);
         });
       },
@@ -69,9 +71,10 @@ __global__ void __launch_bounds__(kWarp) total_kernel(DsmArgs args, uint32_t chu
 template <class Score, bool kVector>
 __global__ void __launch_bounds__(kThreads) gradient_kernel(DsmArgs args) {
   each_row(args.rows, [&](uint64_t row) {
-    const Row<kVector, Score> out(reinterpret_cast<Score*>(args.gradient), row, args.elements);
+    const Place place(args.key, row, args.elements);
+    const Row<kVector, Score> out(reinterpret_cast<Score*>(args.gradient), place);
     const float scale = dsm_gradient_scale(args, row);
-    each_residual<Score, kVector>(args, row, range_of_grid(args.elements), [&](At at, Quad r) {
+    each_residual<Score, kVector>(args, place, range_of_grid(args.elements), [&](At at, Quad r) {
       for (uint32_t e = 0; e < kQuad; ++e) r.v[e] = scale * r.v[e];
       out.store(at, from_floats<Score>(r));
     });

@@ -7,16 +7,22 @@ namespace {
 template <class Map, bool kVector, class T>
 __global__ void __launch_bounds__(kThreads) fill_kernel(FillArgs args) {
   each_row(args.rows, [&](uint64_t row) {
-    const Row<kVector, T> out(static_cast<T*>(args.out), row, args.elements);
-    each_quad(
-        range_of_grid(args.elements), [](At) { return 0; },
-        [&](At at, int) {
-          const Words words = words_of(args.key, row, at.block());
-          if constexpr (std::is_same_v<Map, WordMap>)
-            out.store(at, {{words.w[0], words.w[1], words.w[2], words.w[3]}});
-          else
-            out.store(at, values_of<Map>(words));
-        });
+    const Place place(args.key, row, args.elements);
+    const Row<kVector, T> out(static_cast<T*>(args.out), place);
+    const Range range = range_of_grid(args.elements);
+    const auto none = [](At) { return 0; };
+    if (!place.counter.in_range) {
+      const T bad = std::is_same_v<T, float> ? T(NAN) : T(-1);
+      return each_quad(place, range, none,
+                       [&](At at, int) { out.store(at, {{bad, bad, bad, bad}}); });
+    }
+    each_quad(place, range, none, [&](At at, int) {
+      const Words words = words_of(args.key, place.counter, at.block());
+      if constexpr (std::is_same_v<Map, WordMap>)
+        out.store(at, {{words.w[0], words.w[1], words.w[2], words.w[3]}});
+      else
+        out.store(at, values_of<Map>(words));
+    });
   });
 }
 

@@ -45,6 +45,23 @@ __device__ __forceinline__ Range range_of_grid(uint64_t elements) {
   return {blockIdx.x * quads + quad_of_thread(), gridDim.x * quads, last_quad(elements)};
 }
 
+// A row of a batch and the counter of its first block. A loop over the row counts quads from the
+// first of its sample, so that one number is both the block and the address.
+struct Place {
+  uint64_t row, elements;
+  Counter counter;
+
+  __device__ __forceinline__ Place(const NoiseKey& key, uint64_t row, uint64_t elements)
+      : row(row), elements(elements), counter(counter_of(key, row, elements)) {}
+
+  __device__ __forceinline__ uint64_t first() const { return uint64_t(counter.block) * kQuad; }
+  __device__ __forceinline__ uint64_t end() const { return first() + elements; }
+  // A coefficient of the row; NaN where its address is out of range.
+  __device__ __forceinline__ float checked(float value) const {
+    return counter.in_range ? value : NAN;
+  }
+};
+
 // The rows dealt out over the grid's y axis and a block's.
 template <class Body>
 __device__ __forceinline__ void each_row(uint64_t rows, const Body& body) {
@@ -68,14 +85,16 @@ __device__ __forceinline__ void iterate(uint32_t quad, const Load& load, const B
   for (uint32_t i = 0; i < kCount; ++i) body(At{quad, i * kWarp}, loaded[i]);
 }
 
-// body(at, load(at)) for the quads of a range. All that an iteration loads comes before its first
-// body, which may write where another loads. Quads may run to 2^32 - 1.
+// body(at, load(at)) for the quads of a range of a row. All that an iteration loads comes before
+// its first body, which may write where another loads. Quads may run to 2^32 - 1.
 template <class Load, class Body>
-__device__ __forceinline__ void each_quad(Range range, const Load& load, const Body& body) {
+__device__ __forceinline__ void each_quad(const Place& place, const Range& range, const Load& load,
+                                          const Body& body) {
   if (range.first > range.last) return;
-  uint32_t quad = range.first;
+  uint32_t quad = range.first + place.counter.block;
+  const uint32_t last = range.last + place.counter.block;
   for (;;) {
-    const uint32_t left = range.last - quad;
+    const uint32_t left = last - quad;
     if (left >= kWarp)
       iterate<2>(quad, load, body);
     else
@@ -92,22 +111,23 @@ struct alignas(kQuad * sizeof(T)) Four {
 };
 using Quad = Four<float>;
 
-// A row of a batch; kVector: rows are whole quads at aligned addresses.
+// The elements of a row; kVector: rows are whole quads at aligned addresses.
 template <bool kVector, class T>
 struct Row {
   using Quad = Four<std::remove_const_t<T>>;
 
+  // Where the sample's first element would be.
   T* start;
-  uint64_t elements;
+  uint64_t end;
 
-  __device__ __forceinline__ Row(T* batch, uint64_t row, uint64_t elements)
-      : start(batch + row * elements), elements(elements) {}
+  __device__ __forceinline__ Row(T* batch, const Place& place)
+      : start(batch + (place.row * place.elements - place.first())), end(place.end()) {}
 
   __device__ __forceinline__ Quad load(At at) const {
     if (kVector) return (reinterpret_cast<const Quad*>(start) + at.quad)[at.ahead];
     Quad four = {};
     for (uint32_t i = 0; i < kQuad; ++i)
-      if (at.element() + i < elements) four.v[i] = start[at.element() + i];
+      if (at.element() + i < end) four.v[i] = start[at.element() + i];
     return four;
   }
   __device__ __forceinline__ void store(At at, const Quad& four) const {
@@ -115,7 +135,7 @@ struct Row {
       (reinterpret_cast<Quad*>(start) + at.quad)[at.ahead] = four;
     } else {
       for (uint32_t i = 0; i < kQuad; ++i)
-        if (at.element() + i < elements) start[at.element() + i] = four.v[i];
+        if (at.element() + i < end) start[at.element() + i] = four.v[i];
     }
   }
 };

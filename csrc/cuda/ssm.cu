@@ -15,17 +15,17 @@ __global__ void __launch_bounds__(kThreads)
   sum_chunks<kProbeSums>(
       args.rows, args.elements, chunks,
       [&](uint64_t row, Range range, float (&sums)[kProbeSums]) {
-        const Row<kVector, const T> as(static_cast<const T*>(args.a), row, args.elements);
+        const Place place(args.key, row, args.elements);
+        const Row<kVector, const T> as(static_cast<const T*>(args.a), place);
         // Without b its sum is not asked for: a stands in.
-        const Row<kVector, const T> bs(static_cast<const T*>(args.b ? args.b : args.a), row,
-                                       args.elements);
+        const Row<kVector, const T> bs(static_cast<const T*>(args.b ? args.b : args.a), place);
         each_quad(
-            range, [&](At at) { return Inputs{as.load(at), bs.load(at)}; },
+            place, range, [&](At at) { return Inputs{as.load(at), bs.load(at)}; },
             [&](At at, const Inputs& in) {
-              Quad v = values_of<Map>(words_of(args.key, row, at.block()));
+              Quad v = values_of<Map>(words_of(args.key, place.counter, at.block()));
               const Quad a = to_floats(in.a), b = to_floats(in.b);
               for (uint32_t e = 0; e < kQuad; ++e) {
-                if (!kVector && at.element() + e >= args.elements) v.v[e] = 0.0f;
+                if (!kVector && at.element() + e >= place.end()) v.v[e] = 0.0f;
                 const float p = kDifferences ? mean_of(a.v[e], b.v[e]) : a.v[e];
                 const float q = kDifferences ? a.v[e] - b.v[e] : b.v[e];
                 sums[kVV] = fma(v.v[e], v.v[e], sums[kVV]);
@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kThreads)
                 sums[kAA] = fma(p, p, sums[kAA]);
               }
             });
+        for (float& sum : sums) sum = place.checked(sum);
       },
       [&](uint64_t row, uint32_t chunk, float (&sums)[kProbeSums]) {
         if (!args.b) sums[kVB] = 0.0f;
@@ -50,14 +51,15 @@ __global__ void __launch_bounds__(kWarp) total_kernel(ProbeArgs args, uint32_t c
 template <class Map, bool kVector, bool kPair>
 __global__ void __launch_bounds__(kThreads) scale_kernel(ProbeArgs args) {
   each_row(args.rows, [&](uint64_t row) {
-    const Row<kVector, const float> x(args.x, kPair ? row : 0, args.elements);
-    const Row<kVector, float> above(args.out, row, args.elements);
-    const Row<kVector, float> below(args.out, args.rows + row, args.elements);
-    const float factor = args.factor[row];
+    const Place place(args.key, row, args.elements);
+    const Row<kVector, const float> x(args.x, place);
+    const Row<kVector, float> above(args.out, place);
+    const Row<kVector, float> below(args.out + args.rows * args.elements, place);
+    const float factor = place.checked(args.factor[row]);
     each_quad(
-        range_of_grid(args.elements), [&](At at) { return kPair ? x.load(at) : Quad{}; },
+        place, range_of_grid(args.elements), [&](At at) { return kPair ? x.load(at) : Quad{}; },
         [&](At at, const Quad& center) {
-          const Quad v = values_of<Map>(words_of(args.key, row, at.block()));
+          const Quad v = values_of<Map>(words_of(args.key, place.counter, at.block()));
           Quad up, down;
           for (uint32_t e = 0; e < kQuad; ++e) {
             up.v[e] = kPair ? shifted(center.v[e], factor, v.v[e]) : factor * v.v[e];

@@ -15,29 +15,32 @@ __device__ __forceinline__ Quad combine(const Quad& x, const Quad& score, const 
 // kKnown: args are TableArgs with known and mask.
 template <class Score, bool kVector, bool kNoise, bool kKnown, class Args>
 __device__ __forceinline__ void step_row(const Args& args, const NoiseKey& key, uint64_t row,
-                                         const Coefficients& k) {
+                                         Coefficients k) {
   struct Inputs {
     Quad x;
     Four<Score> score;
   };
-  const uint64_t elements = args.elements;
-  const Row<kVector, const float> x(args.x, row, elements);
-  const Row<kVector, const Score> scores(static_cast<const Score*>(args.score), row, elements);
-  const Row<kVector, float> out(args.out, row, elements);
+  const Place place(key, row, args.elements);
+  const Row<kVector, const float> x(args.x, place);
+  const Row<kVector, const Score> scores(static_cast<const Score*>(args.score), place);
+  const Row<kVector, float> out(args.out, place);
+  k.c = place.checked(k.c);
+  k.noise_scale = place.checked(k.noise_scale);
   each_quad(
-      range_of_grid(elements), [&](At at) { return Inputs{x.load(at), scores.load(at)}; },
+      place, range_of_grid(args.elements),
+      [&](At at) { return Inputs{x.load(at), scores.load(at)}; },
       [&](At at, const Inputs& in) {
         Quad next = combine(in.x, to_floats(in.score), k), noise_scale = {{k.c, k.c, k.c, k.c}};
         if constexpr (kKnown) {
-          const Quad known = Row<kVector, const float>(args.known, row, elements).load(at);
-          const auto mask = Row<kVector, const uint8_t>(args.mask, row, elements).load(at);
+          const Quad known = Row<kVector, const float>(args.known, place).load(at);
+          const auto mask = Row<kVector, const uint8_t>(args.mask, place).load(at);
           for (uint32_t e = 0; e < kQuad; ++e) {
             next.v[e] = mask.v[e] ? k.scale * known.v[e] : next.v[e];
             noise_scale.v[e] = mask.v[e] ? k.noise_scale : k.c;
           }
         }
         if (kNoise) {
-          const Quad z = values_of<NormalMap>(words_of(key, row, at.block()));
+          const Quad z = values_of<NormalMap>(words_of(key, place.counter, at.block()));
           for (uint32_t e = 0; e < kQuad; ++e) {
             // There may be noise for one of the known and the other elements alone.
             const bool none = kKnown && noise_scale.v[e] == 0.0f;

@@ -79,7 +79,7 @@ class CompiledBackend(Reference):
 
     def fill(self, out: Tensor, kind: str, key: Key) -> None:
         where = () if self.on_cpu else self.device_and_stream(out.device)
-        self.kernels.fill(out.data_ptr(), *_sizes(out), KINDS[kind], *key, *where)
+        self.kernels.fill(out.data_ptr(), *_sizes(out), KINDS[kind], *_fields(key), *where)
 
     def affine_step(
         self, out: Tensor, x: Tensor, score: Tensor, a: float, b: float, c: float, key: Key
@@ -92,14 +92,18 @@ class CompiledBackend(Reference):
         elif (dtype or at != source) and -8 * count < at - source < 8 * count:
             score = apart(x, score)
             at = score.data_ptr()
-        seed, purpose, draw, first = key
+        seed, purpose, draw, first, addresses = key
+        rows_at = 0 if addresses is None else addresses.data_ptr()
         # Without a tuple of arguments to unpack: it costs a tenth of a small step.
         step = self._affine_step
         if self.on_cpu:
-            step(target, source, at, dtype, rows, elements, a, b, c, seed, purpose, draw, first)
+            step(
+                target, source, at, dtype, rows, elements, a, b, c, seed, purpose, draw, first,
+                rows_at,
+            )  # fmt: skip
         else:
             where = self.device_and_stream(x.device)
-            step(target, source, at, dtype, rows, elements, a, b, c, *key, *where)
+            step(target, source, at, dtype, rows, elements, a, b, c, *_fields(key), *where)
 
     def table_step(
         self,
@@ -128,7 +132,7 @@ class CompiledBackend(Reference):
             step is None and lines > 1,
             _address(known),
             _address(mask),
-            *key,
+            *_fields(key),
             *self.device_and_stream(x.device),
         )
 
@@ -139,7 +143,7 @@ class CompiledBackend(Reference):
             x.data_ptr(),
             sigma.data_ptr(),
             *_sizes(x),
-            *key,
+            *_fields(key),
             *self.device_and_stream(x.device),
         )
         return out
@@ -181,7 +185,7 @@ class CompiledBackend(Reference):
             _address(weight),
             _address(upstream),
             *_sizes(score),
-            *key,
+            *_fields(key),
             *self.device_and_stream(score.device),
         )
 
@@ -229,7 +233,7 @@ class CompiledBackend(Reference):
             _address(factor),
             _address(x),
             *_sizes(batch),
-            *key,
+            *_fields(key),
             *(() if self.on_cpu else self.device_and_stream(out.device)),
         )
 
@@ -320,6 +324,10 @@ def _sizes(batch: Tensor) -> tuple[int, int]:
     """(rows, elements of a row) of [B, ...]."""
     rows = batch.shape[0]
     return rows, batch.numel() // rows if rows else 0
+
+
+def _fields(key: Key) -> tuple[int, ...]:
+    return (*key[:4], _address(key[4]))
 
 
 def _address(tensor: Tensor | None) -> int:

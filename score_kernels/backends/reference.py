@@ -69,10 +69,13 @@ class Reference:
         blocks = -(-elements // 4)
         values = torch.empty((rows, blocks * 4), dtype=out.dtype, device=home)
         flat = values.view(-1, 4)
+        sample, draw, first, inside = _counters(key, rows, blocks, home)
         for chunk in _chunks(rows * blocks, _CHUNK):
             index = torch.arange(chunk.start, chunk.stop, dtype=torch.int64, device=home)
-            words = _philox(index % blocks, key[3] + index // blocks, key)
+            row = index // blocks
+            words = _philox(first[row] + index % blocks, draw[row], sample[row], key)
             flat[chunk] = _MAPS[kind](words)
+        values[~inside] = -1 if kind == "words" else math.nan
         out.copy_(values[:, :elements].reshape(out.shape))
 
     def affine_step(
@@ -110,7 +113,7 @@ class Reference:
         if step is not None:
             at = int(step)
             lines = lines[at : at + 1]
-            key = (*key[:2], key[2] + at, key[3])
+            key = (*key[:2], key[2] + at, *key[3:])
         z = _normal_like(x, key).to(home).view(-1) if bool((lines[:, 2::2] != 0).any()) else None
         # An fp64 state has an update in plain fp64.
         fma = _fma if x.dtype == torch.float32 else _plain_fma
@@ -237,10 +240,29 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _philox(block: Tensor, sample: Tensor, key: Key) -> Tensor:
+def _counters(key: Key, rows: int, blocks: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Of each row: sample, draw, first block, and whether the contract's counter has them."""
+    if key[4] is None:
+        sample = key[3] + torch.arange(rows, dtype=torch.int64, device=device)
+        zero = torch.zeros_like(sample)
+        return sample, zero + key[2], zero, zero == 0
+    sample, packed = key[4].to(device)[:-1].unbind(1)
+    draw, first = (packed >> 32 & _MASK) + key[2], (packed & _MASK) * blocks
+    last = first + blocks - 1
+    inside = (sample >> 56 == 0) & (draw >> 32 == 0) & (last >> 32 == 0)
+    if device.type == "cpu" and not bool(inside.all()):
+        raise ValueError(
+            "noise: got addresses whose sample, draw or piece is out of range, expected samples "
+            "below 2**56, draws that with the key's stay below 2**32, and pieces whose blocks of "
+            "four elements do"
+        )
+    return sample, draw, first, inside
+
+
+def _philox(block: Tensor, draw: Tensor, sample: Tensor, key: Key) -> Tensor:
     """Words [n, 4] of Philox4x32-10, int64. Products wrap at 64 bits, which keeps their bits."""
-    seed, purpose, draw, _ = key
-    c0, c1 = block, torch.full_like(block, draw)
+    seed, purpose = key[:2]
+    c0, c1 = block, draw
     c2, c3 = sample & _MASK, sample >> 32 | purpose << 24
     k0, k1 = seed & _MASK, seed >> 32 & _MASK
     for _ in range(10):

@@ -13,6 +13,7 @@ from torch import Tensor
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
 from score_kernels.ops._dispatch import modes_active, refuse_vmap, transforms_active, version_of
+from score_kernels.ops._formulas import segment_sums
 from score_kernels.ops.dsm import dsm_losses
 
 __all__ = ["dsm_loss"]
@@ -33,6 +34,10 @@ def dsm_loss(
     seed: int | None = None,
     labels: Tensor | None = None,
     weighting: float | Tensor = 2.0,
+    samples: Tensor | None = None,
+    draws: Tensor | None = None,
+    pieces: Tensor | None = None,
+    segments: Tensor | None = None,
     reduction: str = "mean",
     return_per_level: bool = False,
     **conditions: Any,
@@ -52,10 +57,14 @@ def dsm_loss(
             purpose is replaced by the loss's own.
         seed: shorthand for ``noise=NoiseKey(seed)``; with neither, a fresh seed is drawn from
             torch's default generator.
-        labels: ``[B]`` int64, the level of each sample; default: drawn uniformly, by ``noise``. On
-            a GPU, where a check would wait, the loss of a label out of range is nan.
+        labels: ``[B]`` int64, the level of each sample; default: drawn uniformly, by ``noise``, one
+            for all pieces of a sample or all rows of a segment. On a GPU, where a check would wait,
+            the loss of a label out of range is nan.
         weighting: p of ``lambda(sigma) = sigma^p`` ("anneal power"), or a tensor ``[B]`` float32
             of the factors ``lambda(sigma) / sigma^2`` themselves, finite and at least 0.
+        samples, draws, pieces: what each row is; see :meth:`score_kernels.NoiseKey.rows`.
+        segments: int64 ``[B]``, for packed batches: rows of one number, from 0, are one sample,
+            whose loss is their sum. The mean is one over segments, and "none" gives one loss each.
         reduction: "mean" or "sum" over the batch, or "none" for the ``[B]`` losses.
         return_per_level: return ``(loss, table)`` with the table ``[L]`` of each level's mean
             loss in this batch, without gradient, nan where a level has no sample.
@@ -78,9 +87,13 @@ def dsm_loss(
     refuse_vmap(x=x)
     table = _table(sigmas, x.device)
     last = table.shape[0] - 1
-    noise = resolve(noise, seed)
+    noise = resolve(noise, seed, samples, draws, pieces)
+    if segments is not None:
+        checks.segments(segments, batch)
     if labels is None:
         labels = draw_labels(batch, last + 1, noise, x.device)
+        if segments is not None and noise.addresses is None:
+            labels = labels.index_select(0, segments)
         sigma = table.index_select(0, labels)
     else:
         checks.per_sample("labels", labels, x, torch.int64)
@@ -97,11 +110,19 @@ def dsm_loss(
         power = checks.number("weighting", weighting)
         # An exponent in a tensor, which torch.compile does not compile anew for each value.
         weight = None if power == 2.0 else sigma ** (sigma.new_ones(()) * (power - 2.0))
-    mean = reduction == "mean" and not return_per_level
+    mean = reduction == "mean" and not return_per_level and segments is None
     each = denoising_losses(net, x, sigma, noise, weight, conditions, mean=mean)
     if mean:
         return each
-    loss = each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
+    count: Tensor | int = len(each)
+    if segments is not None:
+        each, count = segment_sums(each, segments), segments.amax() + 1
+        labels = torch.zeros_like(labels).scatter_(0, segments, labels)
+        if reduction == "none" or return_per_level:
+            each, labels = each[: int(count)], labels[: int(count)]
+    loss = each if reduction == "none" else each.sum()
+    if reduction == "mean":
+        loss = each.mean() if segments is None else loss / count
     if not return_per_level:
         return loss
     sums, counts = each.new_zeros(2, len(table))
@@ -112,7 +133,7 @@ def dsm_loss(
 
 def draw_labels(batch: int, levels: int, noise: NoiseKey, device: torch.device) -> Tensor:
     """The noise level of each sample of a batch, uniform: ``[B]`` int64."""
-    words = ops.words((batch,), noise.for_purpose(_LEVEL), device=device)
+    words = ops.words((batch,), noise.for_purpose(_LEVEL).whole(), device=device)
     # floor(word * L / 2^32), exact in 64-bit integers.
     return words.mul_(levels).bitwise_right_shift_(32)
 

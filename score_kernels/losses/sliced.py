@@ -18,6 +18,7 @@ from torch import Tensor
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
 from score_kernels.ops._dispatch import refuse_vmap, state_dtype, version_of
+from score_kernels.ops._formulas import segment_sums
 
 __all__ = ["exact_score_loss", "sliced_score_loss"]
 
@@ -66,6 +67,10 @@ def sliced_score_loss(
     variance_reduced: bool = True,
     method: str = "auto",
     fd_step: float = 0.01,
+    samples: Tensor | None = None,
+    draws: Tensor | None = None,
+    pieces: Tensor | None = None,
+    segments: Tensor | None = None,
     reduction: str = "mean",
     **conditions: Any,
 ) -> Tensor:
@@ -96,6 +101,10 @@ def sliced_score_loss(
             - "auto": double_backward, or finite_difference where the network's gradient has no
               derivative (flash attention). It warns once per score.
         fd_step: h of finite differences, in units of x, times sigma where sigma is given.
+        samples, draws, pieces: what each row is; see :meth:`score_kernels.NoiseKey.rows`.
+        segments: int64 ``[B]``, for packed batches: rows of one number, from 0, are one sample,
+            whose rows the score may mix, and whose loss is their sum. The mean is one over
+            segments, and "none" gives one loss each.
         reduction: "mean" or "sum" over the batch, or "none" for the ``[B]`` losses, each the mean
             over its probes.
         conditions: further keyword arguments of the score, such as classes.
@@ -110,7 +119,9 @@ def sliced_score_loss(
     """
     level = _check(score, x, sigma)
     refuse_vmap(x=x)
-    noise = resolve(noise, seed)
+    noise = resolve(noise, seed, samples, draws, pieces)
+    if segments is not None:
+        checks.segments(segments, len(x))
     probes = checks.count("probes", probes, least=1)
     if probes > 64:
         raise ValueError(f"probes: got {probes}, expected at most 64")
@@ -143,7 +154,12 @@ def sliced_score_loss(
         call = score_at(score, level, conditions)
         losses = _by_finite_difference(call, x, level, fd_step, keys, kind)
     each = losses[0] if probes == 1 else torch.stack(losses).mean(0)
-    return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
+    if segments is None:
+        return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
+    each, count = segment_sums(each, segments), segments.amax() + 1
+    if reduction == "none":
+        return each[: int(count)]
+    return each.sum() / count if reduction == "mean" else each.sum()
 
 
 def _by_derivative(

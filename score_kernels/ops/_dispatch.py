@@ -19,8 +19,9 @@ from score_kernels.noise import NoiseKey
 
 library = torch.library.Library("score_kernels", "DEF")
 
-# The last four arguments of every op: a NoiseKey's.
-KEY_SCHEMA = "SymInt seed, SymInt purpose, SymInt draw, SymInt first_sample"
+# The last arguments of every op: a NoiseKey's.
+KEY_SCHEMA = "SymInt seed, SymInt purpose, SymInt draw, SymInt first_sample, Tensor? addresses"
+_FIELDS = KEY_SCHEMA.count(",") + 1
 
 is_compiling = torch.compiler.is_dynamo_compiling
 transforms_active = torch._C._are_functorch_transforms_active
@@ -109,24 +110,21 @@ def register(
     name = schema.partition("(")[0]
     library.define(schema)
     op = getattr(torch.ops.score_kernels, name)
-    read = [
-        i
-        for i, a in enumerate(op.default._schema.arguments)
-        if "Tensor" in str(a.type) and a.alias_info is None
-    ]
+    own = op.default._schema.arguments[:-_FIELDS]
+    tensors = [i for i, a in enumerate(own) if "Tensor" in str(a.type)]
+    read = [i for i in tensors if own[i].alias_info is None]
 
     def dispatched(*arguments: Any) -> Any:
-        values = list(arguments[:-4])
+        values = list(arguments[:-_FIELDS])
         for i in read:
             if values[i] is not None:
                 values[i] = values[i].resolve_neg()
-        return implementation(*values, arguments[-4:])
+        return implementation(*values, arguments[-_FIELDS:])
 
     library.impl(name, dispatched, "CompositeExplicitAutograd")
     # torch's own kernel for negated views fails where an op writes in place.
     library.impl(name, torch.library.fallthrough_kernel, "Negative")
     torch.library.register_fake(f"score_kernels::{name}", fake)
-    tensors = [i for i, a in enumerate(op.default._schema.arguments) if "Tensor" in str(a.type)]
 
     def call(*arguments: Any) -> Any:
         if direct(*[arguments[i] for i in tensors]):
@@ -151,6 +149,17 @@ def check_key(noise: Any, name: str, batch: Tensor) -> None:
         checks.noise_shape(batch.shape, name)
     if noise[3] > (1 << 56) - (1 << 34):
         checks.sample_range(noise[3], batch.shape[0])
+    if noise[4] is not None:
+        check_addresses(noise[4], batch)
+
+
+def check_addresses(addresses: Tensor, batch: Tensor) -> None:
+    """Addresses of as many rows as the batch has, on its device."""
+    if len(addresses) != batch.shape[0] + 1 or addresses.device != batch.device:
+        raise ValueError(
+            f"noise: got addresses of {len(addresses) - 1} rows on {addresses.device}, expected "
+            f"those of the batch, {batch.shape[0]} on {batch.device}"
+        )
 
 
 def new_like(x: Tensor, *_: Any) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from score_kernels.noise import NoiseKey
@@ -27,6 +28,18 @@ def wide(x: Tensor) -> Tensor:
 def sums(x: Tensor) -> Tensor:
     """Over the elements of each sample: [B]."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:])).sum(1)
+
+
+def segment_sums(values: Tensor, segments: Tensor) -> Tensor:
+    """Sums of values ``[B, ...]`` over equal segments, in order: ``[B, ...]``, the last ones 0.
+
+    As many as there are rows, so that nothing waits to learn the number of segments.
+    """
+    zero = torch.zeros_like(values)
+    if values.is_cpu:
+        return zero.index_add(0, segments, values)
+    # Atomic additions have no order; this sorts.
+    return zero.index_put((segments,), values, accumulate=True)
 
 
 def probe_like(x: Tensor, noise: NoiseKey, probe: str) -> Tensor:

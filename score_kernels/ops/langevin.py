@@ -151,7 +151,7 @@ def table_step_(
     if known is not None:
         _check_part("known", known, x.dtype, x.shape, "that of x", x)
         _check_part("mask", mask, torch.bool, x.shape, "that of x", x)
-    if not x.is_contiguous() or x.is_neg():
+    if not x.is_contiguous() or (not is_compiling() and x.is_neg()):
         raise ValueError(f"x: got strides {x.stride()}, expected a contiguous tensor")
     for name, value in (("x", x), ("score", score), ("table", table), ("known", known)):
         if wants_grad(value):
@@ -197,6 +197,7 @@ def _step_in_place(
         and 1 < x.numel() <= 1 << 34
         and type(noise) is NoiseKey
         and noise[3] < 1 << 55
+        and noise[4] is None
         and x.is_contiguous()
         and score.is_contiguous()
     ):

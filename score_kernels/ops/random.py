@@ -11,7 +11,7 @@ from torch import Tensor
 from score_kernels import checks
 from score_kernels.backends import choose
 from score_kernels.noise import Key, NoiseKey
-from score_kernels.ops._dispatch import KEY_SCHEMA, direct, register
+from score_kernels.ops._dispatch import KEY_SCHEMA, check_addresses, direct, register
 
 __all__ = ["normal", "rademacher", "uniform", "words"]
 
@@ -24,7 +24,7 @@ def words(shape: Sequence[int], noise: NoiseKey, *, device: Device = None) -> Te
     Args:
         shape: ``[B, ...]``.
         noise: names the noise; see :class:`score_kernels.NoiseKey`.
-        device: default: torch's default device.
+        device: default: that of the key's addresses, or torch's default device.
 
     Returns:
         int64 tensor of the shape, values in ``[0, 2**32)``.
@@ -48,7 +48,7 @@ def normal(
         shape: ``[B, ...]``.
         noise: names the noise; see :class:`score_kernels.NoiseKey`.
         dtype: any floating dtype; other dtypes than float32 hold the float32 value, converted.
-        device: default: torch's default device.
+        device: default: that of the key's addresses, or torch's default device.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
@@ -98,6 +98,9 @@ def _filler(kind: str) -> Callable[..., Tensor]:
     dtype = torch.int64 if kind == "words" else torch.float32
 
     def fill(shape: Sequence[int], device: Device, key: Key) -> Tensor:
+        addresses = key[4]
+        if device is None and addresses is not None:
+            device = addresses.device
         # Without dtype and device a third faster; it also finds the default device.
         plain = device is None and dtype is torch.get_default_dtype()
         try:
@@ -109,6 +112,8 @@ def _filler(kind: str) -> Callable[..., Tensor]:
             checks.noise_shape(shape)
         if key[3] >= 1 << 55:
             checks.sample_range(key[3], out.shape[0])
+        if addresses is not None:
+            check_addresses(addresses, out)
         if not out.is_meta:
             choose(out.device, torch.float32).fill(out, kind, key)
         return out

@@ -6,10 +6,12 @@ from score_kernels.sampling.guidance import classifier_free, slerp_noise
 from score_kernels.sampling.langevin import annealed_langevin, consistent_annealed, langevin
 from score_kernels.sampling.ode import log_likelihood, probability_flow
 from score_kernels.sampling.sde import euler_maruyama, predictor_corrector
+from score_kernels.sampling.stream import Request, stream
 
 __all__ = [
     "Options",
     "Progress",
+    "Request",
     "annealed_langevin",
     "classifier_free",
     "consistent_annealed",
@@ -21,4 +23,5 @@ __all__ = [
     "log_likelihood",
     "predictor_corrector",
     "probability_flow",
+    "stream",
 ]

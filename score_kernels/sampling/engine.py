@@ -1,7 +1,8 @@
 """Runs plans of affine steps ``x <- a x + b score + c z``.
 
 The noise of step ``t`` of a chain is draw ``t`` of the chain's key, and rows are global samples
-``first_sample + row``: a chain does not depend on how a batch is split or where it is resumed.
+``first_sample + row``, or have addresses of their own: a chain does not depend on how a batch is
+split or where it is resumed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from score_kernels import checks, ops
 from score_kernels.backends import choose
 from score_kernels.bars import progress_bar
-from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
+from score_kernels.noise import Key, NoiseKey, Purpose, addressed, fresh_seed
+from score_kernels.ops._dispatch import check_addresses
 from score_kernels.sampling import graph
 from score_kernels.sampling.monitor import CHECK_EVERY, DivergenceMonitor
 
-__all__ = ["Chain", "Options", "Phase", "Progress", "Score", "ScoreModel", "run"]
+__all__ = ["PLAN", "Chain", "Options", "Phase", "Plan", "Progress", "Score", "ScoreModel", "run"]
 
 Score = Callable[..., Tensor]
 
@@ -41,6 +43,9 @@ class Options(TypedDict, total=False):
             which ``torch.manual_seed`` seeds.
         first_sample: global index of row 0. Rows are the same bits however a run is split into
             batches, if score treats rows independently.
+        samples, draws, pieces: what rows are instead, int64 ``[B]`` on x's device: row r is the
+            ``pieces[r]``-th run of sample ``samples[r]``, with draws moved on by ``draws[r]``; see
+            :meth:`score_kernels.NoiseKey.rows`. Any of them may be left out.
         init: how a shape is filled: "normal", with the standard deviation of the largest noise
             level, or "uniform" on [0, 1], as the authors' code of NCSN does.
         first_step: resume: the index of the first step to do, when shape_or_init is the state after
@@ -75,6 +80,9 @@ class Options(TypedDict, total=False):
 
     seed: int | None
     first_sample: int
+    samples: Tensor | None
+    draws: Tensor | None
+    pieces: Tensor | None
     init: str
     first_step: int
     aux: Mapping[str, Tensor] | None
@@ -139,6 +147,24 @@ class Phase:
         sigma, mean = self.next_level or (self.sigma, self.mean)
         # Langevin dynamics without noise levels adds none to known elements.
         return self.a, self.b, self.c, mean, 0.0 if math.isnan(sigma) else mean * sigma
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a sampler gives for the state `PLAN`: its phases, and the prior's deviation."""
+
+    phases: list[Phase]
+    scale: float
+
+
+# In the place of a state: the sampler returns its plan and runs nothing.
+PLAN: Any = object()
+
+
+def denoising(plan: list[Phase]) -> Phase:
+    """The step ``x <- x / m + sigma^2 score(x / m, sigma)`` from where a plan ends."""
+    sigma, mean = plan[-1].next_level or (plan[-1].sigma, plan[-1].mean)
+    return Phase(sigma, 1 / mean, sigma**2, mean=mean, next_level=(0.0, 1.0))
 
 
 class ScoreModel:
@@ -216,7 +242,7 @@ class ScoreModel:
 class Chain:
     """The steps of a plan, by number, in place on x and its auxiliary tensors.
 
-    With denoise, one more step ends it: ``x <- x / m + sigma^2 score(x / m, sigma)``.
+    With denoise, one more step ends it; see `denoising`.
     """
 
     def __init__(
@@ -234,9 +260,7 @@ class Chain:
         self.backend = choose(x.device, x.dtype)
         self.plan = plan
         if denoise:
-            sigma, mean = plan[-1].next_level or (plan[-1].sigma, plan[-1].mean)
-            last = Phase(sigma, 1 / mean, sigma**2, mean=mean, next_level=(0.0, 1.0))
-            self.plan = [*plan, last]
+            self.plan = [*plan, denoising(plan)]
         for p in self.plan if x.dtype == torch.float32 else ():
             if max(abs(p.a), abs(p.b), abs(p.c)) > checks.LARGEST:
                 raise ValueError(
@@ -266,7 +290,7 @@ class Chain:
     def advance(self, t: int, stop: int) -> None:
         """Do the steps from t up to and without stop."""
         x, model, step = self.x, self.model, self.backend.affine_step
-        seed, purpose, _, first_sample = self.key
+        seed, purpose, _, first_sample, addresses = self.key
         known, mask = self.known or (None, None)
         index = self.phase_of(t)
         while t < stop:
@@ -274,7 +298,7 @@ class Chain:
             model.set_level(phase.sigma, phase.mean)
             a, b, c, pre_step, factors = phase.a, phase.b, phase.c, phase.pre_step, None
             for draw in range(t, end):
-                key = (seed, purpose, draw, first_sample)
+                key = (seed, purpose, draw, first_sample, addresses)
                 if pre_step is None:
                     score = model(x)
                 else:
@@ -311,7 +335,7 @@ def run(
     *,
     denoise: bool = False,
     init_aux: Callable[[Tensor, NoiseKey], dict[str, Tensor]] | None = None,
-) -> Tensor:
+) -> Any:
     """Run a plan from the prior of standard deviation `scale`, or from a state; see `Options`.
 
     With `denoise` it ends with ``x + sigma^2 score(x, sigma)``, sigma that of the last phase's end
@@ -322,6 +346,10 @@ def run(
         if name not in Options.__annotations__:
             raise TypeError(f"{sampler}: got an unexpected keyword argument {name!r}")
     denoise = checks.flag("denoise", denoise)
+    if shape_or_init is PLAN:
+        for name in options:
+            raise ValueError(f"arguments: got {name!r}, expected the sampler's own alone")
+        return Plan([*plan, denoising(plan)] if denoise else plan, scale)
     progress = checks.flag("progress", options.get("progress", False))
     cuda_graph = checks.flag("cuda_graph", options.get("cuda_graph", False))
     on_nan = checks.choice("on_nan", options.get("on_nan", "raise"), ("raise", "stop", "ignore"))
@@ -346,6 +374,8 @@ def run(
     seed, first_sample = options.get("seed"), options.get("first_sample", 0)
     seed = fresh_seed() if seed is None else seed
     key = NoiseKey(seed, purpose=Purpose.LANGEVIN, first_sample=first_sample)
+    rows = options.get("samples"), options.get("draws"), options.get("pieces")
+    key = addressed(key, *rows)
     warn_of_training_mode(score, stacklevel=4)
     # Not in inference mode, whose tensors have no versions and give a score no gradients.
     with torch.inference_mode(False), torch.no_grad():
@@ -457,6 +487,8 @@ def _start(
             x = ops.uniform(shape_or_init, prior, device=device)
         else:
             x = ops.normal(shape_or_init, prior, device=device).mul_(scale)
+    if key.addresses is not None:
+        check_addresses(key.addresses, x)
     if x.is_meta:
         raise ValueError("device: got meta, expected one that computes")
     return x

@@ -41,7 +41,7 @@ def replayed(chain: Chain, first_step: int) -> Callable[[int, int], None]:
     levels = torch.tensor(rows, dtype=torch.float32, device="cpu")
     sigmas, scales = levels.to(x.device).repeat_interleave(repeats, 0).unbind(1)
     counter = torch.full((), first_step, dtype=torch.int64, device=x.device)
-    seed, purpose, _, first_sample = chain.key
+    key = chain.key.at(0)
     model.set_level(plan[0].sigma)
     # Memory of its own, for all levels.
     model.sigma = model.sigma.clone(memory_format=torch.contiguous_format)
@@ -53,7 +53,6 @@ def replayed(chain: Chain, first_step: int) -> Callable[[int, int], None]:
         model.sigma.copy_(sigmas.index_select(0, at).expand_as(model.sigma))
         if scaled:
             model.scale = scales.index_select(0, at).view(())
-        key = (seed, purpose, 0, first_sample)
         backend.table_step(x, x, model(x), table, counter, key, known, mask)
         counter.add_(1)
 

@@ -35,7 +35,7 @@ class DivergenceMonitor:
         self.chain, self.done, self.stop, self.stopped = chain, done, stop, False
         row = _first_bad_row(chain.tensors)
         if row is not None:
-            sample = chain.key.first_sample + row
+            sample = chain.key.sample_of(row)
             raise ValueError(
                 f"shape_or_init: got sample {sample} not finite, expected finite numbers"
             )
@@ -92,7 +92,7 @@ class DivergenceMonitor:
                 self.done = t + 1
         else:
             if changed is not None:
-                sample = chain.key.first_sample + changed
+                sample = chain.key.sample_of(changed)
                 return f"x: sample {sample} is not finite after the callback of step {done - 1}"
             return (
                 f"x: not finite after steps {self.done} to {min(done, chain.steps) - 1}, but "
@@ -104,7 +104,7 @@ class DivergenceMonitor:
         if not math.isnan(sigma):
             where += f" (level {level}, sigma = {sigma:g})"
         why = "the step is too large" if finite else "the score is not finite"
-        return f"x: sample {chain.key.first_sample + row} is not finite after {where}: {why}"
+        return f"x: sample {chain.key.sample_of(row)} is not finite after {where}: {why}"
 
 
 def _first_bad_row(tensors: Sequence[Tensor]) -> int | None:

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from score_kernels import checks, ops
 from score_kernels.bars import progress_bar
 from score_kernels.losses.sliced import refuse_inference, score_at, vector_jacobian
-from score_kernels.noise import Key, NoiseKey, Purpose, fresh_seed
+from score_kernels.noise import Key, NoiseKey, Purpose, addressed, fresh_seed
 from score_kernels.sampling.engine import (
     Chain,
     Options,
@@ -98,6 +98,7 @@ def log_likelihood(
     prior_std: float | None = None,
     seed: int | None = None,
     first_sample: int = 0,
+    samples: Tensor | None = None,
     progress: bool = False,
 ) -> Tensor:
     """log p of samples at the smallest level, in nats.
@@ -115,7 +116,7 @@ def log_likelihood(
         probe: "rademacher", "gaussian" or "sphere".
         prior_std: of the distribution at sigma_1; default: sigma_1, which is right to the extent
             that the data's own range is small against it.
-        seed, first_sample: name the probes, as in the samplers.
+        seed, first_sample, samples: name the probes, as in the samplers.
         progress: show a progress bar.
 
     Returns:
@@ -135,6 +136,7 @@ def log_likelihood(
     std = levels[-1] if prior_std is None else checks.positive("prior_std", prior_std)
     seed = fresh_seed() if seed is None else seed
     key = NoiseKey(seed, purpose=Purpose.TRACE, first_sample=first_sample)
+    key = addressed(key, samples, None, None)
     with torch.no_grad():
         keys = [key.at(i) for i in range(probes)]
         state, total = x.clone(), x.new_zeros(x.shape[0])

@@ -15,6 +15,7 @@ from score_kernels import checks
 from score_kernels.backends import Backend
 from score_kernels.diffusion.sde import SDE, VE, VP, SubVP, linspace
 from score_kernels.noise import Key
+from score_kernels.ops._formulas import segment_sums
 from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
 
 __all__ = ["euler_maruyama", "predictor_corrector"]
@@ -60,6 +61,7 @@ def predictor_corrector(
     corrector_steps: int = 1,
     corrector_first: bool = True,
     batch_mean: bool = False,
+    segments: Tensor | None = None,
     end: float = 1e-3,
     denoise: bool = True,
     **options: Unpack[Options],
@@ -87,6 +89,8 @@ def predictor_corrector(
             predict and correct where that leads.
         batch_mean: take the norms' means over the batch, as the authors' code does; a sample then
             depends on those beside it. By default each sample has its own.
+        segments: int64 ``[B]``, for packed batches: rows of one number, from 0, are one sample,
+            whose norms run over all of them.
     """
     times = _times(sde, steps, end)
     predictors = next((p for kind, p in _PREDICTORS.items() if isinstance(sde, kind)), _OTHER)
@@ -105,12 +109,14 @@ def predictor_corrector(
         raise ValueError("predictor: got None beside corrector None, expected one of the two")
     corrector_first = checks.flag("corrector_first", corrector_first)
     batch_mean = checks.flag("batch_mean", batch_mean)
+    if segments is not None:
+        checks.segments(segments)
     snr = checks.positive("snr", snr)
     repeats = checks.count("corrector_steps", corrector_steps, least=1)
 
     def by_norms(chain: Chain, key: Key) -> tuple[Tensor, Tensor]:
         score = chain.model(chain.x)
-        return score, norm_ratio(chain.backend, score, key, batch_mean)
+        return score, norm_ratio(chain.backend, score, key, batch_mean, segments)
 
     def correct(at: _Time, kept: float) -> Phase:
         if corrector == "ald":
@@ -204,15 +210,22 @@ def _predictor(coefficients: Callable[..., _Coefficients], now: _Time, then: _Ti
     return Phase(now.sigma, a, b / now.mean, c, mean=now.mean, next_level=following)
 
 
-def norm_ratio(backend: Backend, score: Tensor, key: Key, batch_mean: bool) -> Tensor:
+def norm_ratio(
+    backend: Backend, score: Tensor, key: Key, batch_mean: bool, segments: Tensor | None = None
+) -> Tensor:
     """``(||z|| / ||score||)^2`` for the noise of a step, ``[B]``, or ``[1]`` of the mean norms.
 
-    0 where the score is 0: there is nothing to weigh the noise against. One pass, which makes the
-    noise; nothing waits for the device.
+    With segments, norms are those of a segment's rows together. 0 where the score is 0: there is
+    nothing to weigh the noise against. One pass, which makes the noise; nothing waits for the
+    device.
     """
     sums = backend.probe_sums("normal", score, None, False, key)
+    if segments is not None:
+        sums = segment_sums(sums.T, segments).T
     if batch_mean:
         # The ratio of the means is that of the sums.
         sums = sums.sqrt().sum(1, keepdim=True).square()
+    elif segments is not None:
+        sums = sums.index_select(1, segments)
     noise, _, _, norm = sums.unbind()
     return (noise / norm).nan_to_num_(0.0, 0.0)

@@ -54,4 +54,13 @@ Buffer scores(uint64_t count, Dtype dtype, uint64_t shift) {
   return buffer;
 }
 
+// Of rows that are other samples at other draws and pieces, and then the largest of each.
+Buffer addresses(uint64_t rows) {
+  Buffer buffer(rows + 1, sizeof(sk::Address), 0);
+  for (uint64_t i = 0; i < rows; ++i)
+    buffer.at<sk::Address>()[i] = {(i * 2654435761u) << 20, uint32_t(i % 3), uint32_t(5 * i)};
+  buffer.at<sk::Address>()[rows] = {(rows * 2654435761u) << 20, 2, uint32_t(5 * rows)};
+  return buffer;
+}
+
 }  // namespace

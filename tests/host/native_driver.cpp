@@ -23,7 +23,11 @@ Buffer lines(uint64_t rows, uint64_t columns) {
   return table;
 }
 
-void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift) {
+void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift,
+         bool addressed = false) {
+  Buffer at = addresses(rows);
+  sk::NoiseKey key = kKey;
+  if (addressed) key.addresses = at.at<sk::Address>();
   const auto report = [=](const char* op, int variant, const Buffer& out) {
     printf("%s %d rows %" PRIu64 " elements %" PRIu64 " shift %" PRIu64 " %016" PRIx64 "\n", op,
            variant, rows, elements, shift, out.checksum());
@@ -32,11 +36,11 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift) {
   Buffer x = floats(count, shift), sigma = floats(rows, shift), weight = floats(rows, shift);
   for (int kind = 0; kind < 4; ++kind) {
     Buffer out(count, kind == 0 ? 8 : 4, shift);
-    isa.fill({out.at<void>(), rows, elements, Kind(kind), kKey});
+    isa.fill({out.at<void>(), rows, elements, Kind(kind), key});
     report("fill", kind, out);
   }
   Buffer noisy(count, 4, shift);
-  isa.perturb({noisy.at<float>(), x.at<float>(), sigma.at<float>(), rows, elements, kKey});
+  isa.perturb({noisy.at<float>(), x.at<float>(), sigma.at<float>(), rows, elements, key});
   report("perturb", 0, noisy);
   Buffer mask(count, 1, shift);
   for (uint64_t i = 0; i < count; ++i) mask.at<uint8_t>()[i] = i % 3 == 0;
@@ -46,10 +50,10 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift) {
     for (const float c : {0.0f, 0.3f}) {
       Buffer out(count, 4, shift), same = floats(count, shift);
       isa.affine_step({out.at<float>(), x.at<float>(), score.at<void>(), dtype, rows, elements,
-                       0.9f, 0.4f, c, kKey});
+                       0.9f, 0.4f, c, key});
       report("affine", d, out);
       isa.affine_step({same.at<float>(), same.at<float>(), score.at<void>(), dtype, rows, elements,
-                       0.9f, 0.4f, c, kKey});
+                       0.9f, 0.4f, c, key});
       report("affine in place", d, same);
     }
     for (const bool per_row : {false, true})
@@ -58,7 +62,7 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift) {
         Buffer stepped = floats(count, shift), table = lines(per_row ? rows : 1, columns);
         isa.table_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows,
                         elements, table.at<float>(), nullptr, per_row ? rows : 1, columns, per_row,
-                        some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr, kKey});
+                        some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr, key});
         report("table", 2 * per_row + some, stepped);
       }
     for (const bool weighted : {false, true}) {
@@ -73,7 +77,7 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift) {
                          nullptr,
                          rows,
                          elements,
-                         kKey};
+                         key};
       isa.dsm(dsm);
       report("loss", d, again);
       dsm.loss = loss.at<float>(), dsm.gradient = gradient.at<float>();
@@ -89,7 +93,7 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift) {
         Buffer sums(4 * rows, 4, 0);
         isa.probe({sums.at<float>(), nullptr, kind, score.at<void>(),
                    variant ? other.at<void>() : nullptr, dtype, variant == 2, nullptr, nullptr,
-                   rows, elements, kKey});
+                   rows, elements, key});
         report("sums", variant, sums);
       }
   }
@@ -97,7 +101,7 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift) {
     for (const bool pair : {false, true}) {
       Buffer out((pair ? 2 : 1) * count, 4, shift);
       isa.probe({out.at<float>(), nullptr, kind, nullptr, nullptr, Dtype::kFloat32, false,
-                 sigma.at<float>(), pair ? x.at<float>() : nullptr, rows, elements, kKey});
+                 sigma.at<float>(), pair ? x.at<float>() : nullptr, rows, elements, key});
       report("scale", pair, out);
     }
 }
@@ -116,6 +120,8 @@ int main(int, char** arguments) {
       // So many short rows that they are shared by threads.
       for (const uint64_t elements : {1, 3, 21}) run(isa, 4099 / elements + 2, elements, shift);
     }
+    for (const uint64_t elements : {1, 2, 3, 4, 5, 132, 1025}) run(isa, 37, elements, 0, true);
+    run(isa, 1500, 3, 0, true);
     return 0;
   }
   return 1;

@@ -174,7 +174,7 @@ class Triton(Reference):
             constants["ITERATIONS"] = iterations
         pieces = -(-elements // (4 * width * iterations))
         grid = (-(-rows // height), min(pieces, _MOST), -(-pieces // _MOST))
-        seed, purpose, draw, first_sample = key
+        seed, purpose, draw, first_sample, addresses = key
         with _on(batch.device):
             kernel[grid](
                 *arguments,
@@ -184,6 +184,7 @@ class Triton(Reference):
                 purpose,
                 draw,
                 first_sample,
+                addresses,
                 R=height,
                 Q=width,
                 WHOLE=elements % 4 == 0,

@@ -5,7 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from score_kernels.backends.triton.noise import KEY, fma, like, mul, noise, piece_of_grid, tile
+from score_kernels.backends.triton.noise import (
+    KEY,
+    checked,
+    counters,
+    fma,
+    like,
+    mul,
+    noise,
+    piece_of_grid,
+    tile,
+)
 
 
 @triton.jit(do_not_specialize=KEY)
@@ -19,14 +29,16 @@ def perturb_kernel(
     purpose: tl.uint32,
     draw: tl.uint32,
     first_sample: tl.uint64,
+    addresses,
     R: tl.constexpr,
     Q: tl.constexpr,
     WHOLE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    level = tl.load(sigma + row, mask=row < rows, other=0.0)
-    z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
+    sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
+    level = checked(tl.load(sigma + row, mask=row < rows, other=0.0), inside, addresses)
+    z = noise(seed, draw, purpose, sample, quad + first, "normal", PACKED)
     before = tl.load(x + offset, mask=mask, other=0.0)
     tl.store(out + offset, fma(like(z, level), z, before, PACKED), mask=mask)
 
@@ -42,6 +54,7 @@ def squares_kernel(
     purpose: tl.uint32,
     draw: tl.uint32,
     first_sample: tl.uint64,
+    addresses,
     ITERATIONS: tl.constexpr,
     R: tl.constexpr,
     Q: tl.constexpr,
@@ -54,8 +67,11 @@ def squares_kernel(
     sums = tl.zeros((R, 4 * Q), tl.float32)
     for iteration in tl.static_range(ITERATIONS):
         row, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, iteration, ITERATIONS)
-        level = tl.load(sigma + row, mask=row < rows, other=0.0)
-        z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
+        sample, at_draw, first, inside = counters(
+            first_sample, draw, addresses, row, rows, elements
+        )
+        level = checked(tl.load(sigma + row, mask=row < rows, other=0.0), inside, addresses)
+        z = noise(seed, at_draw, purpose, sample, quad + first, "normal", PACKED)
         grad = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
         residual = tl.where(mask, fma(like(grad, level), grad, z, PACKED), 0.0)
         sums = fma(residual, residual, sums, PACKED)
@@ -76,6 +92,7 @@ def gradient_kernel(
     purpose: tl.uint32,
     draw: tl.uint32,
     first_sample: tl.uint64,
+    addresses,
     R: tl.constexpr,
     Q: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -83,9 +100,10 @@ def gradient_kernel(
 ):
     """scale (sigma score + z) in the score's dtype."""
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    level = tl.load(sigma + row, mask=row < rows, other=0.0)
+    sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
+    level = checked(tl.load(sigma + row, mask=row < rows, other=0.0), inside, addresses)
     factor = tl.load(scale + row, mask=row < rows, other=0.0)
-    z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
+    z = noise(seed, draw, purpose, sample, quad + first, "normal", PACKED)
     grad = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
     residual = fma(like(grad, level), grad, z, PACKED)
     values = mul(like(residual, factor), residual, PACKED)

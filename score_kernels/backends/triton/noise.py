@@ -78,9 +78,33 @@ def multiply(x, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def words(seed, draw, purpose, first_sample, row, quad):
-    """Philox4x32-10: the four words of each quad of a tile; row [R, 1], quad [1, Q]."""
-    sample = first_sample.to(tl.uint64) + row.to(tl.uint64)
+def counters(first_sample, draw, addresses, row, rows, elements):
+    """Of rows [R, 1]: sample, draw, first quad, and whether their addresses are in range."""
+    if addresses is None:
+        return first_sample.to(tl.uint64) + row.to(tl.uint64), draw, 0, True
+    else:
+        at = addresses + 2 * row.to(tl.int64)
+        sample = tl.load(at, mask=row < rows, other=0).to(tl.uint64, bitcast=True)
+        packed = tl.load(at + 1, mask=row < rows, other=0).to(tl.uint64, bitcast=True)
+        quads = tl.cdiv(elements, 4).to(tl.uint64)
+        draw = draw.to(tl.uint64) + (packed >> 32)
+        first = (packed & 0xFFFFFFFF) * quads
+        inside = (sample >> 56) + (draw >> 32) + ((first + quads - 1) >> 32) == 0
+        return sample, draw.to(tl.uint32), first.to(tl.uint32), inside
+
+
+@triton.jit
+def checked(value, inside, addresses):
+    """A row's value, NaN where its address is out of range."""
+    if addresses is None:
+        return value
+    else:
+        return tl.where(inside, value, float("nan"))
+
+
+@triton.jit
+def words(seed, draw, purpose, sample, quad):
+    """Philox4x32-10: the four words of quads [R, Q] of samples [R, 1]."""
     seed = seed.to(tl.uint64)
     c0 = quad.to(tl.uint32)
     c1 = draw.to(tl.uint32)
@@ -147,9 +171,9 @@ def box_muller(w0, w1, PACKED: tl.constexpr):
 
 
 @triton.jit
-def noise(seed, draw, purpose, first_sample, row, quad, KIND: tl.constexpr, PACKED: tl.constexpr):
+def noise(seed, draw, purpose, sample, quad, KIND: tl.constexpr, PACKED: tl.constexpr):
     """A tile [R, 4 Q] of "normal", "uniform", "rademacher" or, as int64, "words"."""
-    w0, w1, w2, w3 = words(seed, draw, purpose, first_sample, row, quad)
+    w0, w1, w2, w3 = words(seed, draw, purpose, sample, quad)
     if KIND == "normal":
         z0, z1 = box_muller(w0, w1, PACKED)
         z2, z3 = box_muller(w2, w3, PACKED)
@@ -222,6 +246,7 @@ def fill_kernel(
     purpose: tl.uint32,
     draw: tl.uint32,
     first_sample: tl.uint64,
+    addresses,
     KIND: tl.constexpr,
     R: tl.constexpr,
     Q: tl.constexpr,
@@ -229,5 +254,8 @@ def fill_kernel(
     PACKED: tl.constexpr,
 ):
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    values = noise(seed, draw, purpose, first_sample, row, quad, KIND, PACKED)
+    sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
+    values = noise(seed, draw, purpose, sample, quad + first, KIND, PACKED)
+    if addresses is not None:
+        values = tl.where(inside, values, -1 if KIND == "words" else float("nan"))
     tl.store(out + offset, values, mask=mask)

@@ -7,6 +7,8 @@ import triton.language as tl
 
 from score_kernels.backends.triton.noise import (
     KEY,
+    checked,
+    counters,
     fma,
     length_of,
     like,
@@ -39,6 +41,7 @@ def sums_kernel(
     purpose: tl.uint32,
     draw: tl.uint32,
     first_sample: tl.uint64,
+    addresses,
     KIND: tl.constexpr,
     DIFFERENCES: tl.constexpr,
     ITERATIONS: tl.constexpr,
@@ -57,7 +60,10 @@ def sums_kernel(
     aa = tl.zeros((R, 4 * Q), tl.float32)
     for iteration in tl.static_range(ITERATIONS):
         row, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, iteration, ITERATIONS)
-        v = noise(seed, draw, purpose, first_sample, row, quad, KIND, PACKED)
+        sample, at_draw, first, inside = counters(
+            first_sample, draw, addresses, row, rows, elements
+        )
+        v = noise(seed, at_draw, purpose, sample, quad + first, KIND, PACKED)
         if KIND != "rademacher":
             v = tl.where(mask, v, 0.0)
             vv = fma(v, v, vv, PACKED)
@@ -82,6 +88,11 @@ def sums_kernel(
         va, vb, aa = tl.reduce((va, vb, aa), 1, add_three)
     else:
         vv, va, vb, aa = tl.reduce((vv, va, vb, aa), 1, add_four)
+    inside = counters(first_sample, draw, addresses, row, rows, elements)[3]
+    vv = checked(vv, inside, addresses)
+    va = checked(va, inside, addresses)
+    vb = checked(vb, inside, addresses)
+    aa = checked(aa, inside, addresses)
     tl.store(at, vv, mask=mask)
     tl.store(at + stride, va, mask=mask)
     tl.store(at + 2 * stride, vb, mask=mask)
@@ -99,6 +110,7 @@ def scale_kernel(
     purpose: tl.uint32,
     draw: tl.uint32,
     first_sample: tl.uint64,
+    addresses,
     KIND: tl.constexpr,
     R: tl.constexpr,
     Q: tl.constexpr,
@@ -107,8 +119,9 @@ def scale_kernel(
 ):
     """factor v or, with x, the pair x + factor v, x - factor v."""
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    size = tl.load(factor + row, mask=row < rows, other=0.0)
-    v = noise(seed, draw, purpose, first_sample, row, quad, KIND, PACKED)
+    sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
+    size = checked(tl.load(factor + row, mask=row < rows, other=0.0), inside, addresses)
+    v = noise(seed, draw, purpose, sample, quad + first, KIND, PACKED)
     if x is None:
         tl.store(out + offset, mul(like(v, size), v, PACKED), mask=mask)
     else:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from score_kernels.backends.triton.noise import KEY, fma, like, mul, noise, piece_of_grid, tile
+from score_kernels.backends.triton.noise import (
+    KEY,
+    checked,
+    counters,
+    fma,
+    like,
+    mul,
+    noise,
+    piece_of_grid,
+    tile,
+)
 
 
 @triton.jit(do_not_specialize=KEY)
@@ -22,6 +32,7 @@ def step_kernel(
     purpose: tl.uint32,
     draw: tl.uint32,
     first_sample: tl.uint64,
+    addresses,
     NOISE: tl.constexpr,
     R: tl.constexpr,
     Q: tl.constexpr,
@@ -31,8 +42,9 @@ def step_kernel(
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
     after = combine(x, score, a, b, offset, mask, PACKED)
     if NOISE:
-        z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
-        after = fma(like(z, c), z, after, PACKED)
+        sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
+        z = noise(seed, draw, purpose, sample, quad + first, "normal", PACKED)
+        after = fma(like(z, checked(c, inside, addresses)), z, after, PACKED)
     tl.store(out + offset, after, mask=mask)
 
 
@@ -52,6 +64,7 @@ def table_kernel(
     purpose: tl.uint32,
     draw: tl.uint32,
     first_sample: tl.uint64,
+    addresses,
     PER_ROW: tl.constexpr,
     R: tl.constexpr,
     Q: tl.constexpr,
@@ -75,12 +88,15 @@ def table_kernel(
     a = tl.load(line, mask=inside, other=float("nan"))
     b = tl.load(line + 1, mask=inside, other=float("nan"))
     c = tl.load(line + 2, mask=inside, other=float("nan"))
+    sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
+    c = checked(c, inside, addresses)
     after = combine(x, score, a, b, offset, mask, PACKED)
-    z = noise(seed, draw, purpose, first_sample, row, quad, "normal", PACKED)
+    z = noise(seed, draw, purpose, sample, quad + first, "normal", PACKED)
     after = noisy(c, z, after, PACKED)
     if known is not None:
         scale = tl.load(line + 3, mask=inside, other=float("nan"))
         noise_scale = tl.load(line + 4, mask=inside, other=float("nan"))
+        noise_scale = checked(noise_scale, inside, addresses)
         given = tl.load(known + offset, mask=mask, other=0.0)
         given = noisy(noise_scale, z, mul(like(given, scale), given, PACKED), PACKED)
         after = tl.where(tl.load(kept + offset, mask=mask, other=0) != 0, given, after)
