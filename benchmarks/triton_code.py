@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,13 @@ def _probe(kind: str, noise: str) -> tuple[Kernel, ...]:
     )
 
 
-KERNELS = (
+def addressed(kernel: Kernel) -> Kernel:
+    """The kernel of rows that have addresses."""
+    pointers = (*kernel.pointers, ("addresses", I64))
+    return replace(kernel, name=f"{kernel.name} addressed", pointers=pointers)
+
+
+PLAIN = (
     _step(F32, "float"),
     _step(BF16, "BFloat16"),
     _step(F16, "Float16"),
@@ -149,6 +155,9 @@ KERNELS = (
         "fill_kernel<NormalMap, true, float>",
     ),
 )
+# One of each shape: the others' loops are the same.
+_ADDRESSED = ("step fp32", "step by lines fp32", "dsm loss fp32", "probe sums rademacher", "normal")
+KERNELS = (*PLAIN, *(addressed(kernel) for kernel in PLAIN if kernel.name in _ADDRESSED))
 
 
 @cache
@@ -159,6 +168,8 @@ def built(kernel: Kernel, arch: str) -> tuple[sass.Function, str, Any]:
     constants = {"R": 1, "Q": kernel.quads, "WHOLE": True, "PACKED": capability >= 100}
     constants.update(kernel.constants)
     pointers = dict(kernel.pointers)
+    if "addresses" not in pointers:
+        constants["addresses"] = None
     signature, attributes = {}, {}
     for i, parameter in enumerate(kernel.jit.params):
         if parameter.name in constants:

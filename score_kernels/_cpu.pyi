@@ -12,6 +12,7 @@ def affine_step(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
 ) -> None: ...
 def dsm(
     loss: int,
@@ -28,6 +29,7 @@ def dsm(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
 ) -> None: ...
 def fill(
     out: int,
@@ -38,6 +40,7 @@ def fill(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
 ) -> None: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
@@ -52,6 +55,7 @@ def perturb(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
 ) -> None: ...
 def probe(
     out: int,
@@ -69,6 +73,7 @@ def probe(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
 ) -> None: ...
 def set_isa(name: str) -> None: ...
 def table_step(
@@ -89,4 +94,5 @@ def table_step(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
 ) -> None: ...

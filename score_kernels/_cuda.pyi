@@ -14,6 +14,7 @@ def affine_step(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -33,6 +34,7 @@ def dsm(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -45,6 +47,7 @@ def fill(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -59,6 +62,7 @@ def perturb(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -78,6 +82,7 @@ def probe(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -99,6 +104,7 @@ def table_step(
     purpose: int,
     draw: int,
     first_sample: int,
+    addresses: int,
     device: int,
     stream: int,
 ) -> None: ...

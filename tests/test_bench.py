@@ -68,6 +68,11 @@ def test_small_calls(no_checks: None, capsys: pytest.CaptureFixture) -> None:
     assert all(row in out for row in small.ROWS) and "score in bfloat16" in out
 
 
+def test_rows_with_addresses(no_checks: None, capsys: pytest.CaptureFixture) -> None:
+    assert suite.main(["rows", "--threads", "1", *QUICK]) == 0
+    assert "4096x3" in capsys.readouterr().out
+
+
 def test_wrong_input_is_named(
     no_checks: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

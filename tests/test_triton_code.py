@@ -38,6 +38,17 @@ def test_costs_little_more_than_cuda(kernel: Kernel, arch: str) -> None:
 
 
 @each_arch
+@pytest.mark.parametrize("name", [k.name for k in KERNELS if k.name.endswith("addressed")])
+def test_addresses_cost_at_most_an_instruction_an_element(name: str, arch: str) -> None:
+    with_them, without = (
+        next(k for k in KERNELS if k.name == n) for n in (name, name.removesuffix(" addressed"))
+    )
+    more = with_them.cost(arch).instructions - without.cost(arch).instructions
+    print(f"{name} {arch}: {more:+.2f}")
+    assert more <= 1.0
+
+
+@each_arch
 @each_kernel
 def test_reads_and_writes_128_bits(kernel: Kernel, arch: str) -> None:
     widths = Counter(i.global_bytes for i in built(kernel, arch)[0].straight_path())

@@ -58,8 +58,8 @@ Buffer scores(uint64_t count, Dtype dtype, uint64_t shift) {
 Buffer addresses(uint64_t rows) {
   Buffer buffer(rows + 1, sizeof(sk::Address), 0);
   for (uint64_t i = 0; i < rows; ++i)
-    buffer.at<sk::Address>()[i] = {(i * 2654435761u) << 20, uint32_t(i % 3), uint32_t(5 * i)};
-  buffer.at<sk::Address>()[rows] = {(rows * 2654435761u) << 20, 2, uint32_t(5 * rows)};
+    buffer.at<sk::Address>()[i] = {(i * 2654435761u) << 14, uint32_t(i % 3), uint32_t(5 * i)};
+  buffer.at<sk::Address>()[rows] = {(rows * 2654435761u) << 14, 2, uint32_t(5 * rows)};
   return buffer;
 }
 
