@@ -53,7 +53,7 @@ class Kernel:
 def _step(score: str, like: str) -> Kernel:
     pointers = (("out", F32), ("x", F32), ("score", score))
     constants = (("NOISE", True),)
-    counterpart = f"affine_kernel<{like}, true>"
+    counterpart = f"affine_kernel<{like}, true, false>"
     return Kernel(f"step {score[1:]}", kernels.update.step_kernel, pointers, constants, counterpart)
 
 

@@ -51,15 +51,18 @@ __device__ __forceinline__ void step_row(const Args& args, const NoiseKey& key, 
       });
 }
 
-template <class Score, bool kVector>
+// A kernel of its own for rows without addresses: sharing one costs it an instruction an element.
+template <class Score, bool kVector, bool kAddressed>
 __global__ void __launch_bounds__(kThreads) affine_kernel(AffineArgs args) {
+  NoiseKey key = args.key;
+  if (!kAddressed) key.addresses = nullptr;
   const Coefficients k = {args.a, args.b, args.c, 0.0f, 0.0f};
   if (has_noise(k))
     each_row(args.rows,
-             [&](uint64_t row) { step_row<Score, kVector, true, false>(args, args.key, row, k); });
+             [&](uint64_t row) { step_row<Score, kVector, true, false>(args, key, row, k); });
   else
     each_row(args.rows,
-             [&](uint64_t row) { step_row<Score, kVector, false, false>(args, args.key, row, k); });
+             [&](uint64_t row) { step_row<Score, kVector, false, false>(args, key, row, k); });
 }
 
 template <class Score, bool kVector, bool kKnown>
@@ -88,8 +91,11 @@ void cuda::affine_step(const AffineArgs& args, const DeviceAndStream& target) {
   with_dtype(args.score_dtype, args.score, [&](auto* score) {
     using Score = ElementOf<decltype(score)>;
     const bool vector = whole_quads(args.elements, args.x, args.out, score);
-    launch("affine_step", vector ? affine_kernel<Score, true> : affine_kernel<Score, false>,
-           grid_of_quads(args, target), target, args);
+    const auto kernel =
+        args.key.addresses
+            ? (vector ? affine_kernel<Score, true, true> : affine_kernel<Score, false, true>)
+            : (vector ? affine_kernel<Score, true, false> : affine_kernel<Score, false, false>);
+    launch("affine_step", kernel, grid_of_quads(args, target), target, args);
   });
 }
 

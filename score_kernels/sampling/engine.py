@@ -18,7 +18,6 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -29,6 +28,9 @@ from score_kernels.noise import Key, NoiseKey, Purpose, addressed, fresh_seed
 from score_kernels.ops._dispatch import check_addresses
 from score_kernels.sampling import graph
 from score_kernels.sampling.monitor import CHECK_EVERY, DivergenceMonitor
+
+# The public function wraps this one, for a twentieth of a small step.
+increment_version = torch._C._increment_version
 
 __all__ = ["PLAN", "Chain", "Options", "Phase", "Plan", "Progress", "Score", "ScoreModel", "run"]
 
@@ -261,8 +263,9 @@ class Chain:
         self.plan = plan
         if denoise:
             self.plan = [*plan, denoising(plan)]
-        for p in self.plan if x.dtype == torch.float32 else ():
-            if max(abs(p.a), abs(p.b), abs(p.c)) > checks.LARGEST:
+        most = checks.LARGEST if x.dtype == torch.float32 else math.inf
+        for p in self.plan:
+            if not (-most <= p.a <= most and -most <= p.b <= most and -most <= p.c <= most):
                 raise ValueError(
                     f"step at sigma = {p.sigma:g}: got coefficients {p.a:g}, {p.b:g}, {p.c:g}, "
                     "expected numbers within float32's range"
@@ -311,7 +314,7 @@ class Chain:
                         table = self._scaled(table, factors)
                     self.backend.table_step(x, x, score, table, None, key, known, mask)
                 # A score that is itself a gradient may have saved x: let autograd notice.
-                increment_version(x)
+                increment_version((x,))
             t, index = end, index + 1
 
     def _scaled(self, row: Tensor, factors: Tensor) -> Tensor:

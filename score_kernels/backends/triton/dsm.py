@@ -7,7 +7,6 @@ import triton.language as tl
 
 from score_kernels.backends.triton.noise import (
     KEY,
-    checked,
     counters,
     fma,
     like,
@@ -36,9 +35,9 @@ def perturb_kernel(
     PACKED: tl.constexpr,
 ):
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
-    level = checked(tl.load(sigma + row, mask=row < rows, other=0.0), inside, addresses)
-    z = noise(seed, draw, purpose, sample, quad + first, "normal", PACKED)
+    counter = counters(first_sample, draw, addresses, row, rows, elements)
+    level = tl.load(sigma + row, mask=row < rows, other=0.0)
+    z = noise(seed, purpose, counter, quad, addresses, "normal", PACKED)
     before = tl.load(x + offset, mask=mask, other=0.0)
     tl.store(out + offset, fma(like(z, level), z, before, PACKED), mask=mask)
 
@@ -65,13 +64,12 @@ def squares_kernel(
     piece = piece_of_grid()
     pieces = tl.cdiv(elements, 4 * Q * ITERATIONS)
     sums = tl.zeros((R, 4 * Q), tl.float32)
+    row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
+    counter = counters(first_sample, draw, addresses, row, rows, elements)
+    level = tl.load(sigma + row, mask=row < rows, other=0.0)
     for iteration in tl.static_range(ITERATIONS):
-        row, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, iteration, ITERATIONS)
-        sample, at_draw, first, inside = counters(
-            first_sample, draw, addresses, row, rows, elements
-        )
-        level = checked(tl.load(sigma + row, mask=row < rows, other=0.0), inside, addresses)
-        z = noise(seed, at_draw, purpose, sample, quad + first, "normal", PACKED)
+        _, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, iteration, ITERATIONS)
+        z = noise(seed, purpose, counter, quad, addresses, "normal", PACKED)
         grad = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
         residual = tl.where(mask, fma(like(grad, level), grad, z, PACKED), 0.0)
         sums = fma(residual, residual, sums, PACKED)
@@ -100,10 +98,10 @@ def gradient_kernel(
 ):
     """scale (sigma score + z) in the score's dtype."""
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
-    level = checked(tl.load(sigma + row, mask=row < rows, other=0.0), inside, addresses)
+    counter = counters(first_sample, draw, addresses, row, rows, elements)
+    level = tl.load(sigma + row, mask=row < rows, other=0.0)
     factor = tl.load(scale + row, mask=row < rows, other=0.0)
-    z = noise(seed, draw, purpose, sample, quad + first, "normal", PACKED)
+    z = noise(seed, purpose, counter, quad, addresses, "normal", PACKED)
     grad = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
     residual = fma(like(grad, level), grad, z, PACKED)
     values = mul(like(residual, factor), residual, PACKED)

@@ -86,20 +86,23 @@ def counters(first_sample, draw, addresses, row, rows, elements):
         at = addresses + 2 * row.to(tl.int64)
         sample = tl.load(at, mask=row < rows, other=0).to(tl.uint64, bitcast=True)
         packed = tl.load(at + 1, mask=row < rows, other=0).to(tl.uint64, bitcast=True)
-        quads = tl.cdiv(elements, 4).to(tl.uint64)
-        draw = draw.to(tl.uint64) + (packed >> 32)
-        first = (packed & 0xFFFFFFFF) * quads
-        inside = (sample >> 56) + (draw >> 32) + ((first + quads - 1) >> 32) == 0
-        return sample, draw.to(tl.uint32), first.to(tl.uint32), inside
+        # In 32 bits where that is enough: the last quad of a row, the piece, both draws.
+        last = ((elements.to(tl.uint64) - 1) >> 2).to(tl.uint32)
+        piece = packed.to(tl.uint32)
+        first = piece.to(tl.uint64) * last.to(tl.uint64) + piece
+        moved = draw.to(tl.uint32) + (packed >> 32).to(tl.uint32)
+        high = (sample >> 56).to(tl.uint32) | ((first + last) >> 32).to(tl.uint32)
+        inside = (high == 0) & (moved >= draw.to(tl.uint32))
+        return sample, moved, first.to(tl.uint32), inside
 
 
 @triton.jit
-def checked(value, inside, addresses):
-    """A row's value, NaN where its address is out of range."""
+def checked(value, other, inside, addresses):
+    """A constant, and another one for rows whose address is out of range."""
     if addresses is None:
         return value
     else:
-        return tl.where(inside, value, float("nan"))
+        return tl.where(inside, value, other)
 
 
 @triton.jit
@@ -132,13 +135,13 @@ def side_by_side(q0, q1, q2, q3):
 
 
 @triton.jit
-def uniform(word):
-    return tl.fma(word.to(tl.float32), like(word, 2.0**-32), like(word, 2.0**-33))
+def uniform(word, half):
+    return tl.fma(word.to(tl.float32), like(word, 2.0**-32), like(word, half))
 
 
 @triton.jit
-def rademacher(word):
-    return ((word & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
+def rademacher(word, one):
+    return ((word & 0x80000000) | one).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -151,13 +154,13 @@ def square_root(x, PACKED: tl.constexpr):
 
 
 @triton.jit
-def box_muller(w0, w1, PACKED: tl.constexpr):
+def box_muller(w0, w1, least, PACKED: tl.constexpr):
     u = fma(w0.to(tl.float32), like(w0, 2.0**-32), like(w0, 2.0**-33), PACKED)
     bits = u.to(tl.uint32, bitcast=True)
     exponent = (bits - 0x3F3504F3) & 0xFF800000
     f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
     k = exponent.to(tl.int32, bitcast=True).to(tl.float32)
-    scaled = fma(k, like(k, _TWO_LN2), like(k, 2.0**-44), PACKED)
+    scaled = fma(k, like(k, _TWO_LN2), like(k, least), PACKED)
     p = horner(f, _L2, _L3, _L4, _L5, _L6, PACKED)
     p = fma(f, fma(f, p, like(f, _L1), PACKED), like(f, _L0), PACKED)
     r = square_root(fma(f, p, scaled, PACKED), PACKED)
@@ -171,19 +174,40 @@ def box_muller(w0, w1, PACKED: tl.constexpr):
 
 
 @triton.jit
-def noise(seed, draw, purpose, sample, quad, KIND: tl.constexpr, PACKED: tl.constexpr):
-    """A tile [R, 4 Q] of "normal", "uniform", "rademacher" or, as int64, "words"."""
-    w0, w1, w2, w3 = words(seed, draw, purpose, sample, quad)
+def noise(
+    seed,
+    purpose,
+    counter,
+    quad,
+    addresses,
+    KIND: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """A tile [R, 4 Q] of "normal", "uniform", "rademacher" or, as int64, "words".
+
+    Rows whose address is out of range are NaN, or -1: by a constant of the map, which costs nothing
+    an element.
+    """
+    sample, draw, first, inside = counter
+    w0, w1, w2, w3 = words(seed, draw, purpose, sample, quad + first)
     if KIND == "normal":
-        z0, z1 = box_muller(w0, w1, PACKED)
-        z2, z3 = box_muller(w2, w3, PACKED)
+        least = checked(2.0**-44, float("nan"), inside, addresses)
+        z0, z1 = box_muller(w0, w1, least, PACKED)
+        z2, z3 = box_muller(w2, w3, least, PACKED)
         return side_by_side(z0, z1, z2, z3)
     elif KIND == "uniform":
-        return side_by_side(uniform(w0), uniform(w1), uniform(w2), uniform(w3))
+        half = checked(2.0**-33, float("nan"), inside, addresses)
+        return side_by_side(
+            uniform(w0, half), uniform(w1, half), uniform(w2, half), uniform(w3, half)
+        )
     elif KIND == "rademacher":
-        return side_by_side(rademacher(w0), rademacher(w1), rademacher(w2), rademacher(w3))
+        one = checked(0x3F800000, 0x7FC00000, inside, addresses)
+        return side_by_side(
+            rademacher(w0, one), rademacher(w1, one), rademacher(w2, one), rademacher(w3, one)
+        )
     else:
-        return side_by_side(w0, w1, w2, w3).to(tl.int64)
+        values = side_by_side(w0, w1, w2, w3).to(tl.int64)
+        return checked(values, -1, inside, addresses)
 
 
 @triton.jit
@@ -254,8 +278,6 @@ def fill_kernel(
     PACKED: tl.constexpr,
 ):
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
-    values = noise(seed, draw, purpose, sample, quad + first, KIND, PACKED)
-    if addresses is not None:
-        values = tl.where(inside, values, -1 if KIND == "words" else float("nan"))
+    counter = counters(first_sample, draw, addresses, row, rows, elements)
+    values = noise(seed, purpose, counter, quad, addresses, KIND, PACKED)
     tl.store(out + offset, values, mask=mask)

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from score_kernels.backends.triton.noise import (
     KEY,
-    checked,
     counters,
     fma,
     length_of,
@@ -58,12 +57,11 @@ def sums_kernel(
     va = tl.zeros((R, 4 * Q), tl.float32)
     vb = tl.zeros((R, 4 * Q), tl.float32)
     aa = tl.zeros((R, 4 * Q), tl.float32)
+    row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
+    counter = counters(first_sample, draw, addresses, row, rows, elements)
     for iteration in tl.static_range(ITERATIONS):
-        row, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, iteration, ITERATIONS)
-        sample, at_draw, first, inside = counters(
-            first_sample, draw, addresses, row, rows, elements
-        )
-        v = noise(seed, at_draw, purpose, sample, quad + first, KIND, PACKED)
+        _, quad, offset, mask = tile(rows, elements, piece, R, Q, WHOLE, iteration, ITERATIONS)
+        v = noise(seed, purpose, counter, quad, addresses, KIND, PACKED)
         if KIND != "rademacher":
             v = tl.where(mask, v, 0.0)
             vv = fma(v, v, vv, PACKED)
@@ -88,11 +86,6 @@ def sums_kernel(
         va, vb, aa = tl.reduce((va, vb, aa), 1, add_three)
     else:
         vv, va, vb, aa = tl.reduce((vv, va, vb, aa), 1, add_four)
-    inside = counters(first_sample, draw, addresses, row, rows, elements)[3]
-    vv = checked(vv, inside, addresses)
-    va = checked(va, inside, addresses)
-    vb = checked(vb, inside, addresses)
-    aa = checked(aa, inside, addresses)
     tl.store(at, vv, mask=mask)
     tl.store(at + stride, va, mask=mask)
     tl.store(at + 2 * stride, vb, mask=mask)
@@ -119,9 +112,9 @@ def scale_kernel(
 ):
     """factor v or, with x, the pair x + factor v, x - factor v."""
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
-    size = checked(tl.load(factor + row, mask=row < rows, other=0.0), inside, addresses)
-    v = noise(seed, draw, purpose, sample, quad + first, KIND, PACKED)
+    counter = counters(first_sample, draw, addresses, row, rows, elements)
+    size = tl.load(factor + row, mask=row < rows, other=0.0)
+    v = noise(seed, purpose, counter, quad, addresses, KIND, PACKED)
     if x is None:
         tl.store(out + offset, mul(like(v, size), v, PACKED), mask=mask)
     else:

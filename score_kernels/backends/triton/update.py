@@ -7,7 +7,6 @@ import triton.language as tl
 
 from score_kernels.backends.triton.noise import (
     KEY,
-    checked,
     counters,
     fma,
     like,
@@ -42,9 +41,9 @@ def step_kernel(
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
     after = combine(x, score, a, b, offset, mask, PACKED)
     if NOISE:
-        sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
-        z = noise(seed, draw, purpose, sample, quad + first, "normal", PACKED)
-        after = fma(like(z, checked(c, inside, addresses)), z, after, PACKED)
+        counter = counters(first_sample, draw, addresses, row, rows, elements)
+        z = noise(seed, purpose, counter, quad, addresses, "normal", PACKED)
+        after = fma(like(z, c), z, after, PACKED)
     tl.store(out + offset, after, mask=mask)
 
 
@@ -88,15 +87,13 @@ def table_kernel(
     a = tl.load(line, mask=inside, other=float("nan"))
     b = tl.load(line + 1, mask=inside, other=float("nan"))
     c = tl.load(line + 2, mask=inside, other=float("nan"))
-    sample, draw, first, inside = counters(first_sample, draw, addresses, row, rows, elements)
-    c = checked(c, inside, addresses)
+    counter = counters(first_sample, draw, addresses, row, rows, elements)
     after = combine(x, score, a, b, offset, mask, PACKED)
-    z = noise(seed, draw, purpose, sample, quad + first, "normal", PACKED)
+    z = noise(seed, purpose, counter, quad, addresses, "normal", PACKED)
     after = noisy(c, z, after, PACKED)
     if known is not None:
         scale = tl.load(line + 3, mask=inside, other=float("nan"))
         noise_scale = tl.load(line + 4, mask=inside, other=float("nan"))
-        noise_scale = checked(noise_scale, inside, addresses)
         given = tl.load(known + offset, mask=mask, other=0.0)
         given = noisy(noise_scale, z, mul(like(given, scale), given, PACKED), PACKED)
         after = tl.where(tl.load(kept + offset, mask=mask, other=0) != 0, given, after)
