@@ -127,7 +127,7 @@ class NoiseKey(tuple[Any, ...]):
         return _new(NoiseKey, (seed, purpose, draw, first, addresses))
 
     def for_samples(self, first: int) -> NoiseKey:
-        """The same stream for a batch from global sample ``first`` on."""
+        """The same stream for a batch from global sample ``first`` on, without addresses."""
         first = checks.unsigned("first_sample", first, 56)
         return _new(NoiseKey, (self[0], self[1], self[2], first, None))
 
@@ -146,7 +146,8 @@ class NoiseKey(tuple[Any, ...]):
         dropping, merging or splitting rows with their addresses changes no bit of theirs.
 
         Args:
-            samples: int64 ``[B]`` on the data's device, ``0 <= samples < 2**56``.
+            samples: int64 ``[B]`` on the data's device, ``0 <= samples < 2**56``. Rows that are
+                pieces of one sample need their `pieces`: without, they have the same noise.
             draws: int64 ``[B]``, at least 0, and with the key's draw below 2**32; default: 0.
             pieces: int64 ``[B]``, at least 0; ``(pieces + 1) ceil(D / 4) <= 2**32``; default: 0.
 
@@ -167,9 +168,23 @@ class NoiseKey(tuple[Any, ...]):
         sample, packed = self[4].unbind(1)
         return _new(NoiseKey, (*self[:4], torch.stack([sample, packed >> 32 << 32], 1)))
 
-    def sample_of(self, row: int) -> int:
-        """The sample that a row is; waits for the device of its address."""
-        return self[3] + row if self[4] is None else int(self[4][row, 0])
+    def name_of(self, row: int) -> str:
+        """A row in words; waits for the device of its address."""
+        if self[4] is None:
+            return f"sample {self[3] + row}"
+        return f"sample {int(self[4][row, 0])} (row {row})"
+
+    def __eq__(self, other: object) -> bool:
+        # Addresses by identity: their values may be on a GPU.
+        if not isinstance(other, NoiseKey):
+            return NotImplemented
+        return tuple(self[:4]) == tuple(other[:4]) and self[4] is other[4]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((*self[:4], id(self[4])))
 
     def __repr__(self) -> str:
         rows = "" if self[4] is None else f".rows(<{len(self[4]) - 1} addresses>)"
@@ -190,22 +205,25 @@ def _packed(samples: Tensor, draws: Tensor | None, pieces: Tensor | None) -> Ten
     """The addresses of rows as csrc/noise.h has them, and the largest of each field."""
     values = {"samples": (samples, 56), "draws": (draws, 32), "pieces": (pieces, 32)}
     fields = []
+    # What was not looked at is marked: its rows are out of range, and on a CPU an error.
+    here = isinstance(samples, Tensor) and samples.is_cpu
+    here = here and not torch.compiler.is_dynamo_compiling()
     for name, (value, bits) in values.items():
         if value is None:
             value = torch.zeros_like(samples)
         checks.identities(name, value, samples)
-        if value.is_cpu and not torch.compiler.is_dynamo_compiling() and value.numel():
+        if here and value.numel():
             low, high = (int(end) for end in value.aminmax())
             checks.unsigned(name, low if low < 0 else high, bits)
         fields.append(value)
     sample, draw, piece = fields
-    if not sample.is_cpu:
-        # Packed, these would seem to be in range.
+    if not here:
         inside = (draw | piece) >> 32 == 0
         sample = torch.where(inside, sample, -1)
     sample, draw, piece = (torch.cat([f, f.new_zeros(1)]) for f in (sample, draw, piece))
     for field in (sample, draw, piece):
-        field[-1] = field.amax()
+        # A negative number is the largest of all.
+        field[-1] = torch.where(field.amin() < 0, -1, field.amax())
     return torch.stack([sample, draw << 32 | piece], 1)
 
 

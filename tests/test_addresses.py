@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import score_kernels as sk
 from score_kernels import NoiseKey, ops
+from score_kernels.backends import reference
 from score_kernels.noise import _restored
+from score_kernels.sampling.sde import norm_ratio
 
 EVERY = {**EXACT, **SUMS}
 each_op = pytest.mark.parametrize("name", EVERY)
@@ -193,6 +195,12 @@ IDS = torch.tensor([0, 1])
          "segments: got values from -1 to 0"),
         (lambda: sk.sliced_score_loss(score, torch.zeros(2, 4), 1.0, segments=IDS + 1), ValueError,
          "segments: got values from 1 to 2"),
+        (lambda: sk.dsm_loss(score, torch.zeros(2, 4), [2.0, 1.0], segments=IDS * 0, labels=IDS),
+         ValueError, "labels: got several levels in a segment"),
+        (lambda: corrected((3, 4), segments=IDS), ValueError, "segments: got 2, expected .*, 3"),
+        (lambda: corrected((2, 4), segments=IDS, corrector="ald"), ValueError, "corrector 'ald'"),
+        (lambda: norm_ratio(reference.backend, torch.ones(4, 3), KEY.rows(IDS), False), ValueError,
+         "addresses of 2 rows"),
     ],
 )  # fmt: skip
 def test_what_is_refused(
@@ -232,6 +240,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "churn": partial(sk.probability_flow, score, sigmas=SIGMAS, churn=2.0, churn_range=(0.0, 9.0)),
 }
 sampler = SAMPLERS["annealed"]
+corrected = partial(sk.predictor_corrector, score, sde=sk.VE(), steps=3)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -362,6 +371,64 @@ def test_a_graph_s_levels_and_reductions() -> None:
     torch.testing.assert_close(sliced(), each.mean())
 
 
+def test_segments_without_rows_do_not_count() -> None:
+    """A graph without atoms, or numbers left out by a filter."""
+    x, graph = torch.randn(5, 4), torch.tensor([0, 0, 3, 1, 3])
+    full = torch.tensor([0, 0, 2, 1, 2])
+    for loss in (
+        partial(sk.dsm_loss, score, x, SIGMAS, labels=torch.ones(5, dtype=torch.int64), seed=1),
+        partial(sk.sliced_score_loss, score, x, 0.5, seed=1),
+    ):
+        assert torch.equal(loss(segments=graph), loss(segments=full))
+        each = loss(segments=graph, reduction="none")
+        assert len(each) == 4 and each[2] == 0
+    _, gaps = sk.dsm_loss(score, x, SIGMAS, seed=1, segments=graph, return_per_level=True)
+    _, table = sk.dsm_loss(score, x, SIGMAS, seed=1, segments=full, return_per_level=True)
+    torch.testing.assert_close(gaps, table, equal_nan=True)
+
+
+def test_rows_of_a_segment_have_one_level() -> None:
+    """Whatever their ids: that of the first of them."""
+    graph = torch.tensor([1, 0, 1, 1, 0, 2])
+    seen: list[Tensor] = []
+
+    def net(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(sigma)
+        return score(x, sigma)
+
+    many = sk.geometric_sigmas(10.0, 0.1, 50)
+    for more in ({}, {"samples": torch.arange(6)}, {"pieces": torch.arange(6)}):
+        sk.dsm_loss(net, torch.randn(6, 3), many, seed=3, segments=graph, **more)
+        sk.dsm_loss(net, torch.randn(6, 3), many, seed=3, **more)
+        packed, rows = seen[-2:]
+        assert torch.equal(packed, rows[torch.tensor([0, 1, 0, 0, 1, 5])])
+
+
+def test_keys_are_compared_by_their_addresses_themselves() -> None:
+    one, other = (KEY.rows(torch.tensor([1, 2])) for _ in range(2))
+    assert one == one.at(one.draw) and one != other and one != KEY and KEY == KEY.at(KEY.draw)
+    assert hash(one) == hash(one.at(one.draw)) and len({one, other, KEY, KEY.at(17)}) == 3
+
+
+def test_compiled_addresses_out_of_range_are_errors() -> None:
+    """Nothing is read where they are packed; the kernel finds them."""
+    torch._dynamo.reset()
+
+    @partial(torch.compile, backend="aot_eager", fullgraph=True)
+    def noise(samples: Tensor, draws: Tensor, pieces: Tensor) -> Tensor:
+        return ops.normal((2, 6), KEY.rows(samples, draws=draws, pieces=pieces))
+
+    assert noise(IDS, IDS, IDS).isfinite().all()
+    for bad in (-1, 2**32, 2**57):
+        for place in range(3):
+            values = [IDS.clone() for _ in range(3)]
+            values[place][1] = bad
+            if (place, bad) == (0, 2**32):
+                continue
+            with pytest.raises(ValueError, match="out of range|passes"):
+                noise(*values)
+
+
 def test_segments_have_gradients_and_are_sums_in_order() -> None:
     weight = torch.tensor(1.3, requires_grad=True)
     graph = torch.tensor([1, 0, 1, 2, 0])
@@ -399,5 +466,5 @@ def test_divergence_names_the_sample_s_own_id() -> None:
         return torch.where(torch.arange(len(x))[:, None] == 1, torch.nan, score(x, sigma))
 
     run = partial(sk.langevin, broken, step_size=0.1, steps=3, sigma=1.0, seed=1)
-    with pytest.raises(FloatingPointError, match=f"sample {2**50} is not finite after step 0"):
+    with pytest.raises(FloatingPointError, match=rf"sample {2**50} \(row 1\) is not finite after"):
         run((3, 2), samples=torch.tensor([5, 2**50, 6]))

@@ -29,6 +29,7 @@ each_arch = pytest.mark.parametrize("arch", sass.ARCHS)
 each_row = pytest.mark.parametrize("row", sass.ROWS, ids=lambda row: row.kernel)
 SOURCES = sorted(sass.CUDA.glob("*.cu"))
 NORMALS = "fill_kernel<NormalMap, true, float>"
+STEPS = ("affine_kernel<float, true, false>", "affine_kernel<float, true, true>")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,7 +93,9 @@ def test_normals_are_ieee_operations_and_one_approximate_seed(arch: str) -> None
     for function in functions(arch):
         approximate = {i.opcode for i in function.instructions if i.name == "MUFU"}
         assert approximate <= {"MUFU.RSQ"}, function.name
-        if "NormalMap, true" in function.name or function.name.startswith("affine_kernel<float, true,"):
+        if "NormalMap, true" in function.name or function.name.startswith(
+            "affine_kernel<float, true,"
+        ):
             assert approximate == {"MUFU.RSQ"}
     normals = sass.compiled(sass.CUDA / "noise.cu", arch)[0][NORMALS]
     allowed = {"FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2"}

@@ -117,13 +117,72 @@ def test_it_runs_in_inference_mode_and_with_a_compiled_score() -> None:
         torch.testing.assert_close(x, alone(request, Score(), 2), rtol=1e-5, atol=1e-5)
 
 
+PLAIN = {"step_size": 0.1, "steps": 4, "sigma": 1.0}
+
+
+def test_a_bad_request_ends_alone() -> None:
+    """Its error comes from next(); the others go on, also those in flight."""
+    good = [Request(i, sk.langevin, PLAIN) for i in range(5)]
+    bad = [
+        Request(-2, sk.langevin, PLAIN),
+        Request(70, sk.langevin, {**PLAIN, "step_size": 1e38}),
+        Request(71, sk.langevin, PLAIN, {"center": torch.tensor(1.0)}),
+    ]
+    mixed = [good[0], bad[0], good[1], bad[1], good[2], bad[2], *good[3:]]
+    running, made, errors = stream(Score(), iter(mixed), (5,), seed=1, slots=2), [], []
+    while True:
+        try:
+            request, x = next(running)
+        except StopIteration:
+            break
+        except (ValueError, FloatingPointError) as error:
+            errors.append(str(error))
+            continue
+        made.append(request)
+        assert torch.equal(x, alone(request, Score(), 1))
+    assert set(made) == set(good)
+    for words in ("request -2: sample: got -2", "sample 70 is not", "request 71: got conditions"):
+        assert any(error.startswith(words) or words in error for error in errors)
+
+
+def test_conditions_of_a_request_are_like_the_first_s() -> None:
+    """Or one would be sampled with what another brought."""
+    center = torch.tensor(1.0)
+    for other in ({}, {"center": center.long()}, {"center": center[None]}, {"shift": center}):
+        requests = [Request(1, sk.langevin, PLAIN, {"center": center})]
+        requests += [Request(2, sk.langevin, PLAIN, other)]
+        with pytest.raises(ValueError, match="request 2: got conditions"):
+            list(stream(Score(), iter(requests), (5,), seed=1, slots=2))
+
+
+def test_conditions_with_gradients_and_of_inference_mode() -> None:
+    with torch.inference_mode():
+        center = torch.tensor(0.3)
+    for value in (torch.nn.Parameter(torch.tensor(0.3)), center):
+        requests = [Request(i, sk.langevin, PLAIN, {"center": value}) for i in range(4)]
+        running = stream(Score(), iter(requests), (5,), seed=1, slots=1)
+        with torch.inference_mode():
+            next(running)
+        rest = list(running)
+        assert len(rest) == 3 and not any(x.requires_grad for _, x in rest)
+
+
+def test_no_steps_are_the_prior() -> None:
+    request = Request(7, sk.langevin, {**PLAIN, "steps": 0})
+    ((_, x),) = stream(Score(), [request], (5,), seed=1, slots=2)
+    assert torch.equal(x, alone(request, Score(), 1))
+
+
 @pytest.mark.parametrize(
     ("requests", "kind", "words"),
     [
         ([3], TypeError, "requests: got int 3, expected requests or None"),
-        ([Request(1, sk.probability_flow, {"sigmas": SIGMAS})], ValueError, "more than one call"),
+        ([Request(1, sk.probability_flow, {"sigmas": SIGMAS})], ValueError, "are not one call"),
         ([Request(1, sk.langevin, {"step_size": 0.1, "steps": 2})], ValueError, "expected sigma"),
-        ([Request(1, lambda *_: 4)], TypeError, "sampler: got int 4"),
+        ([Request(1, lambda *_: 4)], TypeError, "request 1: sampler: got int 4"),
+        ([Request(1, "ddim")], TypeError, "request 1: sampler: got str 'ddim', expected a f"),
+        ([Request(1, sk.ddim, ())], TypeError, "request 1: arguments: got tuple"),
+        (Request(1, sk.ddim), TypeError, "requests: got Request"),
         ([Request(1, sk.langevin, {"step_size": 0.1, "steps": 2, "sigma": 1.0, "seed": 5})],
          ValueError, "arguments: got 'seed', expected the sampler's own"),
         ([Request(-1, sk.langevin, {"step_size": 0.1, "steps": 2, "sigma": 1.0})], ValueError,

@@ -613,6 +613,7 @@ def test_what_is_refused() -> None:
         ({"loss": "mse"}, ValueError, "loss: got 'mse', expected one of 'dsm', 'ssm' or a fun"),
         ({"loss": 3}, ValueError, "loss: got 3"),
         ({"batch_size": 0}, ValueError, "batch_size: got 0"),
+        ({"loss": "ssm", "conditions": ("segments",)}, ValueError, "got 'segments', which sliced"),
         ({"accumulate": 3}, ValueError, "accumulate: got 3, expected accumulate x 1 ranks"),
         ({"ema_decay": 1.0}, ValueError, "ema_decay: got 1.0"),
         ({"clip_norm": -1}, ValueError, "clip_norm: got -1"),

@@ -14,11 +14,16 @@ inline bool one_thread = false;
 
 // An error where the address of a row does not fit the noise contract.
 inline void require_in_range(const NoiseKey& key, uint64_t rows, uint64_t elements) {
-  if (key.addresses && !counter_of(key, rows, elements).in_range)
+  if (!key.addresses || counter_of(key, rows, elements).in_range) return;
+  const Address most = key.addresses[rows];
+  if (most.sample >> 56)
+    throw std::invalid_argument("samples: got one out of range, expected 0 <= samples < 2**56");
+  if ((uint64_t{key.draw} + most.draw) >> 32)
     throw std::invalid_argument(
-        "noise: got addresses whose sample, draw or piece is out of range, expected samples below "
-        "2**56, draws that with the key's stay below 2**32, and pieces whose blocks of four "
-        "elements do");
+        "draws: got one that passes 2**32 with the key's draw, expected draw + draws < 2**32");
+  throw std::invalid_argument(
+      "pieces: got one out of range, expected (pieces + 1) ceil(D / 4) <= 2**32, rows being of D "
+      "elements");
 }
 
 // The kernels of an instruction set, and whether this processor has it. An op without a kernel is

@@ -249,14 +249,17 @@ def _counters(key: Key, rows: int, blocks: int, device: torch.device) -> tuple[T
     sample, packed = key[4].to(device)[:-1].unbind(1)
     draw, first = (packed >> 32 & _MASK) + key[2], (packed & _MASK) * blocks
     last = first + blocks - 1
-    inside = (sample >> 56 == 0) & (draw >> 32 == 0) & (last >> 32 == 0)
-    if device.type == "cpu" and not bool(inside.all()):
-        raise ValueError(
-            "noise: got addresses whose sample, draw or piece is out of range, expected samples "
-            "below 2**56, draws that with the key's stay below 2**32, and pieces whose blocks of "
-            "four elements do"
-        )
-    return sample, draw, first, inside
+    fields = {
+        "samples: got one out of range, expected 0 <= samples < 2**56": sample >> 24,
+        "draws: got one that passes 2**32 with the key's draw, expected draw + draws < 2**32": draw,
+        "pieces: got one out of range, expected (pieces + 1) ceil(D / 4) <= 2**32, rows being of D "
+        "elements": last,
+    }
+    bad = {message: value >> 32 != 0 for message, value in fields.items()}
+    for message, rows_of_it in bad.items() if device.type == "cpu" else ():
+        if bool(rows_of_it.any()):
+            raise ValueError(message)
+    return sample, draw, first, ~torch.stack(list(bad.values())).any(0)
 
 
 def _philox(block: Tensor, draw: Tensor, sample: Tensor, key: Key) -> Tensor:

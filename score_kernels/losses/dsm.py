@@ -13,7 +13,7 @@ from torch import Tensor
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
 from score_kernels.ops._dispatch import modes_active, refuse_vmap, transforms_active, version_of
-from score_kernels.ops._formulas import segment_sums
+from score_kernels.ops._formulas import first_rows, segment_sums
 from score_kernels.ops.dsm import dsm_losses
 
 __all__ = ["dsm_loss"]
@@ -63,12 +63,14 @@ def dsm_loss(
         weighting: p of ``lambda(sigma) = sigma^p`` ("anneal power"), or a tensor ``[B]`` float32
             of the factors ``lambda(sigma) / sigma^2`` themselves, finite and at least 0.
         samples, draws, pieces: what each row is; see :meth:`score_kernels.NoiseKey.rows`.
-        segments: int64 ``[B]``, for packed batches: rows of one number, from 0, are one sample,
-            whose loss is their sum. The mean is one over segments, and "none" gives one loss each.
+        segments: int64 ``[B]``, for packed batches: rows of one number, 0 to B - 1, are one sample:
+            they have the level of the first of them, and its loss is their sum. The mean is over
+            the segments that have rows, and "none" gives one loss for each number, 0 without rows.
         reduction: "mean" or "sum" over the batch, or "none" for the ``[B]`` losses.
         return_per_level: return ``(loss, table)`` with the table ``[L]`` of each level's mean
             loss in this batch, without gradient, nan where a level has no sample.
-        conditions: further keyword arguments of the network, such as classes.
+        conditions: further keyword arguments of the network, such as classes, of other names than
+            these here; a network that has such a name is wrapped: ``partial(net, segments=...)``.
 
     Returns:
         The loss; its gradient reaches net's parameters and x.
@@ -92,8 +94,8 @@ def dsm_loss(
         checks.segments(segments, batch)
     if labels is None:
         labels = draw_labels(batch, last + 1, noise, x.device)
-        if segments is not None and noise.addresses is None:
-            labels = labels.index_select(0, segments)
+        if segments is not None:
+            labels = labels.index_select(0, first_rows(segments))
         sigma = table.index_select(0, labels)
     else:
         checks.per_sample("labels", labels, x, torch.int64)
@@ -101,6 +103,8 @@ def dsm_loss(
             low, high = (int(v) for v in torch.aminmax(labels))
             if low < 0 or high > last:
                 raise ValueError(f"labels: got values from {low} to {high}, expected 0 to {last}")
+            if segments is not None and bool((labels[first_rows(segments)] != labels).any()):
+                raise ValueError("labels: got several levels in a segment, expected one")
         given, labels = labels, labels.clamp(0, last)
         sigma = table.index_select(0, labels).where(labels == given, math.nan)
     if isinstance(weighting, Tensor):
@@ -114,20 +118,20 @@ def dsm_loss(
     each = denoising_losses(net, x, sigma, noise, weight, conditions, mean=mean)
     if mean:
         return each
-    count: Tensor | int = len(each)
+    there = torch.ones_like(each.detach())
     if segments is not None:
-        each, count = segment_sums(each, segments), segments.amax() + 1
+        each, there = segment_sums(each, segments), (segment_sums(there, segments) > 0).to(each)
         labels = torch.zeros_like(labels).scatter_(0, segments, labels)
-        if reduction == "none" or return_per_level:
-            each, labels = each[: int(count)], labels[: int(count)]
-    loss = each if reduction == "none" else each.sum()
+    loss = each.sum()
     if reduction == "mean":
-        loss = each.mean() if segments is None else loss / count
+        loss = each.mean() if segments is None else loss / there.sum()
+    elif reduction == "none":
+        loss = each if segments is None else each[: int(segments.amax()) + 1]
     if not return_per_level:
         return loss
     sums, counts = each.new_zeros(2, len(table))
     sums.index_add_(0, labels, each.detach())
-    counts.index_add_(0, labels, torch.ones_like(each))
+    counts.index_add_(0, labels, there)
     return loss, sums / counts
 
 

@@ -102,9 +102,9 @@ def sliced_score_loss(
               derivative (flash attention). It warns once per score.
         fd_step: h of finite differences, in units of x, times sigma where sigma is given.
         samples, draws, pieces: what each row is; see :meth:`score_kernels.NoiseKey.rows`.
-        segments: int64 ``[B]``, for packed batches: rows of one number, from 0, are one sample,
-            whose rows the score may mix, and whose loss is their sum. The mean is one over
-            segments, and "none" gives one loss each.
+        segments: int64 ``[B]``, for packed batches: rows of one number, 0 to B - 1, are one sample,
+            whose rows the score may mix, and whose loss is their sum. The mean is over the segments
+            that have rows, and "none" gives one loss for each number, 0 without rows.
         reduction: "mean" or "sum" over the batch, or "none" for the ``[B]`` losses, each the mean
             over its probes.
         conditions: further keyword arguments of the score, such as classes.
@@ -156,10 +156,11 @@ def sliced_score_loss(
     each = losses[0] if probes == 1 else torch.stack(losses).mean(0)
     if segments is None:
         return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
-    each, count = segment_sums(each, segments), segments.amax() + 1
+    there = segment_sums(torch.ones_like(each.detach()), segments) > 0
+    each = segment_sums(each, segments)
     if reduction == "none":
-        return each[: int(count)]
-    return each.sum() / count if reduction == "mean" else each.sum()
+        return each[: int(segments.amax()) + 1]
+    return each.sum() / there.sum() if reduction == "mean" else each.sum()
 
 
 def _by_derivative(

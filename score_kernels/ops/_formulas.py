@@ -42,6 +42,13 @@ def segment_sums(values: Tensor, segments: Tensor) -> Tensor:
     return zero.index_put((segments,), values, accumulate=True)
 
 
+def first_rows(segments: Tensor) -> Tensor:
+    """Of each row the index of the first one of its segment: ``[B]``."""
+    rows = torch.arange(len(segments), device=segments.device)
+    first = torch.full_like(rows, len(segments))
+    return first.scatter_reduce_(0, segments, rows, "amin").index_select(0, segments)
+
+
 def probe_like(x: Tensor, noise: NoiseKey, probe: str) -> Tensor:
     """A probe of a kind in x's shape and device, float32 at least."""
     fill = rademacher if probe == "rademacher" else normal

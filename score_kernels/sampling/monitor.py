@@ -35,9 +35,8 @@ class DivergenceMonitor:
         self.chain, self.done, self.stop, self.stopped = chain, done, stop, False
         row = _first_bad_row(chain.tensors)
         if row is not None:
-            sample = chain.key.sample_of(row)
             raise ValueError(
-                f"shape_or_init: got sample {sample} not finite, expected finite numbers"
+                f"shape_or_init: got {chain.key.name_of(row)} not finite, expected finite numbers"
             )
         self.last = [value.clone() for value in chain.tensors]
 
@@ -92,8 +91,8 @@ class DivergenceMonitor:
                 self.done = t + 1
         else:
             if changed is not None:
-                sample = chain.key.sample_of(changed)
-                return f"x: sample {sample} is not finite after the callback of step {done - 1}"
+                sample = chain.key.name_of(changed)
+                return f"x: {sample} is not finite after the callback of step {done - 1}"
             return (
                 f"x: not finite after steps {self.done} to {min(done, chain.steps) - 1}, but "
                 "finite when they were repeated with the same noise: score is not deterministic"
@@ -104,7 +103,7 @@ class DivergenceMonitor:
         if not math.isnan(sigma):
             where += f" (level {level}, sigma = {sigma:g})"
         why = "the step is too large" if finite else "the score is not finite"
-        return f"x: sample {chain.key.sample_of(row)} is not finite after {where}: {why}"
+        return f"x: {chain.key.name_of(row)} is not finite after {where}: {why}"
 
 
 def _first_bad_row(tensors: Sequence[Tensor]) -> int | None:

@@ -15,6 +15,7 @@ from score_kernels import checks
 from score_kernels.backends import Backend
 from score_kernels.diffusion.sde import SDE, VE, VP, SubVP, linspace
 from score_kernels.noise import Key
+from score_kernels.ops._dispatch import check_addresses
 from score_kernels.ops._formulas import segment_sums
 from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
 
@@ -89,7 +90,7 @@ def predictor_corrector(
             predict and correct where that leads.
         batch_mean: take the norms' means over the batch, as the authors' code does; a sample then
             depends on those beside it. By default each sample has its own.
-        segments: int64 ``[B]``, for packed batches: rows of one number, from 0, are one sample,
+        segments: int64 ``[B]``, for packed batches: rows of one number, 0 to B - 1, are one sample,
             whose norms run over all of them.
     """
     times = _times(sde, steps, end)
@@ -110,7 +111,13 @@ def predictor_corrector(
     corrector_first = checks.flag("corrector_first", corrector_first)
     batch_mean = checks.flag("batch_mean", batch_mean)
     if segments is not None:
-        checks.segments(segments)
+        tensor = isinstance(shape_or_init, Tensor)
+        size = tuple(shape_or_init.shape if tensor else shape_or_init)  # type: ignore[union-attr]
+        checks.segments(segments, size[0] if size else None)
+        if corrector != "langevin":
+            raise ValueError(
+                f"segments: got them beside corrector {corrector!r}, expected 'langevin'"
+            )
     snr = checks.positive("snr", snr)
     repeats = checks.count("corrector_steps", corrector_steps, least=1)
 
@@ -219,6 +226,8 @@ def norm_ratio(
     nothing to weigh the noise against. One pass, which makes the noise; nothing waits for the
     device.
     """
+    if key[4] is not None:
+        check_addresses(key[4], score)
     sums = backend.probe_sums("normal", score, None, False, key)
     if segments is not None:
         sums = segment_sums(sums.T, segments).T

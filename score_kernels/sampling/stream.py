@@ -23,42 +23,19 @@ class Request:
     """A sample to be made.
 
     Attributes:
-        sample: its id, 56 bits, which names its noise: a user's own seed, say.
-        sampler: one whose steps are one call of the score each, such as
-            :func:`score_kernels.annealed_langevin` or :func:`score_kernels.ddim`.
+        sample: its id, 56 bits, which names its noise.
+        sampler: one whose steps are one call of the score each: `annealed_langevin`, `ddpm`,
+            `ddim`, `langevin` with a sigma, `consistent_annealed`, `euler_maruyama`, and
+            `predictor_corrector` with the corrector "ald" or None.
         arguments: the sampler's own, by name: sigmas, steps, step sizes.
-        conditions: further keyword arguments of the score, tensors without a batch dimension; the
-            same names in all requests.
+        conditions: further keyword arguments of the score, tensors without a batch dimension; of
+            the same names, shapes and dtypes in all requests of a stream.
     """
 
     sample: int
     sampler: Callable[..., Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class _Steps:
-    """A request with the steps of its plan: coefficients, noise level and scale of each."""
-
-    def __init__(self, request: Request, score: Score) -> None:
-        checks.instance("requests", request, Request, "requests or None")
-        checks.unsigned("sample", request.sample, 56)
-        self.request, self.done = request, 0
-        plan = request.sampler(score, PLAN, **request.arguments)
-        checks.instance("sampler", plan, Plan, "a sampler of this library")
-        if any(phase.pre_step is not None for phase in plan.phases):
-            raise ValueError("sampler: got one whose steps are more than one call of the score")
-        if any(math.isnan(phase.sigma) for phase in plan.phases):
-            raise ValueError("sampler: got one without a noise level, expected sigma")
-        self.prior = plan.scale
-        self.lines: list[tuple[float, ...]] = []
-        for phase in plan.phases:
-            line = phase.a, phase.b, phase.c, phase.sigma, 1 / phase.mean
-            self.lines += [line] * phase.steps
-
-
-# Of a slot without a request, whose state stays as it is.
-_IDLE = (1.0, 0.0, 0.0, 1.0, 1.0)
 
 
 def stream(
@@ -74,13 +51,15 @@ def stream(
 
     A finished sample leaves the batch and the next request enters it between two calls of the
     score. Each has the bits that it has alone, of ``request.sampler(score, (1, *shape), seed=seed,
-    samples=torch.tensor([request.sample]), ...)``, if the score treats rows independently. The
-    batch has always the same shape, so that compiled networks and CUDA graphs stay valid.
+    samples=torch.tensor([request.sample]), conditions=..., **request.arguments)``, where the score
+    of a row has the same bits in any batch: that of matrix products may differ in the last ones.
+    The batch has always the same shape, so that compiled networks stay valid.
 
     Args:
         score: ``score(x, sigma)`` as samplers take it, with x ``[slots, *shape]``.
         requests: a sequence, of which the longest come first, or an iterator, in its order. One
-            that yields None has no request for the moment: the batch goes on without.
+            that yields None has no request for the moment, and the batch goes on without; where the
+            batch is empty it is asked again at once, so that it should wait then.
         shape: of one sample.
         seed: 64 bits, for all requests.
         slots: rows of the batch.
@@ -90,84 +69,142 @@ def stream(
         A request and its sample, of the shape, as soon as that is done.
 
     Raises:
-        TypeError, ValueError: a request or an argument is of the wrong kind.
+        TypeError, ValueError: an argument is of the wrong kind, or a request, which is named.
         FloatingPointError: a sample is not finite.
+
+    An error of a request ends that one alone: the others go on with the next ``next()``.
     """
     slots = checks.count("slots", slots, least=1)
-    size = (slots, *checks.noise_shape((1, *shape))[1:])
+    size = (slots, *checks.noise_shape((1, *shape) if isinstance(shape, Sequence) else shape)[1:])
+    checks.instance("requests", requests, Iterable, "a sequence or an iterator of requests")
     key = NoiseKey(seed, purpose=Purpose.LANGEVIN)
     place = checks.device("device", device)
     warn_of_training_mode(score, stacklevel=3)
-    return _run(score, requests, size, key, place)
-
-
-def _run(
-    score: Score,
-    requests: Iterable[Request | None],
-    size: tuple[int, ...],
-    key: NoiseKey,
-    device: torch.device | None,
-) -> Iterator[tuple[Request, Tensor]]:
     with torch.inference_mode(False):
-        x = torch.zeros(size, dtype=torch.float32, device=device)
-    backend, model = choose(x.device, x.dtype), ScoreModel(score, x)
-    waiting: Iterator[_Steps | None]
-    waiting = (None if request is None else _Steps(request, score) for request in requests)
-    if isinstance(requests, Sequence):
-        there = [steps for steps in waiting if steps is not None]
-        there.sort(key=lambda steps: -len(steps.lines))
-        waiting = iter(there)
-    batch: list[_Steps | None] = [None] * len(x)
-    more = True
-    while more or any(batch):
-        for row, steps in enumerate(batch):
-            if steps is None and more:
-                try:
-                    steps = next(waiting)
-                except StopIteration:
-                    more = False
-                if steps is None:
-                    break
-                batch[row] = steps
-                _enter(x[row : row + 1], steps, key)
-                for name, value in steps.request.conditions.items():
-                    checks.instance(f"conditions[{name!r}]", value, Tensor, "a tensor")
-                    if name not in model.conditions:
-                        shape, dtype = (len(x), *value.shape), value.dtype
-                        model.conditions[name] = torch.zeros(shape, dtype=dtype, device=x.device)
-                    model.conditions[name][row] = value
-        if any(batch):
-            _advance(x, batch, model, backend, key)
-        for row, steps in enumerate(batch):
-            if steps is not None and steps.done == len(steps.lines):
-                if not bool(x[row].isfinite().all()):
-                    raise FloatingPointError(f"x: sample {steps.request.sample} is not finite")
-                batch[row] = None
-                yield steps.request, x[row].clone()
+        x = torch.zeros(size, dtype=torch.float32, device=place)
+    return _Stream(score, requests, x, key)
 
 
-def _enter(x: Tensor, steps: _Steps, key: NoiseKey) -> None:
-    """Start a request in a slot ``[1, ...]`` from its prior."""
-    sample = torch.tensor([steps.request.sample], device=x.device)
-    prior = key.for_purpose(Purpose.PRIOR).rows(sample)
-    x.copy_(ops.normal(x.shape, prior, device=x.device).mul_(steps.prior))
+class _Steps:
+    """A request with the steps of its plan: coefficients, noise level and scale of each."""
+
+    def __init__(self, request: Request, score: Score) -> None:
+        checks.unsigned("sample", request.sample, 56)
+        checks.function("sampler", request.sampler)
+        checks.keywords("conditions", request.conditions)
+        for name, value in request.conditions.items():
+            checks.instance(f"conditions[{name!r}]", value, Tensor, "a tensor")
+        arguments = checks.keywords("arguments", request.arguments)
+        self.request, self.done = request, 0
+        plan = request.sampler(score, PLAN, **arguments)
+        checks.instance("sampler", plan, Plan, "a sampler of this library")
+        if any(phase.pre_step is not None for phase in plan.phases):
+            raise ValueError("sampler: its steps are not one call of the score each")
+        if any(math.isnan(phase.sigma) for phase in plan.phases):
+            raise ValueError("sampler: got one without a noise level, expected sigma")
+        self.prior = plan.scale
+        self.lines: list[tuple[float, ...]] = []
+        for phase in plan.phases:
+            line = phase.a, phase.b, phase.c, phase.sigma, 1 / phase.mean
+            self.lines += [line] * phase.steps
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def _advance(
-    x: Tensor, batch: list[_Steps | None], model: ScoreModel, backend: Any, key: NoiseKey
-) -> None:
-    """One step of every slot."""
-    lines = [steps.lines[steps.done] if steps else _IDLE for steps in batch]
-    values = torch.tensor(lines, dtype=torch.float32, device="cpu").to(x.device)
-    identities = [(s.request.sample, s.done) if s else (0, 0) for s in batch]
-    samples, draws = torch.tensor(identities, device="cpu").to(x.device).unbind(1)
-    model.sigma = values[:, 3].contiguous()
-    model.scale = values[:, 4].view(-1, *[1] * (x.dim() - 1))
-    table = values[:, :3].contiguous()
-    backend.table_step(x, x, model(x), table, None, key.rows(samples, draws=draws))
-    torch.autograd.graph.increment_version(x)
-    for steps in batch:
-        if steps is not None:
-            steps.done += 1
+# Of a slot without a request, whose state stays as it is.
+_IDLE = (1.0, 0.0, 0.0, 1.0, 1.0)
+
+
+class _Stream(Iterator[tuple[Request, Tensor]]):
+    """An iterator that goes on after an error, which a generator does not."""
+
+    def __init__(
+        self, score: Score, requests: Iterable[Request | None], x: Tensor, key: NoiseKey
+    ) -> None:
+        self.score, self.x, self.key = score, x, key
+        self.backend, self.model = choose(x.device, x.dtype), ScoreModel(score, x)
+        self.batch: list[_Steps | None] = [None] * len(x)
+        self.more, self.advanced = True, True
+        # Shapes and dtypes of the conditions of the first request.
+        self.kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] | None = None
+        self.requests: Iterator[Request | _Steps | None] = iter(requests)
+        if isinstance(requests, Sequence):
+            planned = [self._plan(request) for request in requests if request is not None]
+            planned.sort(key=lambda steps: -len(steps.lines))
+            self.requests = iter(planned)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __next__(self) -> tuple[Request, Tensor]:
+        while True:
+            for row, steps in enumerate(self.batch):
+                if steps is not None and steps.done == len(steps.lines):
+                    self.batch[row] = None
+                    if not bool(self.x[row].isfinite().all()):
+                        raise FloatingPointError(f"x: sample {steps.request.sample} is not finite")
+                    return steps.request, self.x[row].clone()
+            if self.advanced:
+                self.advanced = False
+                self._fill()
+                continue
+            if any(self.batch):
+                self._advance()
+            elif not self.more:
+                raise StopIteration
+            self.advanced = True
+
+    def _plan(self, request: Any) -> _Steps:
+        checks.instance("requests", request, Request, "requests or None")
+        try:
+            return _Steps(request, self.score)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"request {request.sample}: {error}") from error
+
+    def _fill(self) -> None:
+        """Let requests enter the empty slots."""
+        for row in [row for row, steps in enumerate(self.batch) if steps is None]:
+            if not self.more:
+                return
+            try:
+                found = next(self.requests)
+            except StopIteration:
+                self.more = False
+                return
+            if found is None:
+                return
+            steps = found if isinstance(found, _Steps) else self._plan(found)
+            self._keep_conditions(row, steps.request)
+            sample = torch.tensor([steps.request.sample], device=self.x.device)
+            prior = self.key.for_purpose(Purpose.PRIOR).rows(sample)
+            start = ops.normal((1, *self.x.shape[1:]), prior, device=self.x.device)
+            self.x[row] = start[0].mul_(steps.prior)
+            self.batch[row] = steps
+
+    def _keep_conditions(self, row: int, request: Request) -> None:
+        kept = self.model.conditions
+        kinds = {n: (tuple(value.shape), value.dtype) for n, value in request.conditions.items()}
+        if self.kinds is None:
+            self.kinds = kinds
+            for name, (shape, dtype) in kinds.items():
+                kept[name] = torch.zeros((len(self.x), *shape), dtype=dtype, device=self.x.device)
+        if kinds != self.kinds:
+            raise ValueError(
+                f"request {request.sample}: got conditions {kinds}, expected those of the first "
+                f"request, {self.kinds}"
+            )
+        for name, value in request.conditions.items():
+            kept[name][row] = value
+
+    def _advance(self) -> None:
+        """One step of every slot."""
+        x, model = self.x, self.model
+        lines = [steps.lines[steps.done] if steps else _IDLE for steps in self.batch]
+        values = torch.tensor(lines, dtype=torch.float32, device="cpu").to(x.device)
+        identities = [(s.request.sample, s.done) if s else (0, 0) for s in self.batch]
+        samples, draws = torch.tensor(identities, device="cpu").to(x.device).unbind(1)
+        model.sigma = values[:, 3].contiguous()
+        model.scale = values[:, 4].view(-1, *[1] * (x.dim() - 1))
+        table, key = values[:, :3].contiguous(), self.key.rows(samples, draws=draws)
+        self.backend.table_step(x, x, model(x), table, None, key)
+        torch.autograd.graph.increment_version(x)
+        for steps in self.batch:
+            if steps is not None:
+                steps.done += 1

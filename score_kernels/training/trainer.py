@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -160,6 +161,13 @@ class Trainer:
         if isinstance(conditions, str):
             raise TypeError(f"conditions: got {conditions!r}, expected names: ({conditions!r},)")
         self.conditions = tuple(conditions)
+        taken = inspect.signature(sliced_score_loss).parameters if loss == "ssm" else ()
+        for name in self.conditions:
+            if name in taken:
+                raise ValueError(
+                    f"conditions: got {name!r}, which sliced_score_loss takes itself, expected "
+                    "another name"
+                )
         self.about = dict(about or {})
 
         self.ranks = current()
