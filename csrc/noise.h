@@ -62,10 +62,9 @@ struct NoiseKey {
   const Address* addresses;
 };
 
-// The counter of a row's first block. in_range: its blocks are within the contract's counter.
+// The counter of a row's first block. in_range, 0 or 1: the contract's counter has all its blocks.
 struct Counter {
-  uint32_t block, draw, sample_low, sample_high;
-  bool in_range;
+  uint32_t block, draw, sample_low, sample_high, in_range;
 };
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;

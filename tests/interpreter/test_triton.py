@@ -9,6 +9,7 @@ import oracle
 import pytest
 import tolerances
 import torch
+from addressed import EXACT, SUMS, Batch
 from conftest import FIBERS, NATIVE, filled, on_backend
 from rounding import probe_terms
 from steps import lines_and_masks
@@ -18,6 +19,7 @@ import score_kernels
 from score_kernels import NoiseKey, ops
 from score_kernels.backends import triton
 from score_kernels.backends.compiled import native
+from score_kernels.noise import _restored
 
 KEY = NoiseKey(2**63 + 5, purpose=3, draw=2**32 - 1, first_sample=2**32 - 2)
 SHAPES = [(1, 1), (5, 3), (2, 4), (300, 2), (2, 255), (2, 3, 32, 32), (1, 4099)]
@@ -156,6 +158,37 @@ def test_probes(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
         assert ((got - want).abs() <= sum_rounding(shape) * terms).all()
     close(ours.probe_scale(kind, factor, shape, key), theirs.probe_scale(kind, factor, shape, key))
     close(ours.probe_shift(kind, x, factor, key), theirs.probe_shift(kind, x, factor, key))
+
+
+@pytest.mark.parametrize("name", [*EXACT, *SUMS])
+def test_rows_with_addresses(name: str) -> None:
+    """Those of the native kernels; permuted rows keep their bits."""
+    op = {**EXACT, **SUMS}[name]
+    for rows, elements in ((37, 3), (5, 132), (2, 1030)):
+        batch, order = Batch(rows, elements), torch.randperm(rows)
+        want = batch.apply(op)
+        with score_kernels.use_backend("triton"):
+            got = batch.apply(op)
+            assert torch.equal(batch[order].apply(op), got[order])
+        if name in EXACT:
+            assert torch.equal(got, want)
+        else:
+            scale = math.sqrt(elements) * want.abs().max() + 1
+            assert (got - want).abs().max() <= tolerances.FP32_RELATIVE * scale
+
+
+def test_bad_addresses_make_their_rows_nan() -> None:
+    sample, most = torch.tensor([3, -1, 2**56, 7, 8]), 2**32 - 1
+    draw, piece = torch.tensor([0, 0, 0, most, 0]), torch.tensor([0, 0, 0, 0, most])
+    packed = torch.stack([sample, draw << 32 | piece], 1)
+    bad = _restored(*KEY.at(1)[:4], torch.cat([packed, packed[:1]]))
+    good = KEY.at(1).rows(torch.tensor([3] * 5))
+    with score_kernels.use_backend("triton"):
+        for name in ("words", "normal", "uniform", "rademacher", "langevin", "dsm", "ssm"):
+            op, parts = {**EXACT, **SUMS}[name], Batch(5, 12).parts[3:]
+            got, want = op(bad, *parts), op(good, *parts)
+            assert torch.equal(got[0], want[0])
+            assert (got[1:] == -1 if name == "words" else got[1:].isnan()).all(), name
 
 
 def test_empty_batches() -> None:
