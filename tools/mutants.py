@@ -1,15 +1,18 @@
 """Change the library's code in small ways, one at a time, and see whether its tests notice.
 
-    python -m tools.mutants                                # all modules of mutants.toml: an hour
+    python -m tools.mutants                                # all modules of mutants.toml
     python -m tools.mutants score_kernels/sampling/sde.py  # some
     python -m tools.mutants --options                      # ignore every option of options.toml
+    python -m tools.mutants --options score_kernels.ddim   # those of some functions
 
 The changes are cosmic-ray's: a number, an operator, a comparison, a condition. Each runs the
 module's tests in a fork of a process that has imported torch already. The module is changed in
 memory only; the files stay as they are. Tests that start processes see the unchanged module.
 
-Prints the changes that no test noticed, and how many were noticed by module. Changes that alter
-nothing a user could see are listed in mutants.toml with the reason, and not counted.
+Prints the changes that no test noticed, and of each module how many were noticed; the exit status
+is 1 where any was not. Changes that alter nothing a user could see are listed in mutants.toml,
+under the module, as they are printed, with the reason: `"before -> after" = "why"`. They are not
+counted.
 """
 
 from __future__ import annotations
@@ -245,10 +248,19 @@ def finished() -> tuple[int, bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("modules", nargs="*", default=list(SETTINGS["tests"]))
+    parser.add_argument(
+        "modules", nargs="*", help="of mutants.toml, or functions of options.toml; default: all"
+    )
     parser.add_argument("--options", action="store_true", help="ignore options instead")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="at a time; default: one a core"
+    )
     arguments = parser.parse_args()
+    known = OPTIONS if arguments.options else SETTINGS["tests"]
+    for name in arguments.modules:
+        if name not in known:
+            parser.error(f"got {name!r}, expected some of: {', '.join(known)}")
+    arguments.modules = arguments.modules or list(known)
     os.chdir(ROOT)
     os.environ["OMP_WAIT_POLICY"] = "passive"
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
@@ -263,9 +275,12 @@ def all_of(arguments: argparse.Namespace, folder: str) -> int:
     import torch._inductor.config  # noqa: F401
 
     started, equivalent = time.perf_counter(), SETTINGS.get("equivalent", {})
-    waiting: list[Any] = [m for module in arguments.modules for m in mutants(module)]
-    if arguments.options:
-        waiting = [Ignored(p, o, test) for p, t in OPTIONS.items() for o, (_, test) in t.items()]
+    waiting: list[Any] = []
+    if not arguments.options:
+        waiting = [mutant for module in arguments.modules for mutant in mutants(module)]
+    else:
+        rows = [(p, o, test) for p in arguments.modules for o, (_, test) in OPTIONS[p].items()]
+        waiting = [Ignored(*row) for row in rows]
     total = {mutant.module: 0 for mutant in waiting}
     spared = {mutant.module: 0 for mutant in waiting}
     survived: list[Any] = []
@@ -301,7 +316,8 @@ def all_of(arguments: argparse.Namespace, folder: str) -> int:
         noticed = count - sum(m.module == module for m in survived)
         share = noticed / max(count, 1)
         print(f"| {module} | {count} | {noticed} | {share:.1%} | {spared[module]} |")
-    print(f"\n{sum(total.values())} changes in {(time.perf_counter() - started) / 60:.0f} minutes")
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{sum(total.values())} changes in {minutes:.1f} minutes, {len(survived)} not noticed")
     return int(bool(survived))
 
 
