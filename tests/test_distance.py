@@ -250,3 +250,25 @@ def test_wrong_data_is_named(function: Any, data: Any, error: type[Exception], m
 def test_wrong_numbers_are_named(arguments: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         pairwise_distance_bounds(torch.eye(3), **arguments)
+
+
+def test_a_pair_farther_by_a_hair_in_a_later_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distance, "_SIDE", 1)
+    data = torch.tensor([[0.0], [1.0], [-5e-5]], dtype=torch.float64)
+    assert max_pairwise_distance(data) == pytest.approx(1.00005, rel=1e-12)
+
+
+def test_bounds_of_two_opposite_clusters_meet() -> None:
+    """The sum of the two largest distances from the center is the largest distance."""
+    data = torch.tensor([[-1.0], [1.0]]).repeat(10, 1)
+    lower, upper = pairwise_distance_bounds(data, points=3)
+    assert lower == 2 and upper == pytest.approx(2, rel=1e-8)
+
+
+def test_a_range_beyond_float64_is_named() -> None:
+    with pytest.raises(ValueError, match="a range beyond float64"):
+        max_pairwise_distance(torch.tensor([[-1.5e308], [1.5e308]], dtype=torch.float64))
+
+
+def test_samples_longer_than_a_block() -> None:
+    check(torch.randn(3, 20_000))

@@ -35,9 +35,9 @@ class Faulty:
         return score
 
 
-def sampler(score: Any, **options: Any) -> Tensor:
+def sampler(score: Any, shape: Any = (ROWS, 3), **options: Any) -> Tensor:
     return sk.annealed_langevin(
-        score, (ROWS, 3), SIGMAS, steps_per_level=3, step_size=1e-3, seed=1, **options
+        score, shape, SIGMAS, steps_per_level=3, step_size=1e-3, seed=1, **options
     )
 
 
@@ -171,3 +171,17 @@ def test_a_start_that_is_not_finite_is_named() -> None:
     start[2, 1] = math.nan
     with pytest.raises(ValueError, match="shape_or_init: got sample 2 not finite"):
         sk.langevin(lambda x: -x, start, step_size=0.1, steps=3)
+
+
+def test_a_resumed_chain_that_stops_has_its_own_frames() -> None:
+    states: list[Tensor] = []
+    sampler(Faulty(10**9), callback=lambda p: states.append(p.x.clone()))
+    with pytest.warns(RuntimeWarning, match="stopped, with the state after 87 steps") as said:
+        trajectory = sampler(
+            Faulty(87 - 30), shape=states[29], first_step=30, on_nan="stop", record_every=10
+        )
+    # Once, and the frames after steps 40, 50, ... 80, and the last finite state.
+    assert len(said) == 1 and len(trajectory) == 6
+    for i, frame in enumerate(trajectory[:-1]):
+        assert torch.equal(frame, states[39 + 10 * i])
+    assert torch.equal(trajectory[-1], states[86])

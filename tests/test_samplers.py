@@ -334,6 +334,9 @@ def test_slerp_keeps_the_noise_s_variance() -> None:
         assert 2 * min(p, 1 - p) > tolerances.ALPHA / 5
     with pytest.raises(ValueError, match="b: got shape"):
         sk.slerp_noise(a, b[:5], torch.zeros(2))
+    for name, wrong in (("a", (3, b, a)), ("b", (a, 3, a)), ("shares", (a, b, 0.5))):
+        with pytest.raises(TypeError, match=f"{name}: got"):
+            sk.slerp_noise(*wrong)
 
 
 def test_the_least_that_samplers_take() -> None:

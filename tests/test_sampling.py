@@ -514,3 +514,15 @@ def test_wrong_auxiliary_tensors_are_named() -> None:
             two_step(gaussian, x, seed=9, **options)
     with pytest.raises(ValueError, match=r"aux: got \['score'\], expected \[\]"):
         anneal(x, aux={"score": x})
+
+
+def test_states_on_their_own_device_and_the_most_steps() -> None:
+    x = torch.randn(2, 1)
+    run = partial(score_kernels.langevin, lambda y: -y, step_size=0.1, seed=1)
+    assert torch.equal(run(x, steps=3, device="cpu"), run(x, steps=3))
+    # One draw each: 32 bits.
+    assert torch.equal(run(x, steps=2**32, first_step=2**32), x)
+    with pytest.raises(ValueError, match="steps: got 4294967297"):
+        run(x, steps=2**32 + 1)
+    with pytest.raises(ValueError, match="first_sample: got .* for a batch of 2"):
+        run(x, steps=3, first_sample=2**56 - 1)

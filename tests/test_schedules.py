@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from decimal import Decimal
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,7 @@ from score_kernels import annealed_langevin
 from score_kernels.diffusion import sigmas
 from score_kernels.diffusion.sigmas import (
     best_step_size,
+    edm_sigmas,
     geometric_sigmas,
     level_count,
     level_overlap,
@@ -360,3 +362,43 @@ def test_edm_sigmas() -> None:
     assert torch.equal(sigmas.edm_sigmas(3.0, 1.0, 3, rho=1.0), torch.tensor([3.0, 2.0, 1.0]))
     with pytest.raises(ValueError, match="sigma_min: got 3.0"):
         sigmas.edm_sigmas(2.0, 3.0)
+
+
+def test_exact_distances_up_to_their_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = torch.randn(9, 5)
+    for most, exact in ((9**2 * 5, True), (9**2 * 5 - 1, False)):
+        monkeypatch.setattr(sigmas, "_EXACT_OPERATIONS", most)
+        assert ("samples, exact" in suggest_schedule(data).why) == exact
+
+
+def test_suggestions_say_what_they_are_for() -> None:
+    schedule = suggest_schedule(torch.randn(9, 5, 2), sigma_max=3.0, sigma_min=0.3)
+    why, steps = schedule.why, len(schedule.sigmas) * schedule.steps_per_level
+    assert "for 9 samples of 5 x 2 numbers" in why
+    assert re.search(rf"network calls +{steps} ", why)
+    assert f"{schedule.step_size / 2:.6g} for x + alpha score" in why
+    assert "samples of 1 numbers" in suggest_schedule(torch.randn(9)).why
+    # Two schedules are compared as objects.
+    assert schedule == schedule and schedule != suggest_schedule(torch.randn(9, 5))
+
+
+def test_the_least_of_everything() -> None:
+    assert geometric_sigmas(2.0, 1.0, 2).tolist() == [2.0, 1.0]
+    assert edm_sigmas(2.0, 1.0, levels=2).tolist() == pytest.approx([2.0, 1.0])
+    data = torch.randn(9, 4)
+    assert "at most 1.668 as in NCSN" in suggest_schedule(data).why
+    five = suggest_schedule(torch.randn(9, 5), sigma_max=3.0, sigma_min=0.3, levels=2)
+    assert len(five.sigmas) == 2
+    one = suggest_schedule(data, sigma_max=3.0, sigma_min=0.3, steps_per_level=1)
+    assert one.steps_per_level == 1
+    with pytest.raises(ValueError, match=r"less than 4 sigma_min\^2 = 16.0: "):
+        variance_ratio(20.0, 1.5, 2.0, 3)
+    # The nearest number of levels may be one short of NCSN's ratio.
+    ratios = [
+        float(s.sigmas[0] / s.sigmas[1])
+        for high in torch.linspace(0.5, 9.0, 60).tolist()
+        for s in [suggest_schedule(data, sigma_max=high, sigma_min=0.3)]
+        if high > 0.3
+    ]
+    # Never above it, and with no more levels than that takes.
+    assert max(ratios) <= 1.6682 and max(ratios) > 1.6

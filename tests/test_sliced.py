@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -349,3 +350,18 @@ def test_elements_that_share_memory(method: str) -> None:
             for v in (x, x.clone(memory_format=torch.contiguous_format))
         )
         torch.testing.assert_close(got, want)
+
+
+def test_two_probes_are_averaged() -> None:
+    net, x = network(), torch.randn(6, 4, dtype=torch.float64)
+    loss = partial(sliced_score_loss, net, x, seed=5, reduction="none")
+    one, two = loss(probes=1), loss(probes=2)
+    # The first probe is that of one alone: the second makes half of the difference.
+    assert not torch.equal(one, two)
+    noise = NoiseKey(5).for_purpose(Purpose.SSM_PROBE + 1)
+    v = ops.probe_scale(torch.ones(6, dtype=torch.float64), x.shape, noise)
+    leaf = x.clone().requires_grad_()
+    s = net(leaf)
+    (grad,) = torch.autograd.grad(s, leaf, v)
+    second = (grad * v).sum(1) + 0.5 * s.square().sum(1)
+    torch.testing.assert_close(two, 0.5 * (one + second))

@@ -91,6 +91,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "all at once": {"ema_decay": 0.9, "clip_norm": 0.5, "warmup_steps": 4},
     "weighting": {"weighting": 1.0},
     "sliced": {"loss": "ssm", "weighting": 3.0},
+    "another weighting": {"weighting": 3.0},
     "parts": {"accumulate": 4, "clip_norm": 2.0},
     "average that warms up": {"ema_warmup": True},
     "average of short memory": {"ema_decay": 0.2, "ema_warmup": True},
