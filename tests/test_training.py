@@ -646,6 +646,10 @@ def test_what_is_refused() -> None:
     words = r"conditions: got 1 names, \['label'\], and items of 1 parts"
     with pytest.raises(ValueError, match=words):
         fit(make(conditions=("label",)), torch.utils.data.TensorDataset(data()), 5)
+    pairs = torch.utils.data.TensorDataset(data(), torch.ones(len(data())))
+    words = r"conditions: got 2 names, \['a', 'b'\], and items of 2 parts"
+    with pytest.raises(ValueError, match=words):
+        fit(make(conditions=("a", "b")), pairs, 5)
     for value, words in ((data(8), r"\(8, 3\)"), (3, "int")):
         with pytest.raises(ValueError, match=f"loss: got {words} from the function, expected one"):
             fit(make(loss=lambda *_, value=value: value), data(), 1)

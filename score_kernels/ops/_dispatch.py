@@ -155,7 +155,8 @@ def check_key(noise: Any, name: str, batch: Tensor) -> None:
 
 def check_addresses(addresses: Tensor, batch: Tensor) -> None:
     """Addresses of as many rows as the batch has, on its device."""
-    if len(addresses) != batch.shape[0] + 1 or addresses.device != batch.device:
+    here = addresses.is_cpu and batch.is_cpu or addresses.device == batch.device
+    if addresses.shape[0] != batch.shape[0] + 1 or not here:
         raise ValueError(
             f"noise: got addresses of {len(addresses) - 1} rows on {addresses.device}, expected "
             f"those of the batch, {batch.shape[0]} on {batch.device}"

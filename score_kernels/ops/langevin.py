@@ -197,7 +197,7 @@ def _step_in_place(
         and 1 < x.numel() <= 1 << 34
         and type(noise) is NoiseKey
         and noise[3] < 1 << 55
-        and ((rows := noise[4]) is None or (rows.is_cpu and len(rows) == len(x) + 1))
+        and ((rows := noise[4]) is None or (rows.is_cpu and rows.shape[0] == x.shape[0] + 1))
         and x.is_contiguous()
         and score.is_contiguous()
     ):
