@@ -5,8 +5,8 @@
 Denoises a picture y = x + noise by sampling the posterior of a smooth x,
 ``log p(x | y) = -1/2 sum (x - y)^2 / sigma^2 - 1/2 lambda sum (differences of neighbours)^2``, with
 Langevin dynamics. Each step needs one row of pixels from the process above and one from below. A
-process holds a piece of one sample, and its noise is that piece's. `python examples/sharded_image.py`
-does the same on one. Writes sample.pt, the last state, and image.png: y, a sample and the mean.
+process holds a piece of one sample, and its noise is that piece's. Without torchrun it does the
+same on one process. Writes sample.pt, the last state, and image.png: y, a sample and the mean.
 """
 
 from __future__ import annotations
