@@ -227,7 +227,7 @@ def test_a_shuffle_in_a_divergent_branch_is_caught(tmp_path: Path) -> None:
 
 
 def test_a_read_past_the_end_is_caught(tmp_path: Path) -> None:
-    old = "if (at.element() + i < elements) four.v[i] = start[at.element() + i];"
+    old = "if (at.element() + i < end) four.v[i] = start[at.element() + i];"
     csrc = edited(tmp_path, "cuda/quads.h", old, old.replace("<", "<="))
     done = drive(tmp_path, csrc, *SANITIZED)("forward")
     assert done.returncode != 0

@@ -235,7 +235,7 @@ def test_opcheck(backend: str, name: str, dtype: torch.dtype) -> None:
         "dsm_gradient": (score, sigma, None, weight),
     }
     op = getattr(torch.ops.score_kernels, name).default
-    torch.library.opcheck(op, (*arguments[name], -7, 1, 2, 3))
+    torch.library.opcheck(op, (*arguments[name], -7, 1, 2, 3, None))
 
 
 def test_strides_do_not_enter(backend: str) -> None:

@@ -412,6 +412,8 @@ target("Trainer", trainer, net=_net, sigmas=LEVELS, **_optional)
 
 # Public names that are no functions: what holds results, options or other functions.
 NOT_CALLED = {"Schedule", "ops", "Options", "Progress", "Purpose", "networks", "load"}
+# An iterator, with tests of its own.
+NOT_CALLED |= {"stream", "Request"}
 # sampling's functions are score_kernels' own.
 PUBLIC = {
     *(name for module in (sk, sampling) for name in module.__all__),

@@ -41,7 +41,8 @@ def test_oracle_gives_the_published_answers() -> None:
 def test_reference_gives_the_published_answers() -> None:
     for c0, c1, c2, c3, k0, k1, *answer in oracle.KNOWN_ANSWERS:
         block, sample = torch.tensor([c0]), torch.tensor([(c3 & 0xFFFFFF) << 32 | c2])
-        words = reference._philox(block, sample, (k1 << 32 | k0, c3 >> 24, c1, 0))
+        draw, key = torch.tensor([c1]), (k1 << 32 | k0, c3 >> 24, 0, 0, None)
+        words = reference._philox(block, draw, sample, key)
         assert words[0].tolist() == answer
 
 

@@ -228,17 +228,21 @@ def test_functional_transforms() -> None:
 
 
 KEY_FIELDS = (-7, 1, 2, 3)
+# Of three rows.
+ADDRESSES = (None, KEY.rows(torch.tensor([5, 5, 2]), draws=torch.tensor([0, 1, 2])).addresses)
 
 
 @pytest.mark.parametrize("name", ["words", "normal", "uniform", "rademacher"])
 def test_opcheck_of_fills(backend: str, name: str) -> None:
-    opcheck(name, [3, 5], torch.device("cpu"), *KEY_FIELDS)
+    for addresses in ADDRESSES:
+        opcheck(name, [3, 5], torch.device("cpu"), *KEY_FIELDS, addresses)
 
 
 @pytest.mark.parametrize("dtype", SCORES)
 @pytest.mark.parametrize("name", ["affine_step", "affine_step_"])
 def test_opcheck_of_steps(backend: str, name: str, dtype: torch.dtype) -> None:
-    opcheck(name, *inputs((3, 5), dtype), 1.0, 0.1, 0.2, *KEY_FIELDS)
+    for addresses in ADDRESSES:
+        opcheck(name, *inputs((3, 5), dtype), 1.0, 0.1, 0.2, *KEY_FIELDS, addresses)
 
 
 def opcheck(name: str, *arguments: Any) -> None:

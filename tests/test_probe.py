@@ -183,7 +183,7 @@ def test_opcheck(backend: str, name: str) -> None:
         "probe_scale": ("rademacher", torch.randn(3), [3, 5]),
     }
     op = getattr(torch.ops.score_kernels, name).default
-    torch.library.opcheck(op, (*arguments[name], -7, 64, 2, 3))
+    torch.library.opcheck(op, (*arguments[name], -7, 64, 2, 3, None))
 
 
 def test_empty_batches(backend: str) -> None:

@@ -83,7 +83,7 @@ def one_bit_off(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def draw_ignored(right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x, sigma, key: right(x, sigma, (*key[:2], 0, key[3]))
+    return lambda x, sigma, key: right(x, sigma, (*key[:2], 0, *key[3:]))
 
 
 def last_fill_off(right: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ def wide_normals(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def repeating_draws(right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda out, kind, key: right(out, kind, (*key[:2], 0, key[3]))
+    return lambda out, kind, key: right(out, kind, (*key[:2], 0, *key[3:]))
 
 
 def first_step_only(right: Callable[..., Any]) -> Callable[..., Any]:

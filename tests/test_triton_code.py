@@ -106,6 +106,7 @@ def test_a_chain_compiles_its_kernel_once() -> None:
             t % 256,
             t * 4_000_000,
             t * 2**46,
+            None,
             NOISE=True,
             R=1,
             Q=256,

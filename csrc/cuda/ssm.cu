@@ -6,8 +6,9 @@ namespace sk {
 namespace {
 
 // The sums v.v, v.a, v.b and a.a of each row, or of its chunks: [4, rows] or [4, rows, chunks].
+// One block a multiprocessor at least: for more, ptxas would spill.
 template <class Map, class T, bool kVector, bool kDifferences>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sums_kernel(ProbeArgs args, float* to, uint32_t chunks) {
   struct Inputs {
     Four<T> a, b;
@@ -34,11 +35,13 @@ __global__ void __launch_bounds__(kThreads)
                 sums[kAA] = fma(p, p, sums[kAA]);
               }
             });
-        for (float& sum : sums) sum = place.checked(sum);
       },
       [&](uint64_t row, uint32_t chunk, float (&sums)[kProbeSums]) {
         if (!args.b) sums[kVB] = 0.0f;
-        for (int k = 0; k < kProbeSums; ++k) to[(k * args.rows + row) * chunks + chunk] = sums[k];
+        // Made again: kept over the loop it takes a register too many.
+        const Place place(args.key, row, args.elements);
+        for (int k = 0; k < kProbeSums; ++k)
+          to[(k * args.rows + row) * chunks + chunk] = place.checked(sums[k]);
       });
 }
 
@@ -52,7 +55,8 @@ template <class Map, bool kVector, bool kPair>
 __global__ void __launch_bounds__(kThreads) scale_kernel(ProbeArgs args) {
   each_row(args.rows, [&](uint64_t row) {
     const Place place(args.key, row, args.elements);
-    const Row<kVector, const float> x(args.x, place);
+    // Of the pair alone; arithmetic on a null pointer is undefined.
+    const Row<kVector, const float> x(kPair ? args.x : args.out, place);
     const Row<kVector, float> above(args.out, place);
     const Row<kVector, float> below(args.out + args.rows * args.elements, place);
     const float factor = place.checked(args.factor[row]);
