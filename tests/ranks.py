@@ -80,7 +80,7 @@ if __name__ == "__main__":
         int(sys.argv[4]),
         int(sys.argv[5]) if len(sys.argv) > 5 else None,
     )
-    # All is written and the group is left. A thread of gloo's that is not joined yet aborts a process
-    # whose interpreter is torn down (torch 2.13), some one in a hundred times.
+    # All is written and the group is left. A thread of gloo's that is not joined yet aborts a
+    # process whose interpreter is torn down (torch 2.13), some one in a hundred times.
     sys.stdout.flush()
     os._exit(0)
