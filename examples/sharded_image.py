@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import score_kernels as sk
 from score_kernels.cli import plots
+from score_kernels.training.distributed import Ranks, joined
 
 SIDE, SIGMA, SMOOTHNESS = 64, 0.5, 20.0
 
@@ -34,13 +34,13 @@ def picture() -> Tensor:
     return 0.8 * discs + 0.2 * i
 
 
-def rows_beside(mine: Tensor, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+def rows_beside(mine: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """The row of pixels above mine and the one below; at the picture's edges, mine once more."""
-    edges = [torch.empty(2, SIDE) for _ in range(ranks)]
-    if ranks > 1:
+    edges = [torch.empty(2, SIDE) for _ in range(ranks.size)]
+    if ranks.size > 1:
         dist.all_gather(edges, mine[[0, -1]].contiguous())
-    above = edges[rank - 1][1:] if rank else mine[:1]
-    below = edges[rank + 1][:1] if rank < ranks - 1 else mine[-1:]
+    above = mine[:1] if ranks.first else edges[ranks.rank - 1][1:]
+    below = edges[ranks.rank + 1][:1] if ranks.rank < ranks.size - 1 else mine[-1:]
     return above, below
 
 
@@ -50,21 +50,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    several = "RANK" in os.environ
-    if several:
-        dist.init_process_group("gloo")
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    if SIDE % ranks:
-        raise SystemExit(f"got {ranks} processes, expected a number that divides {SIDE}")
+    with joined("cpu") as ranks:
+        denoise(arguments.out, arguments.steps, ranks)
 
+
+def denoise(out: Path, steps: int, ranks: Ranks) -> None:
+    """This process's part of a chain, and in the first one the pictures."""
+    if SIDE % ranks.size:
+        raise SystemExit(f"got {ranks.size} processes, expected a number that divides {SIDE}")
     clean = picture()
     noisy = clean + SIGMA * sk.ops.normal((1, SIDE * SIDE), sk.NoiseKey(1)).view(SIDE, SIDE)
-    share = SIDE // ranks
-    y = noisy[rank * share :][:share]
+    share = SIDE // ranks.size
+    y = noisy[ranks.rank * share :][:share]
 
     def score(x: Tensor) -> Tensor:
         mine = x.view(share, SIDE)
-        above, below = rows_beside(mine, rank, ranks)
+        above, below = rows_beside(mine, ranks)
         tall = torch.cat([above, mine, below])
         wide = torch.cat([mine[:, :1], mine, mine[:, -1:]], 1)
         curvature = (tall[:-2] + tall[2:]) + (wide[:, :-2] + wide[:, 2:]) - 4 * mine
@@ -74,7 +75,7 @@ def main() -> None:
 
     def average(progress: sk.sampling.Progress) -> None:
         nonlocal kept
-        if progress.step >= arguments.steps // 4:
+        if progress.step >= steps // 4:
             kept += 1
             mean.add_((progress.x - mean) / kept)
 
@@ -83,29 +84,22 @@ def main() -> None:
         (1, share * SIDE),
         # The sharpest direction has the precision 1 / sigma^2 + 8 lambda.
         step_size=1 / (1 / SIGMA**2 + 8 * SMOOTHNESS),
-        steps=arguments.steps,
+        steps=steps,
         seed=0,
         samples=torch.tensor([0]),
-        pieces=torch.tensor([rank]),
+        pieces=torch.tensor([ranks.rank]),
         callback=average,
     )
-    parts = [[torch.empty(1, share * SIDE) for _ in range(ranks)] for _ in range(2)]
-    for whole, part in zip(parts, (x, mean), strict=True):
-        if several:
-            dist.all_gather(whole, part)
-        else:
-            whole[0].copy_(part)
-    sample, average_of_all = (torch.cat(whole).view(SIDE, SIDE) for whole in parts)
-    if rank == 0:
-        torch.save(sample, arguments.out / "sample.pt")
+    sample, average_of_all = (
+        torch.cat(ranks.all_gather(part)).view(SIDE, SIDE) for part in (x, mean)
+    )
+    if ranks.first:
+        torch.save(sample, out / "sample.pt")
         images = torch.stack([noisy, sample, average_of_all])[:, None]
-        plots.save_sheet(arguments.out / "image.png", images.clamp(-1, 1))
+        plots.save_sheet(out / "image.png", images.clamp(-1, 1))
         errors = [math.sqrt(float((image[0] - clean).square().mean())) for image in images]
-        print(f"{ranks} processes; error of y {errors[0]:.3f}, of the mean {errors[2]:.3f}")
-        print(f"Written to {arguments.out}: sample.pt, image.png")
-    if several:
-        dist.barrier()
-        dist.destroy_process_group()
+        print(f"{ranks.size} processes; error of y {errors[0]:.3f}, of the mean {errors[2]:.3f}")
+        print(f"Written to {out}: sample.pt, image.png")
 
 
 if __name__ == "__main__":

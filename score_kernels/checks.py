@@ -240,16 +240,16 @@ def identities(name: str, value: Any, like: Tensor) -> None:
         raise TypeError(f"{name}: got {_kind(value)}, expected an int64 tensor [B]")
     if value.shape != like.shape or value.device != like.device:
         raise ValueError(
-            f"{name}: got {len(value)} on {value.device}, expected that of samples, {len(like)} on "
-            f"{like.device}"
+            f"{name}: got {len(value)} on {value.device}, expected as many as samples, {len(like)} "
+            f"on {like.device}"
         )
 
 
-def segments(value: Any, rows: int | None = None) -> None:
-    """The segment of each row, int64 [B], numbered from 0."""
+def segments(value: Any, batch: Tensor | None = None) -> None:
+    """The segment of each row, int64 [B], numbered from 0; of a batch, if that is there."""
     identities("segments", value, value)
-    if rows is not None and len(value) != rows:
-        raise ValueError(f"segments: got {len(value)}, expected one a row, {rows}")
+    if batch is not None:
+        segments_fit(value, batch)
     if value.is_cpu and not torch.compiler.is_dynamo_compiling() and value.numel():
         low, high = (int(end) for end in value.aminmax())
         if low < 0 or high >= len(value):
@@ -257,6 +257,15 @@ def segments(value: Any, rows: int | None = None) -> None:
                 f"segments: got values from {low} to {high}, expected numbers from 0, at most one "
                 f"for each of {len(value)} rows"
             )
+
+
+def segments_fit(value: Tensor, batch: Tensor) -> None:
+    """A segment for each row of a batch, on its device."""
+    if len(value) != len(batch) or value.device != batch.device:
+        raise ValueError(
+            f"segments: got {len(value)} on {value.device}, expected one a row, {len(batch)} on "
+            f"{batch.device}"
+        )
 
 
 def state(name: str, value: Any) -> None:

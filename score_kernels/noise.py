@@ -23,7 +23,7 @@ from torch import Tensor
 
 from score_kernels import checks
 
-__all__ = ["Key", "NoiseKey", "Purpose", "addressed", "fresh_seed", "resolve"]
+__all__ = ["Key", "NoiseKey", "Purpose", "addressed", "fresh_seed", "resolve", "without_pieces"]
 
 # (seed as a signed 64-bit integer, purpose, draw, first_sample, addresses): a NoiseKey as kernels
 # take it.
@@ -161,13 +161,6 @@ class NoiseKey(tuple[Any, ...]):
         """
         return _new(NoiseKey, (*self[:4], _packed(samples, draws, pieces)))
 
-    def whole(self) -> NoiseKey:
-        """The key of rows that are whole samples: without pieces."""
-        if self[4] is None:
-            return self
-        sample, packed = self[4].unbind(1)
-        return _new(NoiseKey, (*self[:4], torch.stack([sample, packed >> 32 << 32], 1)))
-
     def name_of(self, row: int) -> str:
         """A row in words; waits for the device of its address."""
         if self[4] is None:
@@ -199,6 +192,14 @@ class NoiseKey(tuple[Any, ...]):
 
 def _restored(*fields: Any) -> NoiseKey:
     return _new(NoiseKey, fields)
+
+
+def without_pieces(noise: NoiseKey) -> NoiseKey:
+    """The key of the samples that rows are pieces of."""
+    if noise.addresses is None:
+        return noise
+    sample, packed = noise.addresses.unbind(1)
+    return _new(NoiseKey, (*noise[:4], torch.stack([sample, packed >> 32 << 32], 1)))
 
 
 def _packed(samples: Tensor, draws: Tensor | None, pieces: Tensor | None) -> Tensor:

@@ -190,14 +190,14 @@ IDS = torch.tensor([0, 1])
         (lambda: sampler((3, 4), samples=IDS), ValueError, "addresses of 2 rows .* 3 on cpu"),
         (lambda: sampler(torch.zeros(3, 4), samples=IDS), ValueError, "addresses of 2 rows"),
         (lambda: sk.dsm_loss(score, torch.zeros(2, 4), [1.0], segments=IDS[:1]), ValueError,
-         "segments: got 1, expected one a row, 2"),
+         "segments: got 1 on cpu, expected one a row, 2 on cpu"),
         (lambda: sk.dsm_loss(score, torch.zeros(2, 4), [1.0], segments=IDS - 1), ValueError,
          "segments: got values from -1 to 0"),
         (lambda: sk.sliced_score_loss(score, torch.zeros(2, 4), 1.0, segments=IDS + 1), ValueError,
          "segments: got values from 1 to 2"),
         (lambda: sk.dsm_loss(score, torch.zeros(2, 4), [2.0, 1.0], segments=IDS * 0, labels=IDS),
          ValueError, "labels: got several levels in a segment"),
-        (lambda: corrected((3, 4), segments=IDS), ValueError, "segments: got 2, expected .*, 3"),
+        (lambda: corrected((3, 4), segments=IDS), ValueError, "segments: got 2 on cpu, .* 3 on"),
         (lambda: corrected((2, 4), segments=IDS, corrector="ald"), ValueError, "corrector 'ald'"),
         (lambda: norm_ratio(reference.backend, torch.ones(4, 3), KEY.rows(IDS), False), ValueError,
          "addresses of 2 rows"),
@@ -435,7 +435,9 @@ def test_segments_have_gradients_and_are_sums_in_order() -> None:
     x = torch.randn(5, 4)
 
     def loss(rows: Tensor, **more: Any) -> Tensor:
-        net = lambda y, s: weight * score(y, s)  # noqa: E731
+        def net(y: Tensor, sigma: Tensor) -> Tensor:
+            return weight * score(y, sigma)
+
         given = {"labels": torch.zeros(len(rows), dtype=torch.int64), "samples": rows}
         return sk.dsm_loss(net, x[rows], [1.0], seed=1, **given, **more)
 

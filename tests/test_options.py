@@ -98,3 +98,12 @@ def test_every_option_has_its_test(path: str) -> None:
         # That the test fails without it is what tools.mutants --options finds.
         set_there = option in text.replace("-", "_") or path in POSITIONAL
         assert set_there, f"{path} {option}: tests/{file}.py never sets it"
+
+
+def test_changes_called_equivalent_are_of_lines_that_stand() -> None:
+    settings = config.tomllib.loads((FOLDER.parent / "tools/mutants.toml").read_text())
+    for module, changes in settings["equivalent"].items():
+        lines = {line.strip() for line in (FOLDER.parent / module).read_text().splitlines()}
+        for change in changes:
+            before = {part for part in lines if part and change.startswith(f"{part} -> ")}
+            assert before, f"tools/mutants.toml, {module}: {change}"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from score_kernels import checks, ops
-from score_kernels.noise import NoiseKey, Purpose, resolve
+from score_kernels.noise import NoiseKey, Purpose, resolve, without_pieces
 from score_kernels.ops._dispatch import modes_active, refuse_vmap, transforms_active, version_of
-from score_kernels.ops._formulas import first_rows, segment_sums
+from score_kernels.ops._formulas import are_first, first_rows, reduce_losses
 from score_kernels.ops.dsm import dsm_losses
 
 __all__ = ["dsm_loss"]
@@ -91,7 +91,7 @@ def dsm_loss(
     last = table.shape[0] - 1
     noise = resolve(noise, seed, samples, draws, pieces)
     if segments is not None:
-        checks.segments(segments, batch)
+        checks.segments(segments, x)
     if labels is None:
         labels = draw_labels(batch, last + 1, noise, x.device)
         if segments is not None:
@@ -118,26 +118,19 @@ def dsm_loss(
     each = denoising_losses(net, x, sigma, noise, weight, conditions, mean=mean)
     if mean:
         return each
-    there = torch.ones_like(each.detach())
-    if segments is not None:
-        each, there = segment_sums(each, segments), (segment_sums(there, segments) > 0).to(each)
-        labels = torch.zeros_like(labels).scatter_(0, segments, labels)
-    loss = each.sum()
-    if reduction == "mean":
-        loss = each.mean() if segments is None else loss / there.sum()
-    elif reduction == "none":
-        loss = each if segments is None else each[: int(segments.amax()) + 1]
+    loss = reduce_losses(each, reduction, segments)
     if not return_per_level:
         return loss
     sums, counts = each.new_zeros(2, len(table))
     sums.index_add_(0, labels, each.detach())
-    counts.index_add_(0, labels, there)
+    samples_of_rows = torch.ones_like(each) if segments is None else are_first(segments).to(each)
+    counts.index_add_(0, labels, samples_of_rows)
     return loss, sums / counts
 
 
 def draw_labels(batch: int, levels: int, noise: NoiseKey, device: torch.device) -> Tensor:
     """The noise level of each sample of a batch, uniform: ``[B]`` int64."""
-    words = ops.words((batch,), noise.for_purpose(_LEVEL).whole(), device=device)
+    words = ops.words((batch,), without_pieces(noise.for_purpose(_LEVEL)), device=device)
     # floor(word * L / 2^32), exact in 64-bit integers.
     return words.mul_(levels).bitwise_right_shift_(32)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose, resolve
 from score_kernels.ops._dispatch import refuse_vmap, state_dtype, version_of
-from score_kernels.ops._formulas import segment_sums
+from score_kernels.ops._formulas import reduce_losses
 
 __all__ = ["exact_score_loss", "sliced_score_loss"]
 
@@ -121,7 +121,7 @@ def sliced_score_loss(
     refuse_vmap(x=x)
     noise = resolve(noise, seed, samples, draws, pieces)
     if segments is not None:
-        checks.segments(segments, len(x))
+        checks.segments(segments, x)
     probes = checks.count("probes", probes, least=1)
     if probes > 64:
         raise ValueError(f"probes: got {probes}, expected at most 64")
@@ -154,13 +154,7 @@ def sliced_score_loss(
         call = score_at(score, level, conditions)
         losses = _by_finite_difference(call, x, level, fd_step, keys, kind)
     each = losses[0] if probes == 1 else torch.stack(losses).mean(0)
-    if segments is None:
-        return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()
-    there = segment_sums(torch.ones_like(each.detach()), segments) > 0
-    each = segment_sums(each, segments)
-    if reduction == "none":
-        return each[: int(segments.amax()) + 1]
-    return each.sum() / there.sum() if reduction == "mean" else each.sum()
+    return reduce_losses(each, reduction, segments)
 
 
 def _by_derivative(

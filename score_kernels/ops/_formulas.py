@@ -49,6 +49,22 @@ def first_rows(segments: Tensor) -> Tensor:
     return first.scatter_reduce_(0, segments, rows, "amin").index_select(0, segments)
 
 
+def are_first(segments: Tensor) -> Tensor:
+    """Whether each row is the first one of its segment: as often true as there are segments."""
+    return first_rows(segments) == torch.arange(len(segments), device=segments.device)
+
+
+def reduce_losses(each: Tensor, reduction: str, segments: Tensor | None) -> Tensor:
+    """The losses ``[B]`` of rows, or their sum or mean, over samples or over segments."""
+    if reduction == "none":
+        if segments is None:
+            return each
+        return segment_sums(each, segments)[: int(segments.amax()) + 1]
+    if reduction == "sum":
+        return each.sum()
+    return each.mean() if segments is None else each.sum() / are_first(segments).sum()
+
+
 def probe_like(x: Tensor, noise: NoiseKey, probe: str) -> Tensor:
     """A probe of a kind in x's shape and device, float32 at least."""
     fill = rademacher if probe == "rademacher" else normal

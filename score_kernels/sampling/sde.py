@@ -111,9 +111,7 @@ def predictor_corrector(
     corrector_first = checks.flag("corrector_first", corrector_first)
     batch_mean = checks.flag("batch_mean", batch_mean)
     if segments is not None:
-        tensor = isinstance(shape_or_init, Tensor)
-        size = tuple(shape_or_init.shape if tensor else shape_or_init)  # type: ignore[union-attr]
-        checks.segments(segments, size[0] if size else None)
+        checks.segments(segments)
         if corrector != "langevin":
             raise ValueError(
                 f"segments: got them beside corrector {corrector!r}, expected 'langevin'"
@@ -230,6 +228,7 @@ def norm_ratio(
         check_addresses(key[4], score)
     sums = backend.probe_sums("normal", score, None, False, key)
     if segments is not None:
+        checks.segments_fit(segments, score)
         sums = segment_sums(sums.T, segments).T
     if batch_mean:
         # The ratio of the means is that of the sums.

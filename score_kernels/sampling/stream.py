@@ -122,7 +122,7 @@ class _Stream(Iterator[tuple[Request, Tensor]]):
         self.score, self.x, self.key = score, x, key
         self.backend, self.model = choose(x.device, x.dtype), ScoreModel(score, x)
         self.batch: list[_Steps | None] = [None] * len(x)
-        self.more, self.advanced = True, True
+        self.more = True
         # Shapes and dtypes of the conditions of the first request.
         self.kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] | None = None
         self.requests: Iterator[Request | _Steps | None] = iter(requests)
@@ -141,15 +141,12 @@ class _Stream(Iterator[tuple[Request, Tensor]]):
                     if not bool(self.x[row].isfinite().all()):
                         raise FloatingPointError(f"x: sample {steps.request.sample} is not finite")
                     return steps.request, self.x[row].clone()
-            if self.advanced:
-                self.advanced = False
-                self._fill()
+            if self._fill():
                 continue
             if any(self.batch):
                 self._advance()
             elif not self.more:
                 raise StopIteration
-            self.advanced = True
 
     def _plan(self, request: Any) -> _Steps:
         checks.instance("requests", request, Request, "requests or None")
@@ -158,25 +155,26 @@ class _Stream(Iterator[tuple[Request, Tensor]]):
         except (TypeError, ValueError) as error:
             raise type(error)(f"request {request.sample}: {error}") from error
 
-    def _fill(self) -> None:
-        """Let requests enter the empty slots."""
-        for row in [row for row, steps in enumerate(self.batch) if steps is None]:
-            if not self.more:
-                return
-            try:
-                found = next(self.requests)
-            except StopIteration:
-                self.more = False
-                return
-            if found is None:
-                return
-            steps = found if isinstance(found, _Steps) else self._plan(found)
-            self._keep_conditions(row, steps.request)
-            sample = torch.tensor([steps.request.sample], device=self.x.device)
-            prior = self.key.for_purpose(Purpose.PRIOR).rows(sample)
-            start = ops.normal((1, *self.x.shape[1:]), prior, device=self.x.device)
-            self.x[row] = start[0].mul_(steps.prior)
-            self.batch[row] = steps
+    def _fill(self) -> bool:
+        """Let the next request enter an empty slot; whether one did."""
+        if not self.more or None not in self.batch:
+            return False
+        try:
+            found = next(self.requests)
+        except StopIteration:
+            self.more = False
+            return False
+        if found is None:
+            return False
+        row = self.batch.index(None)
+        steps = found if isinstance(found, _Steps) else self._plan(found)
+        self._keep_conditions(row, steps.request)
+        sample = torch.tensor([steps.request.sample], device=self.x.device)
+        prior = self.key.for_purpose(Purpose.PRIOR).rows(sample)
+        start = ops.normal((1, *self.x.shape[1:]), prior, device=self.x.device)
+        self.x[row] = start[0].mul_(steps.prior)
+        self.batch[row] = steps
+        return True
 
     def _keep_conditions(self, row: int, request: Request) -> None:
         kept = self.model.conditions
