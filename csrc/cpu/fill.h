@@ -267,14 +267,10 @@ SK_INLINE void compact(float* out, const float* from, uint64_t rows, uint64_t el
       memcpy(out + row * elements + i, from + row * stride + i, 4 * sizeof(float));
 }
 
-template <class Map, class Ahead = Nothing>
-SK_INLINE void fill_tile(float* out, const NoiseKey& key, uint64_t elements, const Tile& tile,
-                         const Ahead& ahead = {}) {
-  if (tile.rows == 1) {
-    const Counter counter = counter_of(key, tile.row, elements);
-    const uint32_t block = counter.block + uint32_t(tile.first / 4);
-    return fill_row<Map>(out, key, counter, block, tile.count, ahead);
-  }
+// Several rows. Apart from the kernels, whose loops over long rows it would make slower.
+template <class Map>
+__attribute__((noinline)) void fill_rows(float* out, const NoiseKey& key, uint64_t elements,
+                                         const Tile& tile) {
   // Whether the low word of a sample overflows within the tile's vectors.
   const bool carries = !key.addresses && uint32_t(key.first_sample + tile.row) >
                                              UINT32_MAX - (tile.rows + kLockstep * kLanes);
@@ -292,6 +288,15 @@ SK_INLINE void fill_tile(float* out, const NoiseKey& key, uint64_t elements, con
   alignas(64) float padded[kTileBuffer];
   fill_blocks<Map>(padded, key, tile, elements);
   compact(out, padded, tile.rows, elements, (elements + 3) / 4 * 4);
+}
+
+template <class Map, class Ahead = Nothing>
+SK_INLINE void fill_tile(float* out, const NoiseKey& key, uint64_t elements, const Tile& tile,
+                         const Ahead& ahead = {}) {
+  if (tile.rows > 1) return fill_rows<Map>(out, key, elements, tile);
+  const Counter counter = counter_of(key, tile.row, elements);
+  const uint32_t block = counter.block + uint32_t(tile.first / 4);
+  fill_row<Map>(out, key, counter, block, tile.count, ahead);
 }
 
 #else

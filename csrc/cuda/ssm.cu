@@ -35,13 +35,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                 sums[kAA] = fma(p, p, sums[kAA]);
               }
             });
+        for (float& sum : sums) sum = place.checked(sum);
       },
       [&](uint64_t row, uint32_t chunk, float (&sums)[kProbeSums]) {
         if (!args.b) sums[kVB] = 0.0f;
-        // Made again: kept over the loop it takes a register too many.
-        const Place place(args.key, row, args.elements);
-        for (int k = 0; k < kProbeSums; ++k)
-          to[(k * args.rows + row) * chunks + chunk] = place.checked(sums[k]);
+        for (int k = 0; k < kProbeSums; ++k) to[(k * args.rows + row) * chunks + chunk] = sums[k];
       });
 }
 
