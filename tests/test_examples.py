@@ -83,7 +83,7 @@ def test_fashion_mnist(tmp_path: Path) -> None:
 
 
 def test_quality(tmp_path: Path) -> None:
-    out = run("quality.py", "--out", tmp_path, "--steps", 2, "--budgets", 13)
+    out = run("quality.py", "--out", tmp_path, "--steps", 2, "--budgets", 5)
     assert out.count("| ") > 10 and (tmp_path / "quality.png").stat().st_size > 5000
 
 

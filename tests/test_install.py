@@ -103,7 +103,9 @@ def test_without_nvcc_the_build_says_so(sources: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_compute_capabilities_that_nvcc_does_not_know_are_refused(sources: Path) -> None:
-    done = build(sources, SCORE_KERNELS_CUDA="1", SCORE_KERNELS_CUDA_ARCHS="80;7")
+    done = build(
+        sources, SCORE_KERNELS_NATIVE="0", SCORE_KERNELS_CUDA="1", SCORE_KERNELS_CUDA_ARCHS="80;7"
+    )
     assert done.returncode != 0
     assert "SCORE_KERNELS_CUDA_ARCHS: got '80;7', expected" in done.stderr
 

@@ -267,7 +267,7 @@ SK_INLINE void compact(float* out, const float* from, uint64_t rows, uint64_t el
       memcpy(out + row * elements + i, from + row * stride + i, 4 * sizeof(float));
 }
 
-// Several rows. Apart from the kernels, whose loops over long rows it would make slower.
+// Several rows. Not inlined: the loops over long rows were 3% slower beside it.
 template <class Map>
 __attribute__((noinline)) void fill_rows(float* out, const NoiseKey& key, uint64_t elements,
                                          const Tile& tile) {

@@ -164,7 +164,7 @@ def test_probes(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
 def test_rows_with_addresses(name: str) -> None:
     """Those of the native kernels; permuted rows keep their bits."""
     op = {**EXACT, **SUMS}[name]
-    for rows, elements in ((37, 3), (5, 132), (2, 1030)):
+    for rows, elements in ((9, 3), (3, 132), (2, 1030)):
         batch, order = Batch(rows, elements), torch.randperm(rows)
         want = batch.apply(op)
         with score_kernels.use_backend("triton"):
