@@ -17,13 +17,13 @@ SHAPES = ((4096, 3), (4096, 2), (64, 3, 32, 32))
 # What is measured, and what it is compared with.
 COLUMNS = {
     "normal": None, "normal there": "normal", "step": None, "step there": "step",
-    "generators": "normal",
+    "generators": "normal there",
 }  # fmt: skip
 
 
 def rows(device: torch.device, *, threads: list[int], rounds: int) -> None:
     """Print ns an element of `normal` and of a step in place, without and with addresses, and of
-    a generator for each row; each beside the plain one."""
+    a generator for each row, beside the plain one and beside `normal` with addresses."""
     print(f"{'ns an element':14} threads" + "".join(f"{name:>20}" for name in COLUMNS))
     for count in threads:
         torch.set_num_threads(count)
