@@ -358,11 +358,12 @@ def _corrector(i: Inputs) -> Made:
     return {"ours": ours, "eager": eager}, 16
 
 
-def _sampler(make: Callable[[Tensor, int], Tensor], noise: bool = True) -> Any:
-    """A sampler beside as many eager steps ``x + b score + c z``, c = 0 without noise."""
+def _sampler(make: Callable[[int], Callable[..., Tensor]], noise: bool = True) -> Any:
+    """A sampler of so many steps beside as many eager ones ``x + b score + c z``, c = 0 without
+    noise."""
 
     def made(i: Inputs) -> Made:
-        start = 1e-3 * i.x
+        start, sampler = 1e-3 * i.x, make(i.steps)
 
         def eager() -> Tensor:
             x = start
@@ -372,7 +373,7 @@ def _sampler(make: Callable[[Tensor, int], Tensor], noise: bool = True) -> Any:
                     x = x + 0.1 * torch.randn_like(x)
             return x
 
-        return {"ours": lambda: make(start, i.steps), "eager": eager}, 12
+        return {"ours": lambda: sampler(_identity, start, seed=1), "eager": eager}, 12
 
     return made
 
@@ -410,28 +411,27 @@ _SAMPLERS: dict[str, Callable[[Inputs], Made]] = {
     "annealed": _annealed,
     "scheduler": _scheduler,
     "corrector": _corrector,
-    "langevin": _sampler(
-        lambda x, steps: sampling.langevin(_identity, x, step_size=1e-3, steps=steps, seed=1)
-    ),
+    "langevin": _sampler(lambda steps: partial(sampling.langevin, step_size=1e-3, steps=steps)),
     "consistent_annealed": _sampler(
-        lambda x, steps: sampling.consistent_annealed(
-            _identity, x, _levels(steps), step_size=0.1, seed=1, denoise=False
+        lambda steps: partial(
+            sampling.consistent_annealed, sigmas=_levels(steps), step_size=0.1, denoise=False
         )
     ),
     "euler_maruyama": _sampler(
-        lambda x, steps: sampling.euler_maruyama(
-            _identity, x, VE(0.5, 1.0), steps=steps, seed=1, denoise=False
-        )
+        lambda steps: partial(sampling.euler_maruyama, sde=VE(0.5, 1.0), steps=steps, denoise=False)
     ),
     "predictor": _sampler(
-        lambda x, steps: sampling.predictor_corrector(
-            _identity, x, VE(0.5, 1.0), steps=steps, corrector=None, seed=1, denoise=False
-        )
+        lambda steps: partial(
+            sampling.predictor_corrector,
+            sde=VE(0.5, 1.0),
+            steps=steps,
+            corrector=None,
+            denoise=False,
+        )  # fmt: skip
     ),
-    "ddpm": _sampler(lambda x, steps: sampling.ddpm(_identity, x, _schedule(steps), seed=1)),
+    "ddpm": _sampler(lambda steps: partial(sampling.ddpm, schedule=_schedule(steps))),
     "ddim": _sampler(
-        lambda x, steps: sampling.ddim(_identity, x, _schedule(steps), steps=steps, seed=1),
-        noise=False,
+        lambda steps: partial(sampling.ddim, schedule=_schedule(steps), steps=steps), noise=False
     ),
     "probability_flow": _flow,
 }
