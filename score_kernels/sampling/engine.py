@@ -295,13 +295,13 @@ class Chain:
         x, model, step = self.x, self.model, self.backend.affine_step
         seed, purpose, _, first_sample, addresses = self.key
         known, mask = self.known or (None, None)
-        index = self.phase_of(t)
+        index, changed = self.phase_of(t), (x,)
         while t < stop:
             phase, end = self.plan[index], min(stop, self.ends[index])
             model.set_level(phase.sigma, phase.mean)
             a, b, c, pre_step, factors = phase.a, phase.b, phase.c, phase.pre_step, None
-            for draw in range(t, end):
-                key = (seed, purpose, draw, first_sample, addresses)
+            while t < end:
+                key = (seed, purpose, t, first_sample, addresses)
                 if pre_step is None:
                     score = model(x)
                 else:
@@ -314,8 +314,9 @@ class Chain:
                         table = self._scaled(table, factors)
                     self.backend.table_step(x, x, score, table, None, key, known, mask)
                 # A score that is itself a gradient may have saved x: let autograd notice.
-                increment_version((x,))
-            t, index = end, index + 1
+                increment_version(changed)
+                t += 1
+            index += 1
 
     def _scaled(self, row: Tensor, factors: Tensor) -> Tensor:
         """The row for each sample, with the factors of its step size."""
