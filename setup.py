@@ -27,6 +27,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
+# For kernels of users; score_kernels.include() gives the folder above.
+HEADERS = [Path("csrc/noise.h")]
 FLAGS = [
     "-O3",
     "-std=c++17",
@@ -166,7 +168,8 @@ def choice(variable: str) -> str:
 
 
 class BuildKernels(build_ext):
-    """One line for what there is nothing to build with; ninja for the rest."""
+    """Headers into the package; one line for what there is nothing to build with, ninja for the
+    rest."""
 
     def run(self) -> None:
         compiler, nvcc = find_compiler(), find_nvcc()
@@ -193,6 +196,11 @@ class BuildKernels(build_ext):
         else:
             self.writers["score_kernels._cuda"] = lambda *to: cuda_build(nvcc, *to)
         self.extensions = [e for e in self.extensions if e.name in self.writers]
+        package = Path(self.get_ext_fullpath("score_kernels._cpu")).parent
+        installed = package / "include" / "score_kernels"
+        installed.mkdir(parents=True, exist_ok=True)
+        for header in HEADERS:
+            shutil.copy(ROOT / header, installed)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

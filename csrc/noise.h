@@ -31,7 +31,16 @@
 // tests/host/exhaustive.cpp shows. Within 2e-6 of the exact function of u and the angle.
 //
 // Philox: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+//
+// A header of its own, C++17 and CUDA, installed as <score_kernels/noise.h>: names are in sk::,
+// macros begin with SK_. SK_NOISE_VERSION grows when a bit of a stream or a name of this file
+// changes.
 #pragma once
+
+#ifdef __FAST_MATH__
+#error "noise.h: compiled with -ffast-math, which changes the noise; use -ffp-contract=off alone"
+#endif
+#define SK_NOISE_VERSION 1
 
 #include <cmath>
 #include <cstdint>
@@ -204,6 +213,43 @@ SK_INLINE void box_muller(U w0, U w1, F& z0, F& z1) {
   half_circle(w1, z0, z1);
   z0 = r * z0;
   z1 = r * z1;
+}
+
+// The four words of a block -> its four values. F is float or a vector of floats, U its bits.
+struct WordMap {
+  template <class F, class U>
+  static SK_INLINE void apply(U w0, U w1, U w2, U w3, F* v) {
+    v[0] = from_bits(w0), v[1] = from_bits(w1), v[2] = from_bits(w2), v[3] = from_bits(w3);
+  }
+};
+
+struct NormalMap {
+  template <class F, class U>
+  static SK_INLINE void apply(U w0, U w1, U w2, U w3, F* v) {
+    box_muller(w0, w1, v[0], v[1]);
+    box_muller(w2, w3, v[2], v[3]);
+  }
+};
+
+struct UniformMap {
+  template <class F, class U>
+  static SK_INLINE void apply(U w0, U w1, U w2, U w3, F* v) {
+    v[0] = uniform<F>(w0), v[1] = uniform<F>(w1), v[2] = uniform<F>(w2), v[3] = uniform<F>(w3);
+  }
+};
+
+struct RademacherMap {
+  template <class F, class U>
+  static SK_INLINE void apply(U w0, U w1, U w2, U w3, F* v) {
+    v[0] = rademacher<F>(w0), v[1] = rademacher<F>(w1);
+    v[2] = rademacher<F>(w2), v[3] = rademacher<F>(w3);
+  }
+};
+
+// The values of a block: map_words<NormalMap>(words_of(key, row, block), z), z four floats.
+template <class Map>
+SK_INLINE void map_words(const Words& words, float* v) {
+  Map::apply(words.w[0], words.w[1], words.w[2], words.w[3], v);
 }
 
 }  // namespace sk

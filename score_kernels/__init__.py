@@ -22,7 +22,7 @@ from score_kernels.diffusion.sigmas import (
 )
 from score_kernels.losses import dsm_loss
 from score_kernels.losses.sliced import exact_score_loss, sliced_score_loss
-from score_kernels.noise import NoiseKey, Purpose
+from score_kernels.noise import NoiseKey, Purpose, include
 from score_kernels.sampling import (
     annealed_langevin,
     classifier_free,
@@ -64,6 +64,7 @@ __all__ = [
     "euler_maruyama",
     "exact_score_loss",
     "geometric_sigmas",
+    "include",
     "langevin",
     "level_count",
     "level_overlap",

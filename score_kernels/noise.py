@@ -16,6 +16,7 @@ Philox is Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1,
 from __future__ import annotations
 
 import enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from score_kernels import checks
 
-__all__ = ["Key", "NoiseKey", "Purpose", "addressed", "fresh_seed", "resolve", "without_pieces"]
+__all__ = [
+    "Key", "NoiseKey", "Purpose", "addressed", "fresh_seed", "include", "resolve", "without_pieces",
+]  # fmt: skip
 
 # (seed as a signed 64-bit integer, purpose, draw, first_sample, addresses): a NoiseKey as kernels
 # take it.
@@ -235,6 +238,21 @@ def fresh_seed() -> int:
     """A 64-bit seed from torch's default CPU generator, which ``torch.manual_seed`` rules."""
     seed = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     return int(seed) & (2**64 - 1)
+
+
+def include() -> str:
+    """The folder of the C++ and CUDA headers, for a compiler's -I.
+
+    ``#include <score_kernels/noise.h>`` is the noise contract for kernels of your own: C++17, no
+    libraries.
+
+    Raises:
+        FileNotFoundError: the package runs from sources that were not built.
+    """
+    folder = Path(__file__).parent / "include"
+    if not (folder / "score_kernels" / "noise.h").exists():
+        raise FileNotFoundError(f"{folder}: no headers there, expected those that pip installs")
+    return str(folder)
 
 
 def resolve(

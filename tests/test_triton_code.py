@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from benchmarks import sass
+from tools import run_docs
 
 if importlib.util.find_spec("triton") is None or not sass.find_nvcc():
     pytest.skip("needs triton and nvcc", allow_module_level=True)
 
+import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
@@ -115,3 +119,24 @@ def test_a_chain_compiles_its_kernel_once() -> None:
         )
         seen.add(str(specialization))
     assert len(seen) == 1
+
+
+@each_arch
+def test_a_kernel_of_users_compiles(arch: str, tmp_path: Path) -> None:
+    """The dropout of docs/kernels.md; tests/interpreter runs it."""
+    found = run_docs.blocks((Path(__file__).parents[1] / "docs/kernels.md").read_text())
+    (code,) = (block.code for block in found if block.code.startswith("# dropout.py\n"))
+    (tmp_path / "dropout.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("dropout", tmp_path / "dropout.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    types = ("*fp32", "*fp32", "i32", "fp32", "u64", "u32", "constexpr")
+    names = [parameter.name for parameter in module.dropout_kernel.params]
+    source = ASTSource(
+        module.dropout_kernel, dict(zip(names, types, strict=True)), constexprs={"BLOCKS": 256}
+    )
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    ptx = triton.compile(source, target=target, options={"enable_fp_fusion": False}).asm["ptx"]
+    # A uniform is a fused multiply-add, of two numbers at a time on sm_100; nothing else is fused.
+    fused = ptx.count("fma.rn.f32") + ptx.count("fma.rn.f32x2")
+    assert fused == 4 * 256 // 128

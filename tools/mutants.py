@@ -12,7 +12,7 @@ memory only; the files stay as they are. Tests that start processes see the unch
 Prints the changes that no test noticed, and of each module how many were noticed; the exit status
 is 1 where any was not. Changes that alter nothing a user could see are listed in mutants.toml,
 under the module, as they are printed, with the reason: `"before -> after" = "why"`. They are not
-counted.
+run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,17 @@ OPERATORS = re.compile(
     r"|NumberReplacer|ReplaceUnaryOperator_(Delete_USub|Delete_Not)|AddNot|Replace(And|Or)With.*"
     r"|Replace(True|False)With.*|Replace(Break|Continue)With.*|ZeroIterationForLoop)"
 )
-# Of the test of an option; those of a module have three times what they take without a change.
-SECONDS = 120
+PREPARED = (
+    "_hypothesis_pytestplugin", "anyio.pytest_plugin", "hypothesis", "pytest", "scipy.integrate",
+    "scipy.stats", "torch._dynamo.testing", "torch._inductor.config", "torch.profiler",
+    "xdist.plugin",
+)  # fmt: skip
+# Of one test: what takes longer is an endless loop.
+SECONDS = 60
+# In the place of a change: the module's tests must pass.
+UNCHANGED = "unchanged"
+# How many of the tests that have noticed changes run first.
+MOST = 12
 # An exit status that pytest does not have.
 NOT_APPLIED = 99
 
@@ -203,10 +212,18 @@ def mutants(module: str) -> Iterator[Mutant]:
                 yield Mutant(module, code, change, number)
 
 
-def run(mutant: Mutant | Ignored, folder: str, seconds: int) -> None:
-    """In a fork: import the library with the change, and run the tests; does not return."""
+class Alarm:
+    """A plugin of pytest that ends the process where a test does not end."""
+
+    def pytest_runtest_logstart(self) -> None:
+        signal.alarm(SECONDS)
+
+
+def run(mutant: Mutant | Ignored, folder: str, first: list[str]) -> None:
+    """In a fork: import the library with the change, and run the tests, those of `first` before all
+    others; does not return."""
     os.setpgrp()
-    signal.alarm(seconds)
+    signal.alarm(SECONDS)
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -218,19 +235,21 @@ def run(mutant: Mutant | Ignored, folder: str, seconds: int) -> None:
 
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", folder]
     chosen = " and ".join(f"not {name}" for name in SETTINGS["slow"])
-    os._exit(int(pytest.main([*options, "-k", chosen, *mutant.tests])))
+    if first and pytest.main([*options, *first], [Alarm()]) == pytest.ExitCode.TESTS_FAILED:
+        os._exit(1)
+    os._exit(int(pytest.main([*options, "-k", chosen, *mutant.tests], [Alarm()])))
 
 
-def start(mutant: Mutant | Ignored, folder: str, seconds: int = SECONDS) -> int:
-    """The process of a changed module's tests, which ends after so many seconds."""
+def start(mutant: Mutant | Ignored, folder: str, first: Sequence[str] = ()) -> tuple[int, Path]:
+    """The process of a changed module's tests, and its log."""
     folder = tempfile.mkdtemp(dir=folder)
     process = os.fork()
     if not process:
         try:
-            run(mutant, folder, seconds)
+            run(mutant, folder, list(first))
         finally:
             os._exit(1)
-    return process
+    return process, Path(f"{folder}.log")
 
 
 def finished() -> tuple[int, bool]:
@@ -269,45 +288,46 @@ def main() -> int:
 
 def all_of(arguments: argparse.Namespace, folder: str) -> int:
     """Run the tests of every change, and print what was not noticed; 0 if nothing was not."""
-    # What all forks need, imported once; the library itself is imported by each.
-    import hypothesis  # noqa: F401
-    import scipy.stats  # noqa: F401
-    import torch._inductor.config  # noqa: F401
+    # What the tests import, once for all forks; the library itself is imported by each.
+    for name in PREPARED:
+        importlib.import_module(name)
 
     started, equivalent = time.perf_counter(), SETTINGS.get("equivalent", {})
     waiting: list[Any] = []
     if not arguments.options:
-        waiting = [mutant for module in arguments.modules for mutant in mutants(module)]
+        for module in arguments.modules:
+            waiting += [Mutant(module, (ROOT / module).read_text(), UNCHANGED, 0), *mutants(module)]
     else:
         rows = [(p, o, test) for p in arguments.modules for o, (_, test) in OPTIONS[p].items()]
         waiting = [Ignored(*row) for row in rows]
     total = {mutant.module: 0 for mutant in waiting}
-    spared = {mutant.module: 0 for mutant in waiting}
+    spared = dict(total)
+    for mutant in list(waiting):
+        if mutant.change in equivalent.get(mutant.module, {}):
+            spared[mutant.module] += 1
+            waiting.remove(mutant)
+        elif mutant.change != UNCHANGED:
+            total[mutant.module] += 1
     survived: list[Any] = []
     running: dict[int, Any] = {}
-    # What takes much longer than without a change is an endless loop.
-    limit: dict[str, int] = {}
-    for module in [] if arguments.options else arguments.modules:
-        before = time.perf_counter()
-        start(Mutant(module, (ROOT / module).read_text(), "unchanged", 0), folder)
-        if not finished()[1]:
-            (log,) = Path(folder).glob("*.log")
-            print(log.read_text()[-3000:])
-            raise RuntimeError(f"the tests of {module} fail without a change")
-        (log,) = Path(folder).glob("*.log")
-        log.unlink()
-        limit[module] = 10 + round(3 * (time.perf_counter() - before))
+    # The tests that have noticed changes of a module, the last one first: they may notice the next.
+    noticing: dict[str, list[str]] = {module: [] for module in total}
     with tqdm(total=len(waiting), unit="mutant") as bar:
         while waiting or running:
             while waiting and len(running) < arguments.processes:
                 mutant = waiting.pop(0)
-                running[start(mutant, folder, limit.get(mutant.module, SECONDS))] = mutant
+                first = [] if arguments.options else noticing[mutant.module][:MOST]
+                process, log = start(mutant, folder, first)
+                running[process] = mutant, log
             process, passed = finished()
-            mutant = running.pop(process)
-            known = mutant.change in equivalent.get(mutant.module, {})
-            spared[mutant.module] += known
-            total[mutant.module] += not known
-            if passed and not known:
+            mutant, log = running.pop(process)
+            tests = noticing[mutant.module]
+            for test in re.findall(r"^FAILED (tests/\S+)", log.read_text(), re.MULTILINE)[:1]:
+                tests[:] = [test, *(other for other in tests if other != test)]
+            if mutant.change == UNCHANGED and not passed:
+                print(log.read_text()[-3000:])
+                raise RuntimeError(f"the tests of {mutant.module} fail without a change")
+            if passed and mutant.change != UNCHANGED:
                 survived.append(mutant)
                 bar.write(f"{mutant.module}:{mutant.line}: {mutant.change}")
             bar.update()

@@ -6,6 +6,7 @@
 The Python blocks of a page run in order, in one namespace, in the page's folder or the one named. A
 block marked ``text`` right after a Python block is what that block prints: words must be the same,
 numbers the same to 10% or 0.02, since a trained network's last digits are another machine's own.
+A block that begins with a comment that is a file's name is written to that file instead.
 ``--write`` puts what was printed into the page instead.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 __all__ = ["Block", "Difference", "blocks", "prose", "run"]
 
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```[ \t]*$", flags=re.M | re.S)
+_FILE = re.compile(r"(?://|#) ([\w-]+\.\w+)\n")
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 _RELATIVE, _ABSOLUTE = 0.1, 0.02
 
@@ -80,6 +82,9 @@ def run(page: Path, folder: Path, *, write: bool = False) -> dict[str, Any]:
     printed: list[tuple[Block, str]] = []
     with _inside(folder):
         for block, following in zip(found, [*found[1:], None], strict=True):
+            if file := _FILE.match(block.code):
+                Path(file[1]).write_text(block.code, encoding="utf-8")
+                continue
             if block.language != "python":
                 continue
             output = io.StringIO()

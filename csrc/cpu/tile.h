@@ -6,7 +6,6 @@
 // too short to fill the vectors, several whole rows.
 #pragma once
 
-#include "../maps.h"
 #include "kernels.h"
 #include "simd.h"
 

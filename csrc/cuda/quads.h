@@ -12,7 +12,6 @@
 
 #include "../args.h"
 #include "../half.h"
-#include "../maps.h"
 #include "pair.h"
 
 namespace sk {
@@ -154,16 +153,16 @@ __device__ __forceinline__ Four<T> from_floats(const Quad& quad) {
 // The values of a block.
 template <class Map>
 __device__ __forceinline__ Quad values_of(const Words& words) {
-  const auto& [w] = words;
   Quad v;
 #ifdef SK_PACKED
+  const auto& [w] = words;
   if constexpr (std::is_same_v<Map, NormalMap>) {
     Pair even, odd;
     box_muller<Pair>(BitPair(w[0], w[2]), BitPair(w[1], w[3]), even, odd);
     return {{even.a, odd.a, even.b, odd.b}};
   }
 #endif
-  Map::apply(w[0], w[1], w[2], w[3], v.v);
+  map_words<Map>(words, v.v);
   return v;
 }
 
