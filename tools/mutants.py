@@ -18,6 +18,7 @@ run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import importlib.machinery
@@ -306,13 +307,13 @@ def all_of(arguments: argparse.Namespace, folder: str) -> int:
         if mutant.change in equivalent.get(mutant.module, {}):
             spared[mutant.module] += 1
             waiting.remove(mutant)
-        elif mutant.change != UNCHANGED:
-            total[mutant.module] += 1
     survived: list[Any] = []
     running: dict[int, Any] = {}
     # The tests that have noticed changes of a module, the last one first: they may notice the next.
     noticing: dict[str, list[str]] = {module: [] for module in total}
-    with tqdm(total=len(waiting), unit="mutant") as bar:
+    bar = tqdm(total=len(waiting), unit="mutant")
+    # Ctrl-C ends with the table of what was run.
+    with bar, contextlib.suppress(KeyboardInterrupt):
         while waiting or running:
             while waiting and len(running) < arguments.processes:
                 mutant = waiting.pop(0)
@@ -327,6 +328,7 @@ def all_of(arguments: argparse.Namespace, folder: str) -> int:
             if mutant.change == UNCHANGED and not passed:
                 print(log.read_text()[-3000:])
                 raise RuntimeError(f"the tests of {mutant.module} fail without a change")
+            total[mutant.module] += mutant.change != UNCHANGED
             if passed and mutant.change != UNCHANGED:
                 survived.append(mutant)
                 bar.write(f"{mutant.module}:{mutant.line}: {mutant.change}")
