@@ -60,7 +60,7 @@ PREPARED = (
     "xdist.plugin",
 )  # fmt: skip
 # Of one test: what takes longer is an endless loop.
-SECONDS = 60
+SECONDS = 25
 # In the place of a change: the module's tests must pass.
 UNCHANGED = "unchanged"
 # How many of the tests that have noticed changes run first.
