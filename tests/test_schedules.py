@@ -267,6 +267,15 @@ def test_suggestions_follow_what_is_given() -> None:
         assert ("costs more" in budget.why) == (calls < 219)
 
 
+def test_few_dimensions_take_as_many_levels_as_ncsn_and_no_more() -> None:
+    data = torch.randn(20, 2)
+    for steps in (3.0, 3.2, 3.5, 3.8, 7.3):
+        # The ratio between levels is at most 10^(2/9).
+        high = 0.01 * 10 ** (2 / 9 * steps)
+        schedule = suggest_schedule(data, sigma_max=high, sigma_min=0.01)
+        assert len(schedule.sigmas) == math.ceil(steps - 1e-6) + 1
+
+
 def test_a_slow_distance_is_bounded_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     data = torch.randn(200, 6)
     exact = suggest_schedule(data)
@@ -299,6 +308,7 @@ RATIOS = ((1.0, "ratio: got 1.0"), (0.5, "ratio: got 0.5"), (math.nan, "ratio: g
         (best_step_size, (1.1, 0, 5), ValueError, "sigma_min: got 0"),
         (best_step_size, (1.1, 1, 0), ValueError, "steps_per_level: got 0"),
         (variance_ratio, (4.0, 1.1, 1, 5), ValueError, "step_size: got 4.0, expected less than 4"),
+        (variance_ratio, (40.0, 1.1, 3, 5), ValueError, r"less than 4 sigma_min\^2 = 36.0:"),
         (variance_ratio, (0.0, 1.1, 1, 5), ValueError, "step_size: got 0.0"),
     ],
 )
