@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness import peak_bytes
 from score_kernels import NoiseKey, Purpose, ops
@@ -132,7 +132,8 @@ def test_views_and_gradients(blocks: None) -> None:
 
 
 def test_other_precision_settings_do_not_matter_and_stay() -> None:
-    data = torch.rand(300, 100)
+    # On a sphere, where many pairs are nearly as far apart as the farthest.
+    data = nn.functional.normalize(torch.randn(1000, 3), dim=1)
     want = max_pairwise_distance(data)
     before = torch.get_float32_matmul_precision()
     try:
@@ -232,6 +233,7 @@ def bad(value: float) -> Tensor:
         (torch.zeros(3, 2, dtype=torch.uint8), TypeError, r"data: got dtype torch.uint8.*/ 255"),
         (torch.zeros(3, 2, dtype=torch.complex64), TypeError, "data: got dtype torch.complex64"),
         ([[0.0], [1.0]], TypeError, "data: got list"),
+        ({1.0, 2.0}, TypeError, "data: got set"),
     ],
 )
 def test_wrong_data_is_named(function: Any, data: Any, error: type[Exception], match: str) -> None:
