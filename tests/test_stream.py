@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -170,6 +171,27 @@ def test_conditions_with_gradients_and_of_inference_mode() -> None:
         assert len(rest) == 3 and not any(x.requires_grad for _, x in rest)
 
 
+def test_a_source_without_requests_is_asked_once_a_step() -> None:
+    """The batch goes on meanwhile; one that is asked until it has a request would wait for ever."""
+    (request,), score = mixed(1), Score()
+
+    def arriving() -> Iterator[Request | None]:
+        yield request
+        asked = 0
+        while score.calls < 4:
+            assert asked <= score.calls
+            asked += 1
+            yield None
+
+    ((_, x),) = stream(score, arriving(), (5,), seed=1, slots=2)
+    assert torch.equal(x, alone(request, Score(), 1))
+
+
+def test_a_request_stays_as_it_is() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        mixed(1)[0].sample = 3  # type: ignore[misc]
+
+
 def test_no_steps_are_the_prior() -> None:
     request = Request(7, sk.langevin, {**PLAIN, "steps": 0})
     ((_, x),) = stream(Score(), [request], (5,), seed=1, slots=2)
@@ -190,6 +212,8 @@ def test_no_steps_are_the_prior() -> None:
          ValueError, "arguments: got 'seed', expected the sampler's own"),
         ([Request(-1, sk.langevin, {"step_size": 0.1, "steps": 2, "sigma": 1.0})], ValueError,
          "sample: got -1"),
+        ([Request(2**56, sk.langevin, {"step_size": 0.1, "steps": 2, "sigma": 1.0})], ValueError,
+         "sample: got 72057594037927936"),
         ([Request(1, sk.langevin, {"step_size": 0.1, "steps": 2, "sigma": 1.0}, {"center": 3})],
          TypeError, r"conditions\['center'\]: got int 3"),
         ([Request(8, sk.langevin, {"step_size": 1e38, "steps": 9, "sigma": 1.0})],
