@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
 # For kernels of users; score_kernels.include() gives the folder above.
-HEADERS = [Path("csrc/noise.h")]
+HEADERS = [Path("csrc/noise.h"), Path("csrc/fused.h")]
 FLAGS = [
     "-O3",
     "-std=c++17",

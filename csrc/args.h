@@ -180,12 +180,32 @@ struct ProbeArgs {
   }
 };
 
+// All steps of a chain: x <- a x + b score(scale x, sigma) + c z, with (a, b, c, sigma, scale) from
+// a line of the table for each step, and the draws from the key's on. `score` is a function of
+// csrc/fused.h that was compiled for the same instruction set; on a CPU only.
+struct ChainArgs {
+  float* x;
+  void* score;
+  const float* params;
+  const float* table;
+  uint64_t rows, elements, steps;
+  NoiseKey key;
+
+  static constexpr auto fields() {
+    using A = ChainArgs;
+    return std::tuple_cat(SK_FIELD(x), SK_FIELD(score), SK_OPTIONAL(params), SK_FIELD(table),
+                          SK_FIELD(rows), SK_FIELD(elements), SK_FIELD(steps),
+                          key_fields<&A::key>());
+  }
+};
+
 #define SK_OPS(OP)            \
   OP(fill, FillArgs)          \
   OP(affine_step, AffineArgs) \
   OP(table_step, TableArgs)   \
   OP(perturb, PerturbArgs)    \
   OP(dsm, DsmArgs)            \
-  OP(probe, ProbeArgs)
+  OP(probe, ProbeArgs)        \
+  OP(chain, ChainArgs)
 
 }  // namespace sk

@@ -1,7 +1,7 @@
 """Fast, reproducible score-based generative modelling: fused kernels with the noise made inside."""
 
+from score_kernels import fused, networks, ops
 from score_kernels import integrations as integrations
-from score_kernels import networks, ops
 from score_kernels.backends import backends, set_backend, use_backend
 from score_kernels.cli.trained import load
 from score_kernels.diffusion.prediction import as_score, by_label, by_sigma, convert, unconditional
@@ -63,6 +63,7 @@ __all__ = [
     "edm_sigmas",
     "euler_maruyama",
     "exact_score_loss",
+    "fused",
     "geometric_sigmas",
     "include",
     "langevin",

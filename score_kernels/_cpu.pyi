@@ -14,6 +14,20 @@ def affine_step(
     first_sample: int,
     addresses: int,
 ) -> None: ...
+def chain(
+    x: int,
+    score: int,
+    params: int,
+    table: int,
+    rows: int,
+    elements: int,
+    steps: int,
+    seed: int,
+    purpose: int,
+    draw: int,
+    first_sample: int,
+    addresses: int,
+) -> None: ...
 def dsm(
     loss: int,
     gradient: int,

@@ -44,7 +44,7 @@ def of(function: Any) -> dict[str, str]:
 def options() -> dict[str, dict[str, str]]:
     """All options of the library as it is: the defaults by name of the function and option."""
     found: dict[str, dict[str, str]] = {}
-    for module in (sk, sk.ops, sk.networks):
+    for module in (sk, sk.fused, sk.ops, sk.networks):
         for name in module.__all__:
             value, path = getattr(module, name), f"{module.__name__}.{name}"
             # The members of an enumeration are no options.

@@ -11,6 +11,10 @@ NORMAL = 2e-6
 # fp32 arithmetic against the same formula in fp64: a few roundings of values of order one.
 FP32_RELATIVE = 1e-6
 
+# A fused chain against the same chain step by step, relative to its largest number: the score's
+# functions are within four units in the last place, and a chain of 60 steps adds them up.
+FUSED = 1e-4
+
 # Statistical tests have fixed keys. Each asserts at this level, that is, a correct generator would
 # fail one in 10,000 if the key were drawn anew; a test of many comparisons divides it among them.
 ALPHA = 1e-4

@@ -77,8 +77,23 @@ SK_INLINE void store_group(float* out, F (&v)[4]) {
   }
 }
 
-// The rounds from `round` on, the map, and kKept values of each block in the order of the elements.
-template <class Map, int kKept, int kGroups>
+// Where the values of a group go: the first kKept of each block in the order of the elements; or by
+// lanes, as kKept vectors.
+template <int kKept>
+struct InOrder {
+  static constexpr int kFloats = kKept * kLanes;
+  static SK_INLINE void store(float* out, F (&v)[4]) { store_group<kKept>(out, v); }
+};
+template <int kKept>
+struct ByLanes {
+  static constexpr int kFloats = kKept * kLanes;
+  static SK_INLINE void store(float* out, F (&v)[4]) {
+    for (int i = 0; i < kKept; ++i) Vector::store(out + i * kLanes, v[i]);
+  }
+};
+
+// The rounds from `round` on, the map, and the values of each block by Store.
+template <class Map, class Store, int kGroups>
 SK_INLINE void finish(float* out, Half (&even)[kGroups], Half (&odd)[kGroups], RoundKeys k,
                       int round) {
   for (; round < 9; ++round) {
@@ -88,7 +103,7 @@ SK_INLINE void finish(float* out, Half (&even)[kGroups], Half (&odd)[kGroups], R
     }
     k.next();
   }
-  for (int g = 0; g < kGroups; ++g, out += kKept * kLanes) {
+  for (int g = 0; g < kGroups; ++g, out += Store::kFloats) {
     // The last round joins the halves before it moves the high words down: fewer instructions.
     const Wide even0 = Vector::multiply(even[g].w0, Vector::wide(kPhiloxM0));
     const Wide even1 = Vector::multiply(even[g].w2, Vector::wide(kPhiloxM1));
@@ -98,23 +113,23 @@ SK_INLINE void finish(float* out, Half (&even)[kGroups], Half (&odd)[kGroups], R
     const U w2 = Vector::join_high(even0, odd0) ^ Vector::join_low(even[g].w3, odd[g].w3) ^ U(k.k1);
     F v[4] = {F(0.0f), F(0.0f), F(0.0f), F(0.0f)};
     Map::apply(w0, Vector::join_low(even1, odd1), w2, Vector::join_low(even0, odd0), v);
-    store_group<kKept>(out, v);
+    Store::store(out, v);
   }
 }
 
 // The first two rounds by `start`, for kGroups groups from `counters` on, kLanes apart; then the
 // rest. start takes the low halves of 64-bit lanes.
-template <class Map, int kKept, int kGroups, class Start>
+template <class Map, class Store, int kGroups, class Start>
 SK_INLINE void run_groups(float* out, U counters, const Start& start, RoundKeys third) {
   if constexpr (kGroups == 1) {
     Half even[1] = {start(Vector::even(counters))}, odd[1] = {start(Vector::odd(counters))};
-    finish<Map, kKept>(out, even, odd, third, 2);
+    finish<Map, Store>(out, even, odd, third, 2);
   } else {
     static_assert(kGroups == 2);
     const U next = counters + U(uint32_t(kLanes));
     Half even[2] = {start(Vector::even(counters)), start(Vector::even(next))};
     Half odd[2] = {start(Vector::odd(counters)), start(Vector::odd(next))};
-    finish<Map, kKept>(out, even, odd, third, 2);
+    finish<Map, Store>(out, even, odd, third, 2);
   }
 }
 
@@ -144,11 +159,11 @@ SK_INLINE void fill_row(float* out, const NoiseKey& key, const Counter& row, uin
   uint64_t i = 0;
   for (; i + (kLockstep - 1) * kGroup < count; i += kLockstep * kGroup) {
     ahead(i, kLockstep * kGroup);
-    run_groups<Map, 4, kLockstep>(out + i, blocks(i), start, k3);
+    run_groups<Map, InOrder<4>, kLockstep>(out + i, blocks(i), start, k3);
   }
   if (i < count) {
     ahead(i, kGroup);
-    run_groups<Map, 4, 1>(out + i, blocks(i), start, k3);
+    run_groups<Map, InOrder<4>, 1>(out + i, blocks(i), start, k3);
   }
 }
 
@@ -175,7 +190,7 @@ SK_INLINE void fill_samples(float* out, const NoiseKey& key, uint64_t row, uint6
       return Half{Vector::exclusive(p1, high2, zero), low2,
                   Vector::exclusive(Vector::high(p0), high3, zero), p0};
     };
-    run_groups<Map, kKept, kLockstep>(out, order + U(first.sample_low), start, k3);
+    run_groups<Map, InOrder<kKept>, kLockstep>(out, order + U(first.sample_low), start, k3);
   }
 }
 
@@ -218,7 +233,7 @@ SK_INLINE void fill_addressed(float* out, const NoiseKey& key, uint64_t row, uin
       even[g] = counters.even();
       odd[g] = counters.odd();
     }
-    finish<Map, kKept>(out, even, odd, {uint32_t(key.seed), uint32_t(key.seed >> 32)}, 0);
+    finish<Map, InOrder<kKept>>(out, even, odd, {uint32_t(key.seed), uint32_t(key.seed >> 32)}, 0);
   }
 }
 
@@ -245,7 +260,8 @@ SK_INLINE void fill_blocks(float* out, const NoiseKey& key, const Tile& tile, ui
     const Counters counters = {Vector::load(block), Vector::load(draw), Vector::load(low),
                                Vector::load(high)};
     Half even[1] = {counters.even()}, odd[1] = {counters.odd()};
-    finish<Map, 4>(out + 4 * base, even, odd, {uint32_t(key.seed), uint32_t(key.seed >> 32)}, 0);
+    finish<Map, InOrder<4>>(out + 4 * base, even, odd,
+                            {uint32_t(key.seed), uint32_t(key.seed >> 32)}, 0);
   }
 }
 

@@ -15,7 +15,7 @@ import score_kernels
 
 # Every environment variable the library reads.
 VARIABLES = (
-    *("SCORE_KERNELS_BACKEND", "SCORE_KERNELS_ISA"),
+    *("SCORE_KERNELS_BACKEND", "SCORE_KERNELS_ISA", "SCORE_KERNELS_CACHE"),
     *("SCORE_KERNELS_NATIVE", "SCORE_KERNELS_CUDA", "SCORE_KERNELS_CUDA_ARCHS"),
 )
 

@@ -24,6 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from score_kernels import checks, ops
 from score_kernels.backends import choose
 from score_kernels.bars import progress_bar
+from score_kernels.fused import FusedScore
 from score_kernels.noise import Key, NoiseKey, Purpose, addressed, fresh_seed
 from score_kernels.ops._dispatch import check_addresses
 from score_kernels.sampling import graph
@@ -394,6 +395,8 @@ def run(
             row = x.new_tensor([Phase(plan[0].sigma, mean=plan[0].mean).row()])
             chain.backend.table_step(x, x, x, row, None, key.for_purpose(Purpose.KNOWN), *known)
         advance = graph.replayed(chain, first_step) if cuda_graph else chain.advance
+        if isinstance(score, FusedScore):
+            advance = score.chain(chain) or advance
         monitor = None
         if on_nan != "ignore":
             monitor = DivergenceMonitor(chain, first_step, stop=on_nan == "stop")

@@ -23,6 +23,11 @@ Buffer lines(uint64_t rows, uint64_t columns) {
   return table;
 }
 
+// A score by elements, params[0] of them in a group.
+void halve(const float* x, float sigma, float* s, uint64_t groups, const float* params) {
+  for (uint64_t i = 0; i < groups * uint64_t(params[0]); ++i) s[i] = 0.5f * x[i] - sigma;
+}
+
 void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift,
          bool addressed = false) {
   Buffer at = addresses(rows);
@@ -97,6 +102,12 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift,
         report("sums", variant, sums);
       }
   }
+  const int lanes = !strcmp(isa.name, "avx512") ? 16 : !strcmp(isa.name, "avx2") ? 8 : 4;
+  Buffer chained = floats(count, shift), table = lines(5, 5);
+  const float group = float(elements * lanes);
+  isa.chain({chained.at<float>(), reinterpret_cast<void*>(halve), &group, table.at<float>(), rows,
+             elements, 5, key});
+  report("chain", 0, chained);
   for (const Kind kind : {Kind::kNormal, Kind::kRademacher})
     for (const bool pair : {false, true}) {
       Buffer out((pair ? 2 : 1) * count, 4, shift);

@@ -1,0 +1,196 @@
+// A whole chain around a compiled score: a few rows at a time take all steps, so that their state
+// stays in the first-level cache. Rows lie across the lanes of vectors.
+#include <algorithm>
+#include <vector>
+
+#include "../update.h"
+#include "tile.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace sk {
+namespace SK_ISA {
+
+namespace {
+
+#ifdef SK_VECTOR
+constexpr int kWidth = kLanes;
+#else
+constexpr int kWidth = 4;
+#endif
+// Elements of a block of rows: x, the score and the noise of one stay in the cache.
+constexpr uint64_t kBlock = 1024;
+
+using Score = void (*)(const float* x, float sigma, float* s, uint64_t groups, const float* params);
+
+struct Line {
+  float a, b, c, sigma, scale;
+};
+
+// The counters of kWidth rows, before the step and the block are added.
+struct LaneCounters {
+  alignas(64) uint32_t block[kWidth], draw[kWidth], low[kWidth], high[kWidth];
+
+  LaneCounters(const ChainArgs& args, uint64_t row) {
+    for (int i = 0; i < kWidth; ++i) {
+      // Past the last row, its noise again.
+      const uint64_t at = row + i < args.rows ? row + i : args.rows - 1;
+      const Counter counter = counter_of(args.key, at, args.elements);
+      block[i] = counter.block;
+      draw[i] = counter.draw;
+      low[i] = counter.sample_low;
+      high[i] = counter.sample_high;
+    }
+  }
+};
+
+#ifdef SK_VECTOR
+
+// The first kKept normals of some blocks, each of kWidth rows, at a step: groups in lockstep, as in
+// fill.h.
+template <int kKept, int kGroups>
+SK_INLINE void fill_lanes(float* out, const LaneCounters* const (&rows)[kGroups],
+                          const uint32_t (&blocks)[kGroups], const NoiseKey& key, uint32_t step) {
+  Half even[kGroups], odd[kGroups];
+  for (int g = 0; g < kGroups; ++g) {
+    const Counters counters = {Vector::load(rows[g]->block) + U(blocks[g]),
+                               Vector::load(rows[g]->draw) + U(step), Vector::load(rows[g]->low),
+                               Vector::load(rows[g]->high)};
+    even[g] = counters.even();
+    odd[g] = counters.odd();
+  }
+  const RoundKeys keys = {uint32_t(key.seed), uint32_t(key.seed >> 32)};
+  finish<NormalMap, ByLanes<kKept>>(out, even, odd, keys, 0);
+}
+
+// Rows of one block, of kKept elements.
+template <int kKept>
+SK_INLINE void fill_short(float* z, const std::vector<LaneCounters>& rows, const NoiseKey& key,
+                          uint32_t step) {
+  size_t g = 0;
+  for (; kLockstep == 2 && g + 1 < rows.size(); g += 2, z += 2 * kKept * kWidth)
+    fill_lanes<kKept, 2>(z, {&rows[g], &rows[g + 1]}, {0, 0}, key, step);
+  for (; g < rows.size(); ++g, z += kKept * kWidth)
+    fill_lanes<kKept, 1>(z, {&rows[g]}, {0}, key, step);
+}
+
+// Normals [groups][elements][kWidth]; up to three times kWidth more are written.
+SK_INLINE void fill_groups(float* z, const std::vector<LaneCounters>& rows, const NoiseKey& key,
+                           uint64_t elements, uint32_t step) {
+  switch (elements) {
+    case 1:
+      return fill_short<1>(z, rows, key, step);
+    case 2:
+      return fill_short<2>(z, rows, key, step);
+    case 3:
+      return fill_short<3>(z, rows, key, step);
+  }
+  const uint32_t blocks = uint32_t((elements + 3) / 4);
+  for (const LaneCounters& row : rows) {
+    uint32_t b = 0;
+    for (; kLockstep == 2 && b + 1 < blocks; b += 2)
+      fill_lanes<4, 2>(z + 4 * b * kWidth, {&row, &row}, {b, b + 1}, key, step);
+    for (; b < blocks; ++b) fill_lanes<4, 1>(z + 4 * b * kWidth, {&row}, {b}, key, step);
+    // What is written past a group, the next one overwrites.
+    z += elements * kWidth;
+  }
+}
+
+#else
+
+SK_INLINE void fill_groups(float* z, const std::vector<LaneCounters>& rows, const NoiseKey& key,
+                           uint64_t elements, uint32_t step) {
+  for (const LaneCounters& row : rows)
+    for (uint64_t first = 0; first < elements; first += 4) {
+      const uint64_t kept = std::min<uint64_t>(4, elements - first);
+      for (int i = 0; i < kWidth; ++i) {
+        float four[4];
+        const Counter at = {0, row.draw[i] + step, row.low[i], row.high[i], 1};
+        map_words<NormalMap>(words_of(key, at, row.block[i] + uint32_t(first / 4)), four);
+        for (uint64_t e = 0; e < kept; ++e) z[e * kWidth + i] = four[e];
+      }
+      z += kept * kWidth;
+    }
+}
+
+#endif
+
+// What a block of rows needs, aligned as vectors are.
+struct alignas(64) Lanes {
+  float v[16];
+};
+struct Memory {
+  std::vector<Lanes> lanes;
+  float *x, *s, *scaled, *z;
+
+  explicit Memory(uint64_t size) : lanes(4 * (size + 15) / 16 + 4 * kWidth / 16 + 4) {
+    const uint64_t step = (size + 15) / 16 * 16;
+    x = lanes[0].v, s = x + step, scaled = s + step, z = scaled + step;
+  }
+};
+
+SK_INLINE void combine(float* x, const float* s, const float* z, uint64_t count, Line k) {
+  const float a = k.a, b = k.b, c = k.c;
+  if (c == 0.0f) {
+#pragma omp simd
+    for (uint64_t i = 0; i < count; ++i) x[i] = affine(a, x[i], b, s[i]);
+    return;
+  }
+#pragma omp simd
+  for (uint64_t i = 0; i < count; ++i) x[i] = affine(a, x[i], b, s[i], c, z[i]);
+}
+
+// `groups` times kWidth rows through all steps.
+void run_block(const ChainArgs& args, uint64_t row, uint64_t groups) {
+  const uint64_t elements = args.elements, group = elements * kWidth, size = groups * group;
+  const Memory m(size);
+  std::vector<LaneCounters> counters;
+  counters.reserve(groups);
+  for (uint64_t g = 0; g < groups; ++g) counters.emplace_back(args, row + g * kWidth);
+  const uint64_t rows = std::min(args.rows - row, groups * kWidth);
+  const auto at = [&](uint64_t r, uint64_t e) {
+    return r / kWidth * group + e * kWidth + r % kWidth;
+  };
+  for (uint64_t r = 0; r < rows; ++r)
+    for (uint64_t e = 0; e < elements; ++e) m.x[at(r, e)] = args.x[(row + r) * elements + e];
+  for (uint64_t t = 0; t < args.steps; ++t) {
+    const Line line = reinterpret_cast<const Line*>(args.table)[t];
+    const float* seen = m.x;
+    if (line.scale != 1.0f) {
+      for (uint64_t i = 0; i < size; ++i) m.scaled[i] = m.x[i] * line.scale;
+      seen = m.scaled;
+    }
+    reinterpret_cast<Score>(args.score)(seen, line.sigma, m.s, groups, args.params);
+    if (line.c != 0.0f) fill_groups(m.z, counters, args.key, elements, uint32_t(t));
+    combine(m.x, m.s, m.z, size, line);
+  }
+  for (uint64_t r = 0; r < rows; ++r)
+    for (uint64_t e = 0; e < elements; ++e) args.x[(row + r) * elements + e] = m.x[at(r, e)];
+}
+
+}  // namespace
+
+void chain(const ChainArgs& args) {
+  if (args.steps == 0) return;
+  NoiseKey last = args.key;
+  last.draw += uint32_t(args.steps - 1);
+  require_in_range(last, args.rows, args.elements);
+  const uint64_t groups = (args.rows + kWidth - 1) / kWidth;
+  uint64_t most = std::max<uint64_t>(1, kBlock / (args.elements * kWidth)), threads = 1;
+#ifdef _OPENMP
+  if (!one_thread && args.rows * args.elements * args.steps > kSerial)
+    threads = uint64_t(omp_get_max_threads());
+#endif
+  // Every thread has as many blocks as the others.
+  const uint64_t rounds = (groups + most * threads - 1) / (most * threads);
+  most = (groups + rounds * threads - 1) / (rounds * threads);
+  const int64_t blocks = int64_t((groups + most - 1) / most);
+#pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1)
+  for (int64_t i = 0; i < blocks; ++i)
+    run_block(args, uint64_t(i) * most * kWidth, std::min(most, groups - uint64_t(i) * most));
+}
+
+}  // namespace SK_ISA
+}  // namespace sk

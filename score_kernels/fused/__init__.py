@@ -1,0 +1,206 @@
+"""Scores that are formulas: whole chains in one kernel.
+
+``score_kernels.fused.score`` compiles the PyTorch function of a score, or C++ text, into a function
+that takes a chain's steps one after the other without leaving the processor's first-level cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from score_kernels import checks
+from score_kernels.backends.compiled import native
+from score_kernels.fused import build
+
+if TYPE_CHECKING:
+    from score_kernels.sampling.engine import Chain
+
+__all__ = ["FusedScore", "score"]
+
+
+def score(
+    source: Callable[..., Tensor] | str,
+    dim: int,
+    *,
+    kind: str = "score",
+    params: Tensor | None = None,
+) -> FusedScore:
+    """A score whose chains run in one kernel, ``[B, dim]``.
+
+    Args:
+        source: a function ``score(x, sigma)`` or ``score(x)`` of PyTorch that treats rows
+            independently, x ``[B, dim]`` float32 and sigma ``[B]``; or C++ text::
+
+                template <class F>
+                void score(const F* x, F sigma, F* s, const float* params)
+
+            from a row's numbers x to its score s; see docs/fused.md.
+        dim: numbers of a row, 1 to 256.
+        kind: "score", or "energy": the function gives ``[B]``, and its negative gradient is the
+            score.
+        params: float32 on the CPU, what C++ text gets as params; it may change between chains.
+
+    Returns:
+        A score for samplers, losses and tests: a function of x and sigma.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind; the score of a row depends on
+            other rows.
+        NotImplementedError: the function has an operation that is not fused; it is named.
+        RuntimeError: the compiler reports an error.
+    """
+    return FusedScore(source, dim, kind, params)
+
+
+class FusedScore:
+    """What :func:`score` returns."""
+
+    def __init__(
+        self, source: Callable[..., Tensor] | str, dim: int, kind: str, params: Tensor | None
+    ) -> None:
+        self.dim = checks.count("dim", dim, least=1)
+        if dim > 256:
+            raise ValueError(f"dim: got {dim}, expected at most 256")
+        checks.choice("kind", kind, ("score", "energy"))
+        self.function: Callable[..., Tensor] | None = None
+        self.takes_sigma = False
+        self.params = None
+        if params is not None:
+            checks.instance("params", params, Tensor, "a tensor")
+            self.params = params.detach().to("cpu", torch.float32).contiguous()
+        if isinstance(source, str):
+            if kind == "energy":
+                raise ValueError("kind: got 'energy' with C++ text, expected 'score'")
+            text = source
+        else:
+            checks.function("source", source)
+            if params is not None:
+                raise ValueError("params: got them with a function, expected them with C++ text")
+            self.takes_sigma = _arguments(source) > 1
+            # Slow to import.
+            from score_kernels.fused import trace
+
+            self.function = source if kind == "score" else _negative_gradient(source)
+            row = torch.zeros(1, self.dim), torch.ones(1)
+            text = trace.source_of(self.function, row[: 1 + self.takes_sigma])
+        self.text = _FRAME.format(text=text, dim=self.dim)
+        self._functions: dict[str, int | None] = {}
+        if self._address() is not None and self.function is not None:
+            self._check_rows()
+
+    def __call__(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+        if self.function is not None:
+            return self.function(x, sigma) if self.takes_sigma else self.function(x)
+        self._check_shape(x)
+        address = self._address()
+        if address is None or not x.is_cpu:
+            raise RuntimeError(
+                f"score: C++ text, got x on {x.device}, expected a CPU, a compiler and the native "
+                "backend"
+            )
+        level = math.nan if sigma is None or not len(sigma) else float(sigma.flatten()[0])
+        if sigma is not None and bool((sigma != level).any()):
+            raise ValueError("sigma: got several noise levels with C++ text, expected one")
+        out = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self._run(address, out, _evaluation(level), (0, 0, 0, 0, None))
+        return out
+
+    def chain(self, chain: Chain) -> Callable[[int, int], None] | None:
+        """``chain.advance`` in one call, or None where its steps are more than the score's."""
+        x, model, plan = chain.x, chain.model, chain.plan
+        self._check_shape(x)
+        if self.takes_sigma and any(math.isnan(phase.sigma) for phase in plan):
+            raise TypeError("score: takes sigma, expected a function of x for a chain without one")
+        more = chain.known, model.guidance, model.conditions, *(phase.pre_step for phase in plan)
+        address = self._address()
+        if address is None or chain.backend is not native or any(more):
+            return None
+        lines = [(p.a, p.b, p.c, p.sigma, 1 / p.mean) for p in plan]
+        repeats = torch.tensor([phase.steps for phase in plan])
+        table = torch.tensor(lines, dtype=torch.float32).repeat_interleave(repeats, 0)
+
+        def advance(t: int, stop: int) -> None:
+            self._run(address, x, table[t:stop], (*chain.key[:2], t, *chain.key[3:]))
+
+        return advance
+
+    def _check_shape(self, x: Tensor) -> None:
+        if len(x) and x[:1].numel() != self.dim:
+            raise ValueError(f"x: got rows of {x[:1].numel()}, expected the score's {self.dim}")
+
+    def _run(self, address: int, x: Tensor, table: Tensor, key: tuple[Any, ...]) -> None:
+        params = 0 if self.params is None else self.params.data_ptr()
+        addresses = 0 if key[4] is None else key[4].data_ptr()
+        where = x.data_ptr(), address, params, table.data_ptr(), len(x), self.dim, len(table)
+        native.kernels.chain(*where, *key[:4], addresses)
+        torch.autograd.graph.increment_version(x)
+
+    def _address(self) -> int | None:
+        """The compiled function for the instruction set in use, or None where none can be."""
+        if native.unavailable():
+            return None
+        isa = native.kernels.isa()
+        if isa not in self._functions:
+            if build.compiler() is None:
+                warnings.warn(
+                    "score: no C++ compiler found; chains run step by step in PyTorch, some 100 "
+                    "times slower. Install g++ or clang++, or name one in CXX",
+                    stacklevel=4,
+                )
+                self._functions[isa] = None
+            else:
+                library = build.compiled(self.text, isa)
+                self._functions[isa] = ctypes.cast(library.sk_score, ctypes.c_void_p).value
+        return self._functions[isa]
+
+    def _check_rows(self) -> None:
+        """That rows do not depend on each other, and that the compiled score is the function."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(37, self.dim, generator=generator)
+        want = self(x, torch.ones(37)).detach()
+        got, address = x.clone(), self._address()
+        assert address is not None
+        self._run(address, got, _evaluation(1.0), (0, 0, 0, 0, None))
+        error = (got - want).abs().max() / want.abs().max().clamp_min(1e-30)
+        if not error <= 1e-3 and bool(want.isfinite().all()):
+            raise ValueError(
+                f"source: gave rows other scores in a batch than alone, by {float(error):.1g} of "
+                "the largest; expected a function of each row alone"
+            )
+
+
+_FRAME = """#include <score_kernels/fused.h>
+{text}
+SK_FUSED_SCORE({dim})
+"""
+
+
+def _evaluation(sigma: float) -> Tensor:
+    """The table of one step, from x to its score."""
+    return torch.tensor([[0.0, 1.0, 0.0, sigma, 1.0]])
+
+
+def _arguments(function: Callable[..., Tensor]) -> int:
+    """How many arguments without a default a function takes."""
+    called = function.forward if isinstance(function, torch.nn.Module) else function
+    try:
+        parameters = inspect.signature(called).parameters.values()
+    except ValueError:
+        # torch's own functions, which have no signature: of x.
+        return 1
+    return sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
+
+
+def _negative_gradient(energy: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def function(x: Tensor, *sigma: Tensor) -> Tensor:
+        return -torch.func.grad(lambda y: energy(y, *sigma).sum())(x)
+
+    return function

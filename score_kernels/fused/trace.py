@@ -1,0 +1,455 @@
+"""A PyTorch function of a row, traced, as C++ over csrc/fused.h's number type.
+
+The function runs once on one row, and each of its ATen operations becomes a loop over the elements
+of its result. Operations on shapes (views, transposes, rolls, concatenations) move no data: a
+tensor is an array of the C++ function with an index for each of its elements. What does not depend
+on the row is computed here.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._decomp import core_aten_decompositions, get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["source_of"]
+
+# More than an array has elements.
+_RANGE = 1 << 20
+
+
+@dataclass
+class Value:
+    """A tensor of the C++ function: the name of an array, and where its elements are in it.
+
+    Names begin with t for numbers, m for masks and k for constants.
+    """
+
+    name: str
+    index: np.ndarray
+
+    @property
+    def mask(self) -> bool:
+        return self.name.startswith("m")
+
+
+@dataclass
+class Writer:
+    """The text of the function as it grows: finished lines, and a loop that may go on."""
+
+    lines: list[str] = field(default_factory=list)
+    body: list[str] = field(default_factory=list)
+    # What the open loop computes, of so many elements.
+    open: set[str] = field(default_factory=set)
+    size: int = 0
+    count: int = 0
+
+    def name(self, letter: str) -> str:
+        self.count += 1
+        return f"{letter}{self.count}"
+
+    def close(self) -> None:
+        if self.body:
+            unroll = "#pragma GCC unroll 16\n" if self.size <= 16 else ""
+            body = "\n".join(f"  {line}" for line in self.body)
+            self.lines.append(f"{unroll}for (int i = 0; i < {self.size}; ++i) {{\n{body}\n}}")
+        self.body, self.open = [], set()
+
+    def elementwise(self, text: str, operands: Sequence[Any], *, mask: bool = False) -> Value:
+        """``text``, in which {0}, {1}, ... are operands, for each element of their broadcast."""
+        values = [self.value(operand) for operand in operands]
+        shape = np.broadcast_shapes(*(value.index.shape for value in values))
+        flat = [np.broadcast_to(value.index, shape).ravel() for value in values]
+        size = math.prod(shape)
+        moved = any(
+            value.name in self.open and not np.array_equal(index, np.arange(size))
+            for value, index in zip(values, flat, strict=True)
+        )
+        if moved or size != self.size:
+            self.close()
+        self.size = size
+        given = [self.element(v.name, index) for v, index in zip(values, flat, strict=True)]
+        if text not in _OF_MASKS:
+            # A mask is a number in arithmetic, and where's condition.
+            first = text == _ELEMENTWISE["where"]
+            for i, v in enumerate(values):
+                if v.mask and (i or not first):
+                    given[i] = f"where({given[i]}, F(1), F(0))"
+        name, kind = (self.name("m"), "Mask") if mask else (self.name("t"), "F")
+        self.lines.append(f"{kind} {name}[{size}];")
+        self.body.append(f"const {kind} {name}_ = {text.format(*given)};")
+        self.body.append(f"{name}[i] = {name}_;")
+        self.open.add(name)
+        return Value(name, np.arange(size).reshape(shape))
+
+    def element(self, name: str, index: np.ndarray) -> str:
+        """The i-th of some elements of an array, inside the open loop."""
+        if np.array_equal(index, np.arange(len(index))):
+            return f"{name}_" if name in self.open else f"{name}[i]"
+        if (index == index[0]).all():
+            return f"{name}[{index[0]}]"
+        table = self.name("at")
+        numbers = ", ".join(map(str, index))
+        self.lines.append(f"static const uint16_t {table}[] = {{{numbers}}};")
+        return f"{name}[{table}[i]]"
+
+    def numbers(self, operand: Any) -> Value:
+        """A value that is no mask."""
+        value = self.value(operand)
+        return self.elementwise("{0}", [value]) if value.mask else value
+
+    def value(self, operand: Any) -> Value:
+        """A traced tensor as it is; numbers and constant tensors as an array of numbers."""
+        if isinstance(operand, Value):
+            return operand
+        tensor = torch.as_tensor(operand).detach().double()
+        numbers, name = tensor.flatten().tolist(), self.name("k")
+        index = np.arange(len(numbers))
+        if len(set(numbers)) == 1:
+            numbers, index = numbers[:1], np.zeros_like(index)
+        text = ", ".join(map(_literal, numbers))
+        self.lines.append(f"static const float {name}[] = {{{text}}};")
+        return Value(name, index.reshape(tuple(tensor.shape)))
+
+    def reduce(self, text: str, start: str, value: Value, dims: Any, keepdim: bool) -> Value:
+        """``text`` of the result so far {0} and an element {1}, over dimensions."""
+        value = self.numbers(value)
+        rank = value.index.ndim
+        axes = range(rank) if dims is None or dims == [] else dims
+        axes = sorted({axis % rank for axis in ([axes] if isinstance(axes, int) else axes)})
+        kept = [axis for axis in range(rank) if axis not in axes]
+        index = value.index.transpose([*kept, *axes])
+        shape = tuple(value.index.shape[axis] for axis in kept)
+        rows = index.reshape(math.prod(shape), -1)
+        self.close()
+        name = self.name("t")
+        self.lines.append(f"F {name}[{len(rows)}];")
+        self.lines += self.accumulate(name, rows, text, start, value.name)
+        if keepdim:
+            shape = tuple(1 if a in axes else value.index.shape[a] for a in range(rank))
+        return Value(name, np.arange(len(rows)).reshape(shape))
+
+    def accumulate(
+        self, name: str, rows: np.ndarray, text: str, start: str, source: str
+    ) -> list[str]:
+        lines = []
+        for i, row in enumerate(rows):
+            target = f"{name}[{i}]"
+            begin = f"{source}[{row[0]}]" if not start else start
+            lines.append(f"{target} = {begin};")
+            steps = row if start else row[1:]
+            if len(steps) <= 16 or not np.array_equal(steps, np.arange(len(steps)) + steps[0]):
+                lines += [f"{target} = {text.format(target, f'{source}[{j}]')};" for j in steps]
+            else:
+                loop = f"for (int j = {steps[0]}; j < {steps[0] + len(steps)}; ++j)"
+                lines.append(f"{loop} {target} = {text.format(target, f'{source}[j]')};")
+        return lines
+
+    def matmul(self, a: Any, b: Any) -> Value:
+        left, right = self.numbers(a), self.numbers(b)
+        self.close()
+        rows, columns = len(left.index), right.index.shape[1]
+        name, at = self.name("t"), self.name("at")
+        # Of a matrix whose elements are at constant distances, a formula; else a table.
+        index = right.index
+        step, down = (int(index[-1, 0] - index[0, 0]), int(index[0, -1] - index[0, 0]))
+        step, down = step // max(len(index) - 1, 1), down // max(columns - 1, 1)
+        formula = index[0, 0] + np.arange(len(index))[:, None] * step + np.arange(columns) * down
+        if np.array_equal(index, formula):
+            second = f"{right.name}[{index[0, 0]} + k * {step} + j * {down}]"
+        else:
+            numbers = ", ".join(map(str, index.ravel()))
+            self.lines.append(f"static const uint16_t {at}[] = {{{numbers}}};")
+            second = f"{right.name}[{at}[k * {columns} + j]]"
+        self.lines.append(f"F {name}[{rows * columns}];")
+        for r in range(rows):
+            first = self.element(left.name, left.index[r]).replace("[i]", "[k]")
+            self.lines.append(
+                f"for (int j = 0; j < {columns}; ++j) {{\n  F sum = 0;\n"
+                f"  for (int k = 0; k < {len(index)}; ++k) sum += {first} * F({second});\n"
+                f"  {name}[{r * columns} + j] = sum;\n}}"
+            )
+        return Value(name, np.arange(rows * columns).reshape(rows, columns))
+
+    def gather(self, parts: list[list[str]], shape: tuple[int, ...]) -> Value:
+        """Sums of elements of several arrays, one for each element."""
+        self.close()
+        name = self.name("t")
+        self.lines.append(f"F {name}[{len(parts)}];")
+        self.lines += [f"{name}[{i}] = {' + '.join(terms)};" for i, terms in enumerate(parts)]
+        return Value(name, np.arange(len(parts)).reshape(shape))
+
+
+def _literal(x: float) -> str:
+    if math.isnan(x):
+        return "NAN"
+    if math.isinf(x):
+        return "INFINITY" if x > 0 else "-INFINITY"
+    return f"{float(np.float32(x)).hex()}f"
+
+
+_FUNCTIONS = (
+    "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log1p", "log2", "sin",
+    "sinh", "sqrt", "tan", "tanh",
+)  # fmt: skip
+# ATen operations of elements: C++ text of their operands.
+_ELEMENTWISE = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "rsub": "{1} - {0}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "neg": "-{0}",
+    "reciprocal": "F(1) / {0}",
+    **{name: f"{name}({{0}})" for name in _FUNCTIONS},
+    "rsqrt": "F(1) / sqrt({0})",
+    "abs": "abs({0})",
+    "sigmoid": "F(1) / (F(1) + exp(-{0}))",
+    "relu": "maximum({0}, F(0))",
+    "square": "{0} * {0}",
+    "sign": "where({0} > F(0), F(1), where({0} < F(0), F(-1), {0} * F(0)))",
+    "maximum": "maximum({0}, {1})",
+    "minimum": "minimum({0}, {1})",
+    "where": "where({0}, {1}, {2})",
+    "pow": "pow({0}, {1})",
+}
+_MASKS = {
+    "lt": "F({0}) < F({1})",
+    "le": "F({0}) <= F({1})",
+    "gt": "F({0}) > F({1})",
+    "ge": "F({0}) >= F({1})",
+    "eq": "F({0}) == F({1})",
+    "ne": "F({0}) != F({1})",
+    "logical_and": "{0} & {1}",
+    "logical_or": "{0} | {1}",
+    "logical_not": "!{0}",
+    "bitwise_and": "{0} & {1}",
+    "bitwise_or": "{0} | {1}",
+    "bitwise_not": "!{0}",
+}
+_OF_MASKS = {text for name, text in _MASKS.items() if name.startswith(("logical", "bitwise"))}
+_SAME = ("alias", "clone", "detach", "lift_fresh_copy", "contiguous", "_to_copy", "expand_copy")
+# Operations that torch takes for elementary, and has in terms of the others.
+_DECOMPOSED = [
+    getattr(torch.ops.aten, name)
+    for name in (
+        "_log_softmax", "_softmax", "elu", "gelu", "gelu_backward", "leaky_relu",
+        "leaky_relu_backward", "linalg_vector_norm",
+    )
+]  # fmt: skip
+# Operations on shapes, which torch itself does on the indices.
+_SHAPES = (
+    "_unsafe_view", "cat", "diagonal", "diagonal_scatter", "expand", "flip", "index", "index_put",
+    "index_select", "permute", "repeat", "reshape", "roll", "select", "select_scatter", "slice",
+    "slice_scatter", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind",
+    "unfold", "unsqueeze", "view",
+)  # fmt: skip
+_POWERS = {
+    0.5: "sqrt({0})", 1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}", -1: "F(1) / {0}",
+    -0.5: "F(1) / sqrt({0})", -2: "F(1) / ({0} * {0})",
+}  # fmt: skip
+_REDUCTIONS = {
+    "sum": ("{0} + {1}", "0"),
+    "amax": ("maximum({0}, {1})", ""),
+    "amin": ("minimum({0}, {1})", ""),
+    "prod": ("{0} * {1}", "1"),
+}
+
+
+@torch.no_grad()
+def source_of(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> str:
+    """The C++ text of a function of a row x ``[1, dim]`` and, if there is one more, sigma ``[1]``.
+
+    Raises:
+        NotImplementedError: an operation is not in the tables above; it is named.
+        ValueError: the result is not a row like x.
+    """
+    decompositions = {**core_aten_decompositions(), **get_decompositions(_DECOMPOSED)}
+    decompositions[torch.ops.aten.var.correction] = _variance
+    graph = make_fx(function, decompositions)(*arguments)
+    # A gradient's forward pass.
+    graph.graph.eliminate_dead_code()
+    x = arguments[0]
+    writer = Writer()
+    known: dict[Any, Any] = {}
+    inputs = iter(
+        [Value("x", np.arange(x.numel()).reshape(x.shape)), Value("sigma", np.zeros(1, int))]
+    )
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            known[node] = next(inputs)
+        elif node.op == "get_attr":
+            known[node] = getattr(graph, node.target)
+        elif node.op == "output":
+            return _finish(writer, map_arg(node.args[0], known.__getitem__), x)
+        else:
+            given = map_arg((node.args, node.kwargs), known.__getitem__)
+            try:
+                known[node] = _emit(writer, node, *given)
+            except _Unknown as unknown:
+                name, more = unknown.args
+                with _Finder(name) as finder:
+                    function(*arguments)
+                raise NotImplementedError(
+                    f"source: {name}{more} is not fused{finder.line}; see the operations in "
+                    "score_kernels/fused/trace.py, or write the score as C++ text"
+                ) from None
+    raise AssertionError("a graph ends with its output")
+
+
+def _variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
+    axes = list(range(x.dim())) if dim is None else dim
+    squares = (x - x.mean(axes, True)) ** 2
+    degrees = math.prod(x.shape[axis] for axis in axes) - (1 if correction is None else correction)
+    return squares.sum(axes, keepdim) / degrees
+
+
+def _finish(writer: Writer, result: Any, x: Tensor) -> str:
+    value = writer.numbers(result)
+    if value.index.shape != tuple(x.shape):
+        raise ValueError(
+            f"source: gave the shape {value.index.shape} for {tuple(x.shape)}, expected the same"
+        )
+    writer.close()
+    writer.lines += [f"s[{i}] = {value.name}[{j}];" for i, j in enumerate(value.index.ravel())]
+    body = "\n".join(writer.lines)
+    # An array that only its own loop reads is declared and stored for nothing.
+    uses = Counter(re.findall(r"\b[mt]\d+(?=\[)", body))
+    for name in [name for name, count in uses.items() if count == 2]:
+        body = re.sub(
+            rf"^ *(?:F|Mask) {name}\[\d+\];\n|^ *{name}\[i\] = {name}_;\n", "", body, flags=re.M
+        )
+    return (
+        "template <class F>\nvoid score(const F* x, F sigma_, F* s, const float*) {\n"
+        f"using namespace sk::fused;\nconst F sigma[1] = {{sigma_}};\n(void)sigma;\n{body}\n}}\n"
+    )
+
+
+def _emit(writer: Writer, node: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The value of a node of the graph, from those of its arguments."""
+    flat = tree_leaves((positional, named))
+    if node.target is operator.getitem or not any(isinstance(a, Value) for a in flat):
+        # Of constants, or a part of a list.
+        return node.target(*positional, **named)
+    name = node.target._schema.name.partition("::")[2]
+    if name in _SAME:
+        dtype = named.get("dtype")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise _Unknown(name, f" to {dtype}")
+        return positional[0]
+    if name in ("zeros_like", "ones_like", "full_like"):
+        fill = {"zeros_like": 0.0, "ones_like": 1.0}.get(name)
+        return torch.full(positional[0].index.shape, positional[1] if fill is None else fill)
+    if name == "pow" and positional[1] in _POWERS:
+        return writer.elementwise(_POWERS[positional[1]], positional[:1])
+    if name == "clamp":
+        low, high = (*positional[1:], None, None)[:2]
+        value = positional[0]
+        if low is not None:
+            value = writer.elementwise(_ELEMENTWISE["maximum"], [value, low])
+        return value if high is None else writer.elementwise("minimum({0}, {1})", [value, high])
+    if name in ("add", "sub") and named.get("alpha", 1) != 1:
+        sign = "+" if name == "add" else "-"
+        return writer.elementwise(f"{{0}} {sign} {_literal(named['alpha'])} * {{1}}", positional)
+    if name in _ELEMENTWISE and not named.get("rounding_mode"):
+        return writer.elementwise(_ELEMENTWISE[name], positional)
+    if name in _MASKS:
+        return writer.elementwise(_MASKS[name], positional, mask=True)
+    if name == "index_put" and positional[3:] == (True,):
+        return _added_at(writer, *positional[:3])
+    if name == "bmm":
+        a, b = (writer.numbers(operand) for operand in positional)
+        pairs = zip(a.index, b.index, strict=True)
+        parts = [writer.matmul(Value(a.name, i), Value(b.name, j)) for i, j in pairs]
+        terms = [[f"{part.name}[{k}]"] for part in parts for k in part.index.flat]
+        return writer.gather(terms, (len(parts), *parts[0].index.shape))
+    if name in _SHAPES:
+        return _reshaped(writer, node, positional, named)
+    if name in _REDUCTIONS or name == "mean":
+        dims = positional[1] if len(positional) > 1 else None
+        keepdim = positional[2] if len(positional) > 2 else named.get("keepdim", False)
+        text, start = _REDUCTIONS["sum" if name == "mean" else name]
+        total = writer.reduce(text, start, positional[0], dims, keepdim)
+        if name != "mean":
+            return total
+        count = positional[0].index.size / max(total.index.size, 1)
+        return writer.elementwise("{0} / {1}", [total, count])
+    if name == "mm":
+        return writer.matmul(*positional)
+    if name == "addmm" and not named:
+        return writer.elementwise("{0} + {1}", [positional[0], writer.matmul(*positional[1:])])
+    raise _Unknown(name, "")
+
+
+def _reshaped(writer: Writer, node: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """torch's own operation on tensors of indices, of which every array has a range of its own."""
+    names: list[str] = []
+    masks = {a.mask for a in tree_leaves((positional, named)) if isinstance(a, Value)}
+
+    def numbers(a: Any) -> Any:
+        # Other tensors of integers are indices already.
+        if not isinstance(a, Value) and not (isinstance(a, Tensor) and a.is_floating_point()):
+            return a
+        value = writer.value(a) if masks == {True} else writer.numbers(a)
+        if value.name not in names:
+            names.append(value.name)
+        return torch.from_numpy(value.index + _RANGE * names.index(value.name))
+
+    def values(a: Tensor) -> Value:
+        of, at = np.divmod(a.numpy(), _RANGE)
+        if (of == of.flat[0]).all():
+            return Value(names[of.flat[0]], at)
+        parts = [[f"{names[n]}[{k}]"] for n, k in zip(of.flat, at.flat, strict=True)]
+        return writer.gather(parts, at.shape)
+
+    given = map_aggregate((positional, named), numbers)
+    # A view of a copy, which is none here.
+    view = node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+    made = (torch.reshape if view else node.target)(*given[0], **given[1])
+    return [values(m) for m in made] if isinstance(made, (list, tuple)) else values(made)
+
+
+def _added_at(writer: Writer, into: Any, indices: Any, values: Any) -> Value:
+    """``into`` with values added at indices, which may repeat: what indexing's gradient is."""
+    into, values = writer.numbers(into), writer.numbers(values)
+    elements = torch.arange(into.index.size).view(into.index.shape)
+    places = elements[tuple(slice(None) if i is None else i for i in indices)].numpy()
+    parts = [[f"{into.name}[{k}]"] for k in into.index.flat]
+    added = np.broadcast_to(values.index, places.shape)
+    for at, k in zip(places.ravel(), added.ravel(), strict=True):
+        parts[at].append(f"{values.name}[{k}]")
+    return writer.gather(parts, into.index.shape)
+
+
+class _Unknown(Exception):
+    """An operation that is not in the tables: its name, and more words."""
+
+
+class _Finder(TorchDispatchMode):
+    """The last line outside torch and this library that calls an operation of a name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.line = name, ""
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.partition("::")[2] == self.name:
+            own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+            frames = [f for f in traceback.extract_stack() if not f.filename.startswith(own)]
+            self.line = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        return func(*args, **(kwargs or {}))

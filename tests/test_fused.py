@@ -1,0 +1,351 @@
+"""Fused scores: chains in one kernel against the same chains step by step in PyTorch."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+from conftest import NATIVE, on_backend
+from fibers.build import COMPILER
+from torch import Tensor, nn
+
+import score_kernels as sk
+from score_kernels import fused
+from score_kernels.fused import build
+
+pytestmark = pytest.mark.skipif(not COMPILER or not NATIVE, reason="needs a C++ compiler")
+
+SIGMAS = sk.geometric_sigmas(5.0, 0.5, 4)
+# In C++, and as torch does it: no function of a library, so that the bits are the same.
+CPP = """
+template <class F> void score(const F* x, F sigma, F* s, const float* p) {
+  for (int i = 0; i < 3; ++i) s[i] = (F(p[i]) - x[i]) / (sigma * sigma + 2);
+}
+"""
+PARAMS = torch.tensor([1.0, -2.0, 0.5])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCORE_KERNELS_CACHE", str(tmp_path_factory.mktemp("fused")))
+        yield
+
+
+def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
+    v = (sigma * sigma + 2)[:, None]
+    return (PARAMS - x) / v
+
+
+def mixture(x: Tensor, sigma: Tensor) -> Tensor:
+    """Of three components in the plane."""
+    centres = torch.tensor([[4.0, 0.0], [-2.0, 3.0], [-2.0, -3.0]])
+    v = (sigma**2 + 1)[:, None]
+    to = centres - x[:, None]
+    weights = torch.softmax(-(to**2).sum(2) / (2 * v), 1)
+    return (weights[:, :, None] * to).sum(1) / v
+
+
+def double_well(x: Tensor) -> Tensor:
+    return ((x**2 - 1) ** 2).sum(1) + 0.3 * x[:, 0]
+
+
+def lattice(x: Tensor) -> Tensor:
+    phi = x.view(-1, 4, 4)
+    kinetic = (phi - phi.roll(1, 1)) ** 2 + (phi - phi.roll(1, 2)) ** 2
+    return (0.5 * kinetic - phi**2 + 0.25 * phi**4).sum((1, 2))
+
+
+def both(x: Tensor, score: Callable[..., Tensor], **options: object) -> tuple[Tensor, Tensor]:
+    """A chain fused and step by step: the wrapped score is no FusedScore."""
+    chains = []
+    for one in (score, lambda *a: score(*a)):
+        chains.append(
+            sk.annealed_langevin(
+                one, x, SIGMAS, steps_per_level=3, step_size=0.2, seed=5, **options
+            )
+        )
+    return chains[0], chains[1]
+
+
+@pytest.mark.parametrize("isa", NATIVE)
+@pytest.mark.parametrize("rows", [1, 3, 16, 37, 1000])
+def test_noise_and_updates_are_the_steps_to_the_bit(isa: str, rows: int) -> None:
+    with on_backend(isa):
+        score = fused.score(gaussian, 3)
+        got, want = both(7 * torch.randn(rows, 3), score)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("isa", NATIVE)
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 8, 130, 256])
+def test_rows_of_any_length(isa: str, dim: int) -> None:
+    with on_backend(isa):
+        score = fused.score(lambda x, sigma: -x / sigma[:, None], dim)
+        got, want = both(torch.randn(21, dim), score, first_sample=2**32 - 11)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_chains_do_not_depend_on_threads_batches_or_pauses(threads: int) -> None:
+    score = fused.score(mixture, 2)
+    x, before = 5 * torch.randn(700, 2), torch.get_num_threads()
+
+    def chain(x: Tensor, **options: object) -> Tensor:
+        return sk.langevin(score, x, sigma=1.0, step_size=0.1, steps=60, seed=3, **options)
+
+    want = chain(x)
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(chain(x), want)
+    finally:
+        torch.set_num_threads(before)
+    parts = [chain(x[a:b], first_sample=a) for a, b in ((0, 13), (13, 400), (400, 700))]
+    assert torch.equal(torch.cat(parts), want)
+    order = torch.randperm(700)
+    assert torch.equal(chain(x[order], samples=order), want[order])
+    frames = chain(x, record_every=7)
+    assert torch.equal(frames[-1], want)
+    assert torch.equal(chain(frames[2], first_step=21), want)
+    draws = torch.full((700,), 4)
+    moved = sk.langevin(
+        lambda x, sigma: score(x, sigma), x, sigma=1.0, step_size=0.1, steps=60, seed=3,
+        samples=order, draws=draws,
+    )  # fmt: skip
+    close(chain(x, samples=order, draws=draws), moved)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    error = float((got - want).abs().max() / want.abs().max())
+    assert error <= tolerances.FUSED, error
+
+
+@pytest.mark.parametrize("function, dim", [(mixture, 2), (gaussian, 3)])
+def test_scores_with_functions_agree_to_their_rounding(
+    function: Callable[..., Tensor], dim: int
+) -> None:
+    close(*both(3 * torch.randn(50, dim), fused.score(function, dim)))
+
+
+def angles(x: Tensor) -> Tensor:
+    """Indices that repeat, whose gradients add up."""
+    pairs = x[:, torch.tensor([0, 1, 2, 0])] * x[:, torch.tensor([1, 2, 0, 1])]
+    return pairs.sin().sum(1) + x[:, 1:].square().sum(1) + x[:, 0]
+
+
+@pytest.mark.parametrize("energy, dim", [(double_well, 3), (lattice, 16), (angles, 3)])
+def test_energies_are_differentiated(energy: Callable[..., Tensor], dim: int) -> None:
+    score, x = fused.score(energy, dim, kind="energy"), torch.randn(9, dim)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(energy(leaf).sum(), leaf)
+    torch.testing.assert_close(score(x), -gradient)
+
+    def chain(one: Callable[..., Tensor]) -> Tensor:
+        return sk.langevin(one, x, step_size=0.01, steps=20, seed=1)
+
+    close(chain(score), chain(lambda x: score(x)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 33), nn.SiLU(), nn.Linear(33, 2))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.layers(torch.cat([x, sigma.log()[:, None]], 1)) / sigma[:, None]
+
+
+def test_a_small_network() -> None:
+    torch.manual_seed(0)
+    close(*both(torch.randn(40, 2), fused.score(Net(), 2)))
+
+
+UNARY = (
+    "abs", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log1p", "log2",
+    "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "tan",
+    "tanh",
+)  # fmt: skip
+MORE: dict[str, Callable[[Tensor], Tensor]] = {
+    "add, alpha": lambda x: torch.add(x, x.flip(1), alpha=2.5),
+    "amax": lambda x: x - x.amax(1, keepdim=True),
+    "amin": lambda x: x - x.amin(1, keepdim=True),
+    "cat": lambda x: torch.cat([x[:, 2:], 2 * x[:, :2]], 1),
+    "clamp": lambda x: x.clamp(0.5, 1.0) + x.clamp(min=0.8) - x.clamp(max=0.9),
+    "comparisons": lambda x: (x > 1) * x + (x <= 0.7) * 3.0 - (x != x.flip(1)) * 1.0,
+    "cumulated": lambda x: torch.stack([x[:, : i + 1].sum(1) for i in range(5)], 1),
+    "expand": lambda x: x.sum(1, keepdim=True).expand(-1, 5) * x,
+    "gelu": torch.nn.functional.gelu,
+    "einsum": lambda x: torch.einsum("bi,bj,ij->bi", x, x, torch.arange(25.0).view(5, 5)),
+    "index": lambda x: x[:, [4, 0, 0, 1, 3]] * x,
+    "leaky_relu": lambda x: torch.nn.functional.leaky_relu(x - 1, 0.1),
+    "logical": lambda x: torch.where((x > 0.5) & ~(x > 1.2) | (x < 0.3), x, -x),
+    "logsumexp": lambda x: x - x.logsumexp(1, keepdim=True),
+    "matrix": lambda x: x @ torch.arange(25.0).view(5, 5) / 25,
+    "matrix, transposed": lambda x: x @ torch.arange(25.0).view(5, 5).T / 25,
+    "maximum": lambda x: torch.maximum(x, x.flip(1)) - torch.minimum(x, 1 / x),
+    "mean": lambda x: x - x.mean(1, keepdim=True),
+    "norm": lambda x: x / x.norm(dim=1, keepdim=True),
+    "outer": lambda x: (x[:, :, None] * x[:, None]).sum(2),
+    "power": lambda x: x**3 + x**-2 + x**0.5 + x**2.2,
+    "product": lambda x: x * x.prod(1, keepdim=True),
+    "select": lambda x: torch.stack([x[:, 4], *x[:, :4].unbind(1)], 1),
+    "softmax": lambda x: torch.softmax(2 * x, 1),
+    "softplus": torch.nn.functional.softplus,
+    "sub, rsub": lambda x: (2 - x) - torch.sub(x, x.roll(1, 1), alpha=0.5),
+    "transpose": lambda x: (x[:, :4].view(-1, 2, 2).mT.reshape(-1, 4).sum(1, keepdim=True)) * x,
+    "variance": lambda x: x * x.var(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", [*UNARY, *MORE])
+def test_operations_are_torch_s(name: str) -> None:
+    function = MORE.get(name) or getattr(torch, name)
+    x = torch.rand(19, 5) + 0.2
+    x = x - 0.7 if name in ("abs", "neg", "relu", "sign", "sigmoid", "tanh") else x
+    score = fused.score(function, 5)
+    # One step to the score itself: a step size of 2 and noise that is taken off again.
+    step = sk.langevin(score, x, step_size=2.0, steps=1, seed=1, on_nan="ignore")
+    plain = sk.langevin(lambda x: score(x), x, step_size=2.0, steps=1, seed=1, on_nan="ignore")
+    torch.testing.assert_close(step, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_cpp_text_with_parameters() -> None:
+    score = fused.score(CPP, 3, params=PARAMS)
+    x = torch.randn(20, 3)
+    got = sk.annealed_langevin(score, x, SIGMAS, steps_per_level=3, step_size=0.2, seed=5)
+    assert torch.equal(got, both(x, fused.score(gaussian, 3))[0])
+    assert torch.equal(score(x, torch.full((20,), 2.0)), gaussian(x, torch.full((20,), 2.0)))
+
+
+def test_options_that_are_no_affine_steps_go_step_by_step() -> None:
+    score, x = fused.score(gaussian, 3), torch.randn(20, 3)
+    known, mask = torch.ones(3), torch.tensor([True, False, False])
+    seen: list[int] = []
+    for options in (
+        {"known": known, "mask": mask},
+        {"guidance": lambda x, sigma: 0.1 * x},
+        {"callback": lambda progress: seen.append(progress.step)},
+        {"denoise": False},
+    ):
+        got, want = both(x, score, **options)
+        assert torch.equal(got, want)
+    assert seen == [*range(12), *range(12)]
+    sde = sk.VE(0.5, 5.0)
+    got, want = (
+        sk.predictor_corrector(one, x, sde, steps=5, seed=1)
+        for one in (score, lambda x, sigma: score(x, sigma))
+    )
+    assert torch.equal(got, want)
+
+
+def test_a_divergence_names_its_sample() -> None:
+    score = fused.score(lambda x: x**3, 2)
+    x = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    with pytest.raises(FloatingPointError, match="sample 1"):
+        sk.langevin(score, x, step_size=1.0, steps=20, seed=1)
+
+
+@pytest.mark.parametrize(
+    "source, dim, options, error, text",
+    [
+        (
+            lambda x: x.cumsum(1),
+            2,
+            {},
+            NotImplementedError,
+            r"source: cumsum is not fused, at .*test_fused.py:\d+; see",
+        ),
+        (lambda x: x - x.mean(0), 2, {}, ValueError, "source: gave rows other scores in a batch"),
+        (lambda x: x[:, :1], 2, {}, ValueError, r"source: gave the shape \(1, 1\) for \(1, 2\)"),
+        (lambda x: x, 0, {}, ValueError, "dim: got 0, expected"),
+        (lambda x: x, 257, {}, ValueError, "dim: got 257, expected at most 256"),
+        (lambda x: x, 2, {"kind": "log"}, ValueError, "kind: got 'log', expected one of"),
+        (lambda x: x, 2, {"params": PARAMS}, ValueError, "params: got them with a function"),
+        (CPP, 3, {"kind": "energy"}, ValueError, "kind: got 'energy' with C\\+\\+ text"),
+        ("void score() { nothing; }", 3, {}, RuntimeError, "error: .nothing. was not declared"),
+        (5, 3, {}, TypeError, "source: got"),
+    ],
+)
+def test_what_cannot_be_fused_is_named(
+    source: object, dim: int, options: dict[str, object], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        fused.score(source, dim, **options)
+
+
+def test_chains_that_do_not_fit_the_score() -> None:
+    text = fused.score(CPP, 3, params=PARAMS)
+    with pytest.raises(ValueError, match="x: got rows of 2, expected the score's 3"):
+        text(torch.zeros(2, 2), torch.ones(2))
+    with pytest.raises(ValueError, match="sigma: got several noise levels with C"):
+        text(torch.zeros(2, 3), torch.tensor([1.0, 2.0]))
+    with pytest.raises(RuntimeError, match="C.. text, got x on meta, expected a CPU"):
+        text(torch.zeros(2, 3, device="meta"), torch.ones(2))
+    with pytest.raises(ValueError, match="x: got rows of 4, expected the score's 3"):
+        both(torch.zeros(2, 4), fused.score(gaussian, 3))
+    with pytest.raises(TypeError, match="score: takes sigma"):
+        sk.langevin(fused.score(gaussian, 3), torch.zeros(2, 3), step_size=0.1, steps=2, seed=1)
+
+
+def test_without_a_compiler_chains_run_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 3)
+    want = both(x, fused.score(gaussian, 3))[1]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler found; chains run step by step"):
+        score = fused.score(gaussian, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(both(x, score)[0], want)
+
+
+def test_a_score_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused.score(gaussian, 3)
+    made = sorted(Path(build._cache()).iterdir())
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(subprocess, "run", never)
+    fused.score(gaussian, 3)
+    assert sorted(Path(build._cache()).iterdir()) == made
+
+
+def test_processes_that_compile_at_once(tmp_path: Path) -> None:
+    code = (
+        "import torch, score_kernels as sk\n"
+        "score = sk.fused.score(lambda x: -x, 2)\n"
+        "print(sk.langevin(score, torch.ones(1, 2), step_size=0.1, steps=3, seed=1).tolist())"
+    )
+    environment = {**__import__("os").environ, "SCORE_KERNELS_CACHE": str(tmp_path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
+        for _ in range(3)
+    ]
+    # One that is killed while it compiles leaves nothing that another would take for a library.
+    processes[0].kill()
+    said = {process.communicate()[0] for process in processes[1:]}
+    assert len(said) == 1 and said != {b""}
+    assert len(list(tmp_path.glob("*.so"))) == 1
+
+
+def test_ten_levels_of_the_toy_have_the_mass_of_its_modes() -> None:
+    """The mixture of the tutorial, 4:1, at (5, 5) and (-5, -5): see test_sampling's toy."""
+
+    def toy(x: Tensor, sigma: Tensor) -> Tensor:
+        v = (sigma**2)[:, None]
+        return (5 * torch.tanh(math.log(2) + 5 * x.sum(1, keepdim=True) / v) - x) / v
+
+    x = sk.ops.uniform((20_000, 2), sk.NoiseKey(3)) * 16 - 8
+    sigmas = sk.geometric_sigmas(20.0, 1.0, 10)
+    score = fused.score(toy, 2)
+    got = sk.annealed_langevin(score, x, sigmas, steps_per_level=100, step_size=0.1, seed=11)
+    mass = float((got.sum(1) > 0).double().mean())
+    # Of the same chain step by step; four standard deviations of 20,000 samples.
+    assert abs(mass - 0.783) < 4 * math.sqrt(0.783 * 0.217 / 20_000)
