@@ -64,4 +64,4 @@ bench: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info score_kernels/*.so score_kernels/include
+	rm -rf .venv build *.egg-info score_kernels/*.so score_kernels/headers

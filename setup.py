@@ -197,7 +197,7 @@ class BuildKernels(build_ext):
             self.writers["score_kernels._cuda"] = lambda *to: cuda_build(nvcc, *to)
         self.extensions = [e for e in self.extensions if e.name in self.writers]
         package = Path(self.get_ext_fullpath("score_kernels._cpu")).parent
-        installed = package / "include" / "score_kernels"
+        installed = package / "headers" / "score_kernels"
         installed.mkdir(parents=True, exist_ok=True)
         for header in HEADERS:
             shutil.copy(ROOT / header, installed)

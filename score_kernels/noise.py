@@ -249,7 +249,8 @@ def include() -> str:
     Raises:
         FileNotFoundError: the package runs from sources that were not built.
     """
-    folder = Path(__file__).parent / "include"
+    # A folder of another name than this function, which its import would hide.
+    folder = Path(__file__).parent / "headers"
     if not (folder / "score_kernels" / "noise.h").exists():
         raise FileNotFoundError(f"{folder}: no headers there, expected those that pip installs")
     return str(folder)

@@ -414,6 +414,8 @@ target("Trainer", trainer, net=_net, sigmas=LEVELS, **_optional)
 NOT_CALLED = {"Schedule", "ops", "Options", "Progress", "Purpose", "networks", "load"}
 # An iterator, with tests of its own.
 NOT_CALLED |= {"stream", "Request"}
+# Without arguments; with a compiler at each call (test_fused.py).
+NOT_CALLED |= {"include", "fused"}
 # sampling's functions are score_kernels' own.
 PUBLIC = {
     *(name for module in (sk, sampling) for name in module.__all__),

@@ -85,7 +85,7 @@ def test_the_installed_headers_are_the_checkout_s(name: str) -> None:
 
 def test_sources_that_were_not_built_have_no_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("score_kernels.noise.__file__", "/nowhere/noise.py")
-    with pytest.raises(FileNotFoundError, match="/nowhere/include: no headers there, expected"):
+    with pytest.raises(FileNotFoundError, match="/nowhere/headers: no headers there, expected"):
         sk.include()
 
 

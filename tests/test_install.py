@@ -36,7 +36,7 @@ def sources(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "score_kernels"):
         shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "include")
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "headers")
         )
     return tmp_path
 
@@ -58,7 +58,7 @@ def test_without_a_compiler_the_build_says_so_and_goes_on(sources: Path) -> None
     line = "score_kernels: no C++ compiler found; the pure-torch reference will serve"
     assert line in done.stderr.splitlines()
     assert not list(sources.glob("score_kernels/*.so"))
-    assert (sources / "score_kernels/include/score_kernels/noise.h").exists()
+    assert (sources / "score_kernels/headers/score_kernels/noise.h").exists()
     # An editable install's finder would still find the checkout's kernels.
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
