@@ -42,9 +42,17 @@
 #endif
 #define SK_NOISE_VERSION 1
 
+#ifdef __CUDACC_RTC__
+// NVRTC has the functions without the headers, and no names for the integers.
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef unsigned short uint16_t;
+#else
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#endif
 
 #ifdef __CUDACC__
 #define SK_INLINE __host__ __device__ __forceinline__

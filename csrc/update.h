@@ -3,7 +3,7 @@
 // (c = 0) none is added: a product with 0 could change the sign of a zero.
 #pragma once
 
-#include "args.h"
+#include "noise.h"
 
 namespace sk {
 

@@ -216,6 +216,17 @@ def test_operations_are_torch_s(name: str) -> None:
     torch.testing.assert_close(step, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_scores_of_one_process_keep_their_constants() -> None:
+    """Constants of the same name and size, of two libraries."""
+    torch.manual_seed(3)
+    x, networks = torch.randn(20, 3), [nn.Linear(3, 3) for _ in range(2)]
+    scores = [fused.score(lambda x, net=net: net(x) - 2 * x, 3) for net in networks]
+    for score in scores:
+        got = sk.langevin(score, x, step_size=0.1, steps=5, seed=1)
+        want = sk.langevin(score.function, x, step_size=0.1, steps=5, seed=1)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_cpp_text_with_parameters() -> None:
     score = fused.score(CPP, 3, params=PARAMS)
     x = torch.randn(20, 3)
@@ -286,7 +297,9 @@ def test_chains_that_do_not_fit_the_score() -> None:
         text(torch.zeros(2, 2), torch.ones(2))
     with pytest.raises(ValueError, match="sigma: got several noise levels with C"):
         text(torch.zeros(2, 3), torch.tensor([1.0, 2.0]))
-    with pytest.raises(RuntimeError, match="C.. text, got x on meta, expected a CPU"):
+    with pytest.raises(
+        RuntimeError, match="C.. text, got x on meta, expected a CUDA GPU, or a CPU"
+    ):
         text(torch.zeros(2, 3, device="meta"), torch.ones(2))
     with pytest.raises(ValueError, match="x: got rows of 4, expected the score's 3"):
         both(torch.zeros(2, 4), fused.score(gaussian, 3))

@@ -238,7 +238,12 @@ def run(mutant: Mutant | Ignored, folder: str, first: list[str]) -> None:
     chosen = " and ".join(f"not {name}" for name in SETTINGS["slow"])
     if first and pytest.main([*options, *first], [Alarm()]) == pytest.ExitCode.TESTS_FAILED:
         os._exit(1)
-    os._exit(int(pytest.main([*options, "-k", chosen, *mutant.tests], [Alarm()])))
+    # A file at a time: most changes are noticed by the first, and the others take long to collect.
+    for tests in mutant.tests:
+        code = pytest.main([*options, "-k", chosen, tests], [Alarm()])
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            os._exit(int(code))
+    os._exit(0)
 
 
 def start(mutant: Mutant | Ignored, folder: str, first: Sequence[str] = ()) -> tuple[int, Path]:

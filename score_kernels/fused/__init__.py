@@ -6,7 +6,9 @@ that takes a chain's steps one after the other without leaving the processor's f
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import inspect
 import math
 import warnings
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from score_kernels import checks
+from score_kernels.backends import reference
 from score_kernels.backends.compiled import native
 from score_kernels.fused import build
 
@@ -100,17 +103,17 @@ class FusedScore:
         if self.function is not None:
             return self.function(x, sigma) if self.takes_sigma else self.function(x)
         self._check_shape(x)
-        address = self._address()
-        if address is None or not x.is_cpu:
+        run = self._runner(x)
+        if run is None:
             raise RuntimeError(
-                f"score: C++ text, got x on {x.device}, expected a CPU, a compiler and the native "
-                "backend"
+                f"score: C++ text, got x on {x.device}, expected a CUDA GPU, or a CPU with a "
+                "compiler and the native backend"
             )
         level = math.nan if sigma is None or not len(sigma) else float(sigma.flatten()[0])
         if sigma is not None and bool((sigma != level).any()):
             raise ValueError("sigma: got several noise levels with C++ text, expected one")
         out = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        self._run(address, out, _evaluation(level), (0, 0, 0, 0, None))
+        run(out, _evaluation(level), (0, 0, 0, 0, None))
         return out
 
     def chain(self, chain: Chain) -> Callable[[int, int], None] | None:
@@ -120,21 +123,44 @@ class FusedScore:
         if self.takes_sigma and any(math.isnan(phase.sigma) for phase in plan):
             raise TypeError("score: takes sigma, expected a function of x for a chain without one")
         more = chain.known, model.guidance, model.conditions, *(phase.pre_step for phase in plan)
-        address = self._address()
-        if address is None or chain.backend is not native or any(more):
+        fits = chain.backend is native if x.is_cpu else chain.backend is not reference.backend
+        run = self._runner(x) if fits and not any(more) else None
+        if run is None:
             return None
         lines = [(p.a, p.b, p.c, p.sigma, 1 / p.mean) for p in plan]
         repeats = torch.tensor([phase.steps for phase in plan])
         table = torch.tensor(lines, dtype=torch.float32).repeat_interleave(repeats, 0)
 
         def advance(t: int, stop: int) -> None:
-            self._run(address, x, table[t:stop], (*chain.key[:2], t, *chain.key[3:]))
+            run(x, table[t:stop], (*chain.key[:2], t, *chain.key[3:]))
 
         return advance
 
     def _check_shape(self, x: Tensor) -> None:
         if len(x) and x[:1].numel() != self.dim:
             raise ValueError(f"x: got rows of {x[:1].numel()}, expected the score's {self.dim}")
+
+    def _runner(self, x: Tensor) -> Callable[..., None] | None:
+        """A function of (x, table, key) that takes all steps of a table, if x's device has one."""
+        if x.is_cuda:
+            with torch.cuda.device(x.device):
+                return functools.partial(self._launch, build.cuda_kernel(self.text))
+        address = self._address() if x.is_cpu else None
+        return None if address is None else functools.partial(self._run, address)
+
+    def _launch(
+        self, kernel: Callable[..., None], x: Tensor, table: Tensor, key: tuple[Any, ...]
+    ) -> None:
+        seed, purpose, draw, first, addresses = key
+        table = table.to(x.device)
+        # Pointers that the kernel does not read are the table's.
+        params = table if self.params is None else self.params.to(x.device)
+        tensors = [x, table, params, table if addresses is None else addresses]
+        numbers = [len(x), len(table), seed, seed >> 32, first, first >> 32, draw, purpose]
+        numbers = [*(n & 0xFFFFFFFF for n in numbers), int(addresses is not None)]
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            kernel((-(-len(x) // _THREADS), 1, 1), (_THREADS, 1, 1), [*tensors, *numbers])
+        torch.autograd.graph.increment_version(x)
 
     def _run(self, address: int, x: Tensor, table: Tensor, key: tuple[Any, ...]) -> None:
         params = 0 if self.params is None else self.params.data_ptr()
@@ -177,6 +203,8 @@ class FusedScore:
             )
 
 
+# Of a block on a GPU.
+_THREADS = 128
 _FRAME = """#include <score_kernels/fused.h>
 {text}
 SK_FUSED_SCORE({dim})

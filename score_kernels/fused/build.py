@@ -11,11 +11,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from score_kernels.noise import include
 
-__all__ = ["compiled", "compiler"]
+__all__ = ["CUDA_FLAGS", "compiled", "compiler", "cuda_kernel"]
 
 # As setup.py's: the score shares vectors with the kernel that calls it.
 _ISAS = {
@@ -27,10 +30,15 @@ _FLAGS = [
     "-std=c++17",
     "-shared",
     "-fPIC",
+    # Constants of a function template are one for all libraries of a process, unless hidden.
+    "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-mtune=native",
 ]
+
+CUDA_FLAGS = ["--std=c++17", "--fmad=false", "--device-as-default-execution-space"]
 
 
 def compiler() -> list[str] | None:
@@ -70,6 +78,18 @@ def compiled(source: str, isa: str) -> ctypes.CDLL:
                 raise RuntimeError(f"score: the compiler says\n{done.stderr.strip()}")
             os.replace(made, library)
     return ctypes.CDLL(str(library))
+
+
+def cuda_kernel(source: str) -> Callable[..., None]:
+    """The chain's kernel for the current GPU, by NVRTC, which torch brings with it."""
+    return _cuda_kernel(source, torch.cuda.current_device())
+
+
+@functools.cache
+def _cuda_kernel(source: str, _: int) -> Callable[..., None]:
+    return torch.cuda._compile_kernel(
+        source, "sk_chain", cuda_include_dirs=[include()], nvcc_options=list(CUDA_FLAGS)
+    )
 
 
 @functools.cache

@@ -31,6 +31,10 @@ __all__ = ["source_of"]
 
 # More than an array has elements.
 _RANGE = 1 << 20
+# Operations that are done again rather than stored by one loop and read by the next.
+_RECOMPUTED = 4
+# Columns of a matrix that csrc/fused.h's product takes at a time.
+_BLOCK = 8
 
 
 @dataclass
@@ -54,10 +58,12 @@ class Writer:
 
     lines: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
-    # What the open loop computes, of so many elements.
-    open: set[str] = field(default_factory=set)
+    # What the open loop computes, of so many elements: the text and its operands.
+    open: dict[str, tuple[str, list[Value]]] = field(default_factory=dict)
     size: int = 0
     count: int = 0
+    # Names of tables of indices.
+    tables: dict[bytes, str] = field(default_factory=dict)
 
     def name(self, letter: str) -> str:
         self.count += 1
@@ -65,48 +71,72 @@ class Writer:
 
     def close(self) -> None:
         if self.body:
-            unroll = "#pragma GCC unroll 16\n" if self.size <= 16 else ""
+            unroll = "SK_UNROLL(16)\n" if self.size <= 16 else ""
             body = "\n".join(f"  {line}" for line in self.body)
             self.lines.append(f"{unroll}for (int i = 0; i < {self.size}; ++i) {{\n{body}\n}}")
-        self.body, self.open = [], set()
+        self.body, self.open = [], {}
 
     def elementwise(self, text: str, operands: Sequence[Any], *, mask: bool = False) -> Value:
         """``text``, in which {0}, {1}, ... are operands, for each element of their broadcast."""
         values = [self.value(operand) for operand in operands]
         shape = np.broadcast_shapes(*(value.index.shape for value in values))
-        flat = [np.broadcast_to(value.index, shape).ravel() for value in values]
+        flat = [Value(v.name, np.broadcast_to(v.index, shape).ravel()) for v in values]
         size = math.prod(shape)
-        moved = any(
-            value.name in self.open and not np.array_equal(index, np.arange(size))
-            for value, index in zip(values, flat, strict=True)
-        )
-        if moved or size != self.size:
+        if size != self.size or max(map(self.again, flat)) > _RECOMPUTED:
             self.close()
         self.size = size
-        given = [self.element(v.name, index) for v, index in zip(values, flat, strict=True)]
+        name, kind = (self.name("m"), "Mask") if mask else (self.name("t"), "F")
+        self.lines.append(f"{kind} {name}[{size}];")
+        self.body.append(f"const {kind} {name}_ = {self.applied(text, flat)};")
+        self.body.append(f"{name}[i] = {name}_;")
+        self.open[name] = text, flat
+        return Value(name, np.arange(size).reshape(shape))
+
+    def applied(self, text: str, operands: Sequence[Value]) -> str:
+        given = list(map(self.element, operands))
         if text not in _OF_MASKS:
             # A mask is a number in arithmetic, and where's condition.
             first = text == _ELEMENTWISE["where"]
-            for i, v in enumerate(values):
+            for i, v in enumerate(operands):
                 if v.mask and (i or not first):
                     given[i] = f"where({given[i]}, F(1), F(0))"
-        name, kind = (self.name("m"), "Mask") if mask else (self.name("t"), "F")
-        self.lines.append(f"{kind} {name}[{size}];")
-        self.body.append(f"const {kind} {name}_ = {text.format(*given)};")
-        self.body.append(f"{name}[i] = {name}_;")
-        self.open.add(name)
-        return Value(name, np.arange(size).reshape(shape))
+        return text.format(*given)
 
-    def element(self, name: str, index: np.ndarray) -> str:
+    def moved(self, value: Value) -> bool:
+        """Whether elements are of the open loop's other rounds."""
+        return value.name in self.open and not _is_range(value.index)
+
+    def again(self, value: Value, most: int = _RECOMPUTED) -> int:
+        """Operations to do again for elements of other rounds; more than most: too many."""
+        if not self.moved(value):
+            return 0
+        text, operands = self.open[value.name]
+        count = 1 if not set("/(") & set(text) else most + 1
+        for operand in operands:
+            if count <= most:
+                count += self.again(Value(operand.name, operand.index[value.index]), most - count)
+        return count
+
+    def element(self, value: Value) -> str:
         """The i-th of some elements of an array, inside the open loop."""
-        if np.array_equal(index, np.arange(len(index))):
+        name, index = value.name, value.index
+        if self.moved(value):
+            text, operands = self.open[name]
+            return f"({self.applied(text, [Value(o.name, o.index[index]) for o in operands])})"
+        if _is_range(index):
             return f"{name}_" if name in self.open else f"{name}[i]"
         if (index == index[0]).all():
             return f"{name}[{index[0]}]"
-        table = self.name("at")
-        numbers = ", ".join(map(str, index))
-        self.lines.append(f"static const uint16_t {table}[] = {{{numbers}}};")
-        return f"{name}[{table}[i]]"
+        return f"{name}[{self.table(index)}[i]]"
+
+    def table(self, index: np.ndarray) -> str:
+        """The name of a constant array of indices."""
+        key = index.tobytes()
+        if key not in self.tables:
+            self.tables[key] = self.name("at")
+            numbers = ", ".join(map(str, index.ravel()))
+            self.lines.append(f"static const uint16_t {self.tables[key]}[] = {{{numbers}}};")
+        return self.tables[key]
 
     def numbers(self, operand: Any) -> Value:
         """A value that is no mask."""
@@ -161,29 +191,56 @@ class Writer:
         return lines
 
     def matmul(self, a: Any, b: Any) -> Value:
-        left, right = self.numbers(a), self.numbers(b)
-        self.close()
-        rows, columns = len(left.index), right.index.shape[1]
-        name, at = self.name("t"), self.name("at")
-        # Of a matrix whose elements are at constant distances, a formula; else a table.
-        index = right.index
-        step, down = (int(index[-1, 0] - index[0, 0]), int(index[0, -1] - index[0, 0]))
-        step, down = step // max(len(index) - 1, 1), down // max(columns - 1, 1)
-        formula = index[0, 0] + np.arange(len(index))[:, None] * step + np.arange(columns) * down
-        if np.array_equal(index, formula):
-            second = f"{right.name}[{index[0, 0]} + k * {step} + j * {down}]"
-        else:
-            numbers = ", ".join(map(str, index.ravel()))
-            self.lines.append(f"static const uint16_t {at}[] = {{{numbers}}};")
-            second = f"{right.name}[{at}[k * {columns} + j]]"
+        if not isinstance(a, Value):
+            # The constant matrix comes second.
+            right = self.numbers(b)
+            made = self.matmul(Value(right.name, right.index.T), torch.as_tensor(a).T)
+            return Value(made.name, made.index.T)
+        left, name = self.numbers(a), self.name("t")
+        rows, count = left.index.shape
+        if isinstance(b, Value):
+            return self.product_of_values(left, self.numbers(b))
+        columns, matrix = len(b.T), self.packed(b)
         self.lines.append(f"F {name}[{rows * columns}];")
-        for r in range(rows):
-            first = self.element(left.name, left.index[r]).replace("[i]", "[k]")
+        for r, index in enumerate(left.index):
+            row = Value(left.name, index)
+            if not _is_range(index - index[0]):
+                row = self.elementwise("{0}", [row])
+            self.close()
             self.lines.append(
-                f"for (int j = 0; j < {columns}; ++j) {{\n  F sum = 0;\n"
-                f"  for (int k = 0; k < {len(index)}; ++k) sum += {first} * F({second});\n"
-                f"  {name}[{r * columns} + j] = sum;\n}}"
+                f"product<{count}, {columns}>(&{row.name}[{row.index[0]}], {matrix}, "
+                f"&{name}[{r * columns}]);"
             )
+        return Value(name, np.arange(rows * columns).reshape(rows, columns))
+
+    def packed(self, matrix: Tensor) -> str:
+        """The name of a constant matrix, as csrc/fused.h's product reads it."""
+        count, columns = matrix.shape
+        blocks = np.zeros((count, -(-columns // _BLOCK) * _BLOCK))
+        blocks[:, :columns] = matrix.detach().double().numpy()
+        blocks = blocks.reshape(count, -1, _BLOCK).swapaxes(0, 1)
+        name = self.name("k")
+        text = ", ".join(map(_literal, blocks.ravel().tolist()))
+        self.lines.append(f"alignas(64) static const float {name}[] = {{{text}}};")
+        return name
+
+    def product_of_values(self, left: Value, right: Value) -> Value:
+        self.close()
+        (rows, count), columns = left.index.shape, right.index.shape[1]
+        name, a, b = self.name("t"), self.table(left.index), self.table(right.index)
+        self.lines.append(f"F {name}[{rows * columns}];")
+        first, second = (
+            f"{left.name}[{a}[i * {count} + k]]",
+            f"{right.name}[{b}[k * {columns} + j]]",
+        )
+        self.lines += [
+            f"for (int i = 0; i < {rows}; ++i)",
+            f"  for (int j = 0; j < {columns}; ++j) {{",
+            "    F sum = 0;",
+            f"    for (int k = 0; k < {count}; ++k) sum += {first} * {second};",
+            f"    {name}[i * {columns} + j] = sum;",
+            "  }",
+        ]
         return Value(name, np.arange(rows * columns).reshape(rows, columns))
 
     def gather(self, parts: list[list[str]], shape: tuple[int, ...]) -> Value:
@@ -193,6 +250,10 @@ class Writer:
         self.lines.append(f"F {name}[{len(parts)}];")
         self.lines += [f"{name}[{i}] = {' + '.join(terms)};" for i, terms in enumerate(parts)]
         return Value(name, np.arange(len(parts)).reshape(shape))
+
+
+def _is_range(index: np.ndarray) -> bool:
+    return np.array_equal(index, np.arange(len(index)))
 
 
 def _literal(x: float) -> str:
@@ -259,6 +320,7 @@ _SHAPES = (
     "slice_scatter", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind",
     "unfold", "unsqueeze", "view",
 )  # fmt: skip
+_LIKES = {"zeros_like": 0.0, "ones_like": 1.0, "full_like": None}
 _POWERS = {
     0.5: "sqrt({0})", 1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}", -1: "F(1) / {0}",
     -0.5: "F(1) / sqrt({0})", -2: "F(1) / ({0} * {0})",
@@ -281,9 +343,9 @@ def source_of(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> s
     """
     decompositions = {**core_aten_decompositions(), **get_decompositions(_DECOMPOSED)}
     decompositions[torch.ops.aten.var.correction] = _variance
-    graph = make_fx(function, decompositions)(*arguments)
-    # A gradient's forward pass.
-    graph.graph.eliminate_dead_code()
+    # A function of its arguments alone: make_fx counts those with a default too.
+    graph = make_fx(lambda *given: function(*given), decompositions)(*arguments)
+    _without_likes(graph)
     x = arguments[0]
     writer = Writer()
     known: dict[Any, Any] = {}
@@ -312,6 +374,22 @@ def source_of(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> s
     raise AssertionError("a graph ends with its output")
 
 
+def _without_likes(graph: torch.fx.GraphModule) -> None:
+    """Constants in place of full_like and its like, and what then nothing depends on removed.
+
+    That is the value whose gradient is wanted: it gives the gradient's ones their shape alone.
+    """
+    for node in graph.graph.nodes:
+        name = getattr(node.target, "__name__", "").partition(".")[0]
+        if name in _LIKES:
+            value = node.args[1] if name == "full_like" else _LIKES[name]
+            full = tuple(node.meta["tensor_meta"].shape), value
+            with graph.graph.inserting_before(node):
+                made = graph.graph.call_function(torch.ops.aten.full.default, full)
+            node.replace_all_uses_with(made)
+    graph.graph.eliminate_dead_code()
+
+
 def _variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
     axes = list(range(x.dim())) if dim is None else dim
     squares = (x - x.mean(axes, True)) ** 2
@@ -325,9 +403,11 @@ def _finish(writer: Writer, result: Any, x: Tensor) -> str:
         raise ValueError(
             f"source: gave the shape {value.index.shape} for {tuple(x.shape)}, expected the same"
         )
+    if not _is_range(value.index.ravel()) or not value.name.startswith("t"):
+        value = writer.elementwise("{0}", [value])
     writer.close()
-    writer.lines += [f"s[{i}] = {value.name}[{j}];" for i, j in enumerate(value.index.ravel())]
     body = "\n".join(writer.lines)
+    body = body.replace(f"F {value.name}[{x.numel()}];", f"F* const {value.name} = s;")
     # An array that only its own loop reads is declared and stored for nothing.
     uses = Counter(re.findall(r"\b[mt]\d+(?=\[)", body))
     for name in [name for name, count in uses.items() if count == 2]:
@@ -352,9 +432,6 @@ def _emit(writer: Writer, node: Any, positional: tuple[Any, ...], named: dict[st
         if dtype not in (None, torch.float32, torch.float64):
             raise _Unknown(name, f" to {dtype}")
         return positional[0]
-    if name in ("zeros_like", "ones_like", "full_like"):
-        fill = {"zeros_like": 0.0, "ones_like": 1.0}.get(name)
-        return torch.full(positional[0].index.shape, positional[1] if fill is None else fill)
     if name == "pow" and positional[1] in _POWERS:
         return writer.elementwise(_POWERS[positional[1]], positional[:1])
     if name == "clamp":
