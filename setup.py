@@ -28,9 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
 # For kernels of users; score_kernels.include() gives the folder above.
-HEADERS = [
-    Path("csrc") / name for name in ("noise.h", "update.h", "fused.h", "fused_gpu.h")
-]
+HEADERS = [Path("csrc") / name for name in ("noise.h", "update.h", "fused.h", "fused_gpu.h")]
 FLAGS = [
     "-O3",
     "-std=c++17",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -67,6 +68,17 @@ def test_the_toy_s_exact_score_is_the_gradient_of_its_density() -> None:
     std = torch.rand(50, dtype=torch.float64) * 3 + 1
     (gradient,) = torch.autograd.grad(toy.log_terms(x, std).logsumexp(1).sum(), x)
     torch.testing.assert_close(toy.exact_score(x, std), gradient)
+
+
+def test_the_magnetisation_of_a_lattice() -> None:
+    """Of a free field as it is known, and of phi^4 as Metropolis' algorithm finds it."""
+    lattice = module("lattice")
+    mean, error = lattice.langevin(0.2, 0.0, 400, 1500)
+    # alpha = 1e-4 of a normal estimate, for both.
+    assert abs(mean - lattice.free(0.2)) < 3.9 * error
+    mean, error = lattice.langevin(0.22, 0.2, 400, 1500)
+    other, its_error = lattice.metropolis(0.22, 0.2, 200, 150)
+    assert abs(mean - other) < 3.9 * math.hypot(error, its_error)
 
 
 def test_fashion_mnist(tmp_path: Path) -> None:
