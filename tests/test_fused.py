@@ -140,7 +140,23 @@ def angles(x: Tensor) -> Tensor:
     return pairs.sin().sum(1) + x[:, 1:].square().sum(1) + x[:, 0]
 
 
-@pytest.mark.parametrize("energy, dim", [(double_well, 3), (lattice, 16), (angles, 3)])
+def columns(x: Tensor) -> Tensor:
+    """Rosenbrock's, whose gradient goes through masks that are constants."""
+    return (1 - x[:, 0]) ** 2 + 2 * (x[:, 1] - x[:, 0] ** 2) ** 2 + x[:, 2].square()
+
+
+def logistic(x: Tensor) -> Tensor:
+    """A posterior's, with the loss that changes its own tensor in place."""
+    features = torch.arange(21.0).view(7, 3).sin()
+    labels = (features[:, 0] > 0).float().expand(len(x), 7)
+    loss = nn.functional.binary_cross_entropy_with_logits(x @ features.T, labels, reduction="none")
+    return loss.sum(1) + x.square().sum(1) / 2
+
+
+@pytest.mark.parametrize(
+    "energy, dim",
+    [(double_well, 3), (lattice, 16), (angles, 3), (columns, 3), (logistic, 3)],
+)
 def test_energies_are_differentiated(energy: Callable[..., Tensor], dim: int) -> None:
     score, x = fused.score(energy, dim, kind="energy"), torch.randn(9, dim)
     leaf = x.clone().requires_grad_()
@@ -172,10 +188,25 @@ UNARY = (
     "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "tan",
     "tanh",
 )  # fmt: skip
+
+
+def changed_in_place(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, 0] = x[:, 1]
+    y[:, 2:] += 2 * x[:, 2:]
+    y[:, 1] = 0.5
+    return y
+
+
+MATRIX = torch.arange(25.0).view(5, 5) / 25
+NORMED = nn.Sequential(nn.LayerNorm(5, elementwise_affine=False), nn.BatchNorm1d(5)).eval()
 MORE: dict[str, Callable[[Tensor], Tensor]] = {
     "add, alpha": lambda x: torch.add(x, x.flip(1), alpha=2.5),
     "amax": lambda x: x - x.amax(1, keepdim=True),
     "amin": lambda x: x - x.amin(1, keepdim=True),
+    "bmm": lambda x: torch.cat(
+        [(x[:, :4].reshape(-1, 2, 2) @ x[:, 1:].reshape(-1, 2, 2)).reshape(-1, 4), x[:, :1]], 1
+    ),
     "cat": lambda x: torch.cat([x[:, 2:], 2 * x[:, :2]], 1),
     "clamp": lambda x: x.clamp(0.5, 1.0) + x.clamp(min=0.8) - x.clamp(max=0.9),
     "comparisons": lambda x: (x > 1) * x + (x <= 0.7) * 3.0 - (x != x.flip(1)) * 1.0,
@@ -183,14 +214,17 @@ MORE: dict[str, Callable[[Tensor], Tensor]] = {
     "expand": lambda x: x.sum(1, keepdim=True).expand(-1, 5) * x,
     "gelu": torch.nn.functional.gelu,
     "einsum": lambda x: torch.einsum("bi,bj,ij->bi", x, x, torch.arange(25.0).view(5, 5)),
+    "in place": changed_in_place,
     "index": lambda x: x[:, [4, 0, 0, 1, 3]] * x,
     "leaky_relu": lambda x: torch.nn.functional.leaky_relu(x - 1, 0.1),
     "logical": lambda x: torch.where((x > 0.5) & ~(x > 1.2) | (x < 0.3), x, -x),
     "logsumexp": lambda x: x - x.logsumexp(1, keepdim=True),
-    "matrix": lambda x: x @ torch.arange(25.0).view(5, 5) / 25,
-    "matrix, transposed": lambda x: x @ torch.arange(25.0).view(5, 5).T / 25,
+    "matrix": lambda x: x @ MATRIX,
+    "matrix, on the left": lambda x: (MATRIX @ x.T).T,
+    "matrix, transposed": lambda x: x @ MATRIX.T,
     "maximum": lambda x: torch.maximum(x, x.flip(1)) - torch.minimum(x, 1 / x),
     "mean": lambda x: x - x.mean(1, keepdim=True),
+    "normalisation": NORMED,
     "norm": lambda x: x / x.norm(dim=1, keepdim=True),
     "outer": lambda x: (x[:, :, None] * x[:, None]).sum(2),
     "power": lambda x: x**3 + x**-2 + x**0.5 + x**2.2,
@@ -219,8 +253,8 @@ def test_operations_are_torch_s(name: str) -> None:
 def test_scores_of_one_process_keep_their_constants() -> None:
     """Constants of the same name and size, of two libraries."""
     torch.manual_seed(3)
-    x, networks = torch.randn(20, 3), [nn.Linear(3, 3) for _ in range(2)]
-    scores = [fused.score(lambda x, net=net: net(x) - 2 * x, 3) for net in networks]
+    x, networks = torch.randn(20, 40), [nn.Linear(40, 40) for _ in range(2)]
+    scores = [fused.score(lambda x, net=net: net(x) - 2 * x, 40) for net in networks]
     for score in scores:
         got = sk.langevin(score, x, step_size=0.1, steps=5, seed=1)
         want = sk.langevin(score.function, x, step_size=0.1, steps=5, seed=1)
@@ -233,6 +267,20 @@ def test_cpp_text_with_parameters() -> None:
     got = sk.annealed_langevin(score, x, SIGMAS, steps_per_level=3, step_size=0.2, seed=5)
     assert torch.equal(got, both(x, fused.score(gaussian, 3))[0])
     assert torch.equal(score(x, torch.full((20,), 2.0)), gaussian(x, torch.full((20,), 2.0)))
+    assert repr(score) == "FusedScore(C++ text, dim=3)"
+    # In place, and another tensor.
+    for change in (lambda: PARAMS.add_(1.0), lambda: setattr(score, "params", PARAMS / 2)):
+        held = PARAMS.clone()
+        try:
+            change()
+            v = torch.tensor(2.0) ** 2 + 2
+            assert torch.equal(score(x, torch.full((20,), 2.0)), (score.params - x) / v)
+        finally:
+            PARAMS.copy_(held)
+    with pytest.raises(TypeError, match="params: got torch.float64, expected contiguous float32"):
+        score.params = PARAMS.double()
+    with pytest.raises(TypeError, match="params: got non-contiguous torch.float32"):
+        score.params = torch.ones(6)[::2]
 
 
 def test_options_that_are_no_affine_steps_go_step_by_step() -> None:
@@ -274,13 +322,36 @@ def test_a_divergence_names_its_sample() -> None:
             r"source: cumsum is not fused, at .*test_fused.py:\d+; see",
         ),
         (lambda x: x - x.mean(0), 2, {}, ValueError, "source: gave rows other scores in a batch"),
-        (lambda x: x[:, :1], 2, {}, ValueError, r"source: gave the shape \(1, 1\) for \(1, 2\)"),
+        (lambda x: x[:, :1], 2, {}, ValueError, r"source: gave the shape \(257, 1\) for x \[257"),
+        (
+            lambda x, sigma: -x / sigma**2,
+            2,
+            {},
+            ValueError,
+            r"source: fails for x \[257, 2\] and sigma \[257\]: The size of tensor",
+        ),
+        (
+            lambda x, sigma: -x / sigma**2,
+            1,
+            {},
+            ValueError,
+            r"expected \(257, 1\); sigma\[:, None\] is a column",
+        ),
+        (lambda x: x**2, 2, {"kind": "energy"}, ValueError, r"\[257, 2\], expected \(257,\)"),
+        (lambda x: x if x.sum() > 0 else -x, 2, {}, NotImplementedError, "source: takes a number"),
         (lambda x: x, 0, {}, ValueError, "dim: got 0, expected"),
         (lambda x: x, 257, {}, ValueError, "dim: got 257, expected at most 256"),
         (lambda x: x, 2, {"kind": "log"}, ValueError, "kind: got 'log', expected one of"),
         (lambda x: x, 2, {"params": PARAMS}, ValueError, "params: got them with a function"),
         (CPP, 3, {"kind": "energy"}, ValueError, "kind: got 'energy' with C\\+\\+ text"),
-        ("void score() { nothing; }", 3, {}, RuntimeError, "error: .nothing. was not declared"),
+        (CPP, 3, {}, ValueError, "params: got none, expected those that the C.. text reads"),
+        (
+            "void score() { nothing; }",
+            3,
+            {},
+            RuntimeError,
+            "score:1:16: error: .nothing. was not declared",
+        ),
         (5, 3, {}, TypeError, "source: got"),
     ],
 )

@@ -132,20 +132,24 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def check(kernel: Launched, score: fused.FusedScore, rows: int) -> None:
     """Whole chains of the kernel and of the CPU: with levels, addresses, pauses, without noise."""
     launch = functools.partial(score._launch, kernel)
-    x = torch.randn(rows, score.dim)
+    x, ids = torch.randn(rows, score.dim), torch.arange(rows) * 3 + 2**33
     sigmas = sk.geometric_sigmas(5.0, 0.5, 4)
-    samples = torch.arange(rows) * 3 + 2**33
-    for options in (
-        {},
-        {"samples": samples},
-        {"record_every": 5},
-        {"seed": 2**63 - 1},
+    annealed = functools.partial(
+        sk.annealed_langevin, score, x, sigmas, steps_per_level=3, step_size=0.2
+    )
+    # With means other than 1.
+    sde = functools.partial(sk.euler_maruyama, score, x, sk.VP(), steps=6)
+    for sample, options in (
+        (annealed, {}),
+        (annealed, {"samples": ids, "pieces": ids % 5, "draws": ids % 7}),
+        (annealed, {"first_sample": 2**40 + 1, "record_every": 5}),
+        (sde, {"seed": 2**63 - 1}),
     ):
-        given = {"steps_per_level": 3, "step_size": 0.2, "seed": 5, **options}
-        want = sk.annealed_langevin(score, x, sigmas, **given)
+        given = {"seed": 5, **options}
+        want = sample(**given)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused.FusedScore, "_runner", lambda *_: launch)
-            got = sk.annealed_langevin(score, x, sigmas, **given)
+            got = sample(**given)
         assert torch.equal(got, want), options
 
 
@@ -178,3 +182,11 @@ def test_short_rows_stay_in_registers(target: int, dim: int, most: int, tmp_path
     used = re.search(r"Used (\d+) registers", done.stderr)
     assert used is not None and int(used[1]) <= most
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
+
+
+def test_addresses_out_of_range_give_nan(tmp_path: Path) -> None:
+    score = fused.score(rational, 2)
+    kernel = fibers(score.text, tmp_path)
+    x, rows = torch.zeros(2, 2), torch.tensor([[3, 0], [2**56, 0]])
+    score._launch(kernel, x, torch.tensor([[1.0, 0.0, 1.0, 1.0, 1.0]]), (5, 0, 0, 0, rows))
+    assert x[0].isfinite().all() and x[1].isnan().all()

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -49,14 +50,17 @@ def score(
         dim: numbers of a row, 1 to 256.
         kind: "score", or "energy": the function gives ``[B]``, and its negative gradient is the
             score.
-        params: float32 on the CPU, what C++ text gets as params; it may change between chains.
+        params: float32 and contiguous, what C++ text gets as params, which reads as far as it
+            likes. It may be changed in place between chains, or replaced: ``score.params = ...``.
 
     Returns:
-        A score for samplers, losses and tests: a function of x and sigma.
+        A score for samplers, losses and tests: a function of x and sigma. ``.function`` is the
+        function that was given, of an energy its negative gradient, or None for C++ text; what is
+        compiled has the weights and constants of this moment.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind; the score of a row depends on
-            other rows.
+        TypeError, ValueError: an argument is of the wrong kind; the function fails on a batch, or
+            gives another shape, or a row's score that depends on other rows.
         NotImplementedError: the function has an operation that is not fused; it is named.
         RuntimeError: the compiler reports an error.
     """
@@ -64,7 +68,7 @@ def score(
 
 
 class FusedScore:
-    """What :func:`score` returns."""
+    """What :func:`score` returns: a score, fused with the chains of samplers."""
 
     def __init__(
         self, source: Callable[..., Tensor] | str, dim: int, kind: str, params: Tensor | None
@@ -75,13 +79,12 @@ class FusedScore:
         checks.choice("kind", kind, ("score", "energy"))
         self.function: Callable[..., Tensor] | None = None
         self.takes_sigma = False
-        self.params = None
-        if params is not None:
-            checks.instance("params", params, Tensor, "a tensor")
-            self.params = params.detach().to("cpu", torch.float32).contiguous()
+        self.params = params
         if isinstance(source, str):
             if kind == "energy":
                 raise ValueError("kind: got 'energy' with C++ text, expected 'score'")
+            if params is None and _reads_params(source):
+                raise ValueError("params: got none, expected those that the C++ text reads")
             text = source
         else:
             checks.function("source", source)
@@ -91,6 +94,7 @@ class FusedScore:
             # Slow to import.
             from score_kernels.fused import trace
 
+            self._probe(source, kind)
             self.function = source if kind == "score" else _negative_gradient(source)
             row = torch.zeros(1, self.dim), torch.ones(1)
             text = trace.source_of(self.function, row[: 1 + self.takes_sigma])
@@ -98,6 +102,24 @@ class FusedScore:
         self._functions: dict[str, int | None] = {}
         if self._address() is not None and self.function is not None:
             self._check_rows()
+
+    @property
+    def params(self) -> Tensor | None:
+        """What C++ text gets as params."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Tensor | None) -> None:
+        if params is not None:
+            checks.instance("params", params, Tensor, "a tensor")
+            if params.dtype != torch.float32 or not params.is_contiguous():
+                which = "" if params.is_contiguous() else "non-contiguous "
+                raise TypeError(f"params: got {which}{params.dtype}, expected contiguous float32")
+        self._params = params
+
+    def __repr__(self) -> str:
+        of = "C++ text" if self.function is None else getattr(self.function, "__name__", "a module")
+        return f"FusedScore({of}, dim={self.dim})"
 
     def __call__(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
         if self.function is not None:
@@ -154,7 +176,7 @@ class FusedScore:
         seed, purpose, draw, first, addresses = key
         table = table.to(x.device)
         # Pointers that the kernel does not read are the table's.
-        params = table if self.params is None else self.params.to(x.device)
+        params = table if self.params is None else self.params.detach().to(x.device)
         tensors = [x, table, params, table if addresses is None else addresses]
         numbers = [len(x), len(table), seed, seed >> 32, first, first >> 32, draw, purpose]
         numbers = [*(n & 0xFFFFFFFF for n in numbers), int(addresses is not None)]
@@ -163,7 +185,9 @@ class FusedScore:
         torch.autograd.graph.increment_version(x)
 
     def _run(self, address: int, x: Tensor, table: Tensor, key: tuple[Any, ...]) -> None:
-        params = 0 if self.params is None else self.params.data_ptr()
+        # Of a GPU a copy, which is held here until the chain ends.
+        held = None if self.params is None else self.params.detach().to(x.device)
+        params = 0 if held is None else held.data_ptr()
         addresses = 0 if key[4] is None else key[4].data_ptr()
         where = x.data_ptr(), address, params, table.data_ptr(), len(x), self.dim, len(table)
         native.kernels.chain(*where, *key[:4], addresses)
@@ -187,6 +211,21 @@ class FusedScore:
                 self._functions[isa] = ctypes.cast(library.sk_score, ctypes.c_void_p).value
         return self._functions[isa]
 
+    def _probe(self, source: Callable[..., Tensor], kind: str) -> None:
+        """That the function takes a batch and gives the right shape."""
+        batch = 257, self.dim
+        arguments = (torch.zeros(batch), torch.ones(257))[: 1 + self.takes_sigma]
+        takes = f"x [257, {self.dim}]" + " and sigma [257]" * self.takes_sigma
+        try:
+            with torch.no_grad():
+                shape = tuple(source(*arguments).shape)
+        except RuntimeError as error:
+            raise ValueError(f"source: fails for {takes}: {error}") from error
+        want = batch if kind == "score" else batch[:1]
+        if shape != want:
+            hint = "; sigma[:, None] is a column" if self.takes_sigma and kind == "score" else ""
+            raise ValueError(f"source: gave the shape {shape} for {takes}, expected {want}{hint}")
+
     def _check_rows(self) -> None:
         """That rows do not depend on each other, and that the compiled score is the function."""
         generator = torch.Generator().manual_seed(0)
@@ -198,14 +237,16 @@ class FusedScore:
         error = (got - want).abs().max() / want.abs().max().clamp_min(1e-30)
         if not error <= 1e-3 and bool(want.isfinite().all()):
             raise ValueError(
-                f"source: gave rows other scores in a batch than alone, by {float(error):.1g} of "
-                "the largest; expected a function of each row alone"
+                f"source: gave rows other scores in a batch than alone, {float(error):.1g} times "
+                "the largest score away; expected a function of each row alone, without random "
+                "numbers (networks: .eval())"
             )
 
 
 # Of a block on a GPU.
 _THREADS = 128
 _FRAME = """#include <score_kernels/fused.h>
+#line 1 "score"
 {text}
 SK_FUSED_SCORE({dim})
 """
@@ -225,6 +266,12 @@ def _arguments(function: Callable[..., Tensor]) -> int:
         # torch's own functions, which have no signature: of x.
         return 1
     return sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
+
+
+def _reads_params(text: str) -> bool:
+    """Whether C++ text uses the last argument of its score."""
+    name = re.search(r"\bscore\s*\([^)]*\*\s*(\w+)\s*\)", text)
+    return name is not None and len(re.findall(rf"\b{name[1]}\b", text)) > 1
 
 
 def _negative_gradient(energy: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -94,12 +94,14 @@ class Writer:
 
     def applied(self, text: str, operands: Sequence[Value]) -> str:
         given = list(map(self.element, operands))
-        if text not in _OF_MASKS:
-            # A mask is a number in arithmetic, and where's condition.
-            first = text == _ELEMENTWISE["where"]
-            for i, v in enumerate(operands):
-                if v.mask and (i or not first):
-                    given[i] = f"where({given[i]}, F(1), F(0))"
+        # Of masks: logic, and where's condition. All else is of numbers.
+        logic, condition = text in _OF_MASKS, text == _ELEMENTWISE["where"]
+        for i, v in enumerate(operands):
+            wanted = logic or (condition and i == 0)
+            if wanted and not v.mask:
+                given[i] = f"(F({given[i]}) != F(0))"
+            elif v.mask and not wanted:
+                given[i] = f"where({given[i]}, F(1), F(0))"
         return text.format(*given)
 
     def moved(self, value: Value) -> bool:
@@ -310,9 +312,11 @@ _DECOMPOSED = [
     getattr(torch.ops.aten, name)
     for name in (
         "_log_softmax", "_softmax", "elu", "gelu", "gelu_backward", "leaky_relu",
-        "leaky_relu_backward", "linalg_vector_norm",
+        "leaky_relu_backward", "linalg_vector_norm", "native_batch_norm", "native_layer_norm",
+        "native_layer_norm_backward",
     )
 ]  # fmt: skip
+_EXPAND = torch.ops.aten.expand.default
 # Operations on shapes, which torch itself does on the indices.
 _SHAPES = (
     "_unsafe_view", "cat", "diagonal", "diagonal_scatter", "expand", "flip", "index", "index_put",
@@ -320,7 +324,6 @@ _SHAPES = (
     "slice_scatter", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind",
     "unfold", "unsqueeze", "view",
 )  # fmt: skip
-_LIKES = {"zeros_like": 0.0, "ones_like": 1.0, "full_like": None}
 _POWERS = {
     0.5: "sqrt({0})", 1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}", -1: "F(1) / {0}",
     -0.5: "F(1) / sqrt({0})", -2: "F(1) / ({0} * {0})",
@@ -343,8 +346,22 @@ def source_of(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> s
     """
     decompositions = {**core_aten_decompositions(), **get_decompositions(_DECOMPOSED)}
     decompositions[torch.ops.aten.var.correction] = _variance
+    decompositions[torch.ops.aten.var_mean.correction] = lambda x, dim=None, **options: (
+        _variance(x, dim, **options),
+        x.mean(list(range(x.dim())) if dim is None else dim, options.get("keepdim", False)),
+    )
     # A function of its arguments alone: make_fx counts those with a default too.
-    graph = make_fx(lambda *given: function(*given), decompositions)(*arguments)
+    pure = torch.func.functionalize(lambda *given: function(*given), remove="mutations")
+    try:
+        graph = make_fx(pure, decompositions)(*arguments)
+    except RuntimeError as error:
+        if "_local_scalar_dense" not in str(error):
+            raise
+        raise NotImplementedError(
+            "source: takes a number out of a tensor that depends on the row, as `if x.sum() > 0` "
+            "and `float(x.norm())` do, expected torch.where and tensors; for torch.distributions, "
+            "validate_args=False"
+        ) from error
     _without_likes(graph)
     x = arguments[0]
     writer = Writer()
@@ -375,18 +392,16 @@ def source_of(function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> s
 
 
 def _without_likes(graph: torch.fx.GraphModule) -> None:
-    """Constants in place of full_like and its like, and what then nothing depends on removed.
+    """Constants in place of full_like, and what then nothing depends on removed.
 
     That is the value whose gradient is wanted: it gives the gradient's ones their shape alone.
     """
-    for node in graph.graph.nodes:
-        name = getattr(node.target, "__name__", "").partition(".")[0]
-        if name in _LIKES:
-            value = node.args[1] if name == "full_like" else _LIKES[name]
-            full = tuple(node.meta["tensor_meta"].shape), value
-            with graph.graph.inserting_before(node):
-                made = graph.graph.call_function(torch.ops.aten.full.default, full)
-            node.replace_all_uses_with(made)
+    like = torch.ops.aten.full_like.default
+    for node in graph.graph.find_nodes(op="call_function", target=like):
+        full = tuple(node.meta["tensor_meta"].shape), node.args[1]
+        with graph.graph.inserting_before(node):
+            made = graph.graph.call_function(torch.ops.aten.full.default, full)
+        node.replace_all_uses_with(made)
     graph.graph.eliminate_dead_code()
 
 
@@ -399,10 +414,6 @@ def _variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool 
 
 def _finish(writer: Writer, result: Any, x: Tensor) -> str:
     value = writer.numbers(result)
-    if value.index.shape != tuple(x.shape):
-        raise ValueError(
-            f"source: gave the shape {value.index.shape} for {tuple(x.shape)}, expected the same"
-        )
     if not _is_range(value.index.ravel()) or not value.name.startswith("t"):
         value = writer.elementwise("{0}", [value])
     writer.close()
@@ -432,6 +443,8 @@ def _emit(writer: Writer, node: Any, positional: tuple[Any, ...], named: dict[st
         if dtype not in (None, torch.float32, torch.float64):
             raise _Unknown(name, f" to {dtype}")
         return positional[0]
+    if name == "copy":
+        return _reshaped(writer, _EXPAND, (positional[1], _shape(positional[0])), {})
     if name == "pow" and positional[1] in _POWERS:
         return writer.elementwise(_POWERS[positional[1]], positional[:1])
     if name == "clamp":
@@ -456,7 +469,7 @@ def _emit(writer: Writer, node: Any, positional: tuple[Any, ...], named: dict[st
         terms = [[f"{part.name}[{k}]"] for part in parts for k in part.index.flat]
         return writer.gather(terms, (len(parts), *parts[0].index.shape))
     if name in _SHAPES:
-        return _reshaped(writer, node, positional, named)
+        return _reshaped(writer, node.target, positional, named)
     if name in _REDUCTIONS or name == "mean":
         dims = positional[1] if len(positional) > 1 else None
         keepdim = positional[2] if len(positional) > 2 else named.get("keepdim", False)
@@ -473,7 +486,13 @@ def _emit(writer: Writer, node: Any, positional: tuple[Any, ...], named: dict[st
     raise _Unknown(name, "")
 
 
-def _reshaped(writer: Writer, node: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.index.shape if isinstance(value, Value) else value.shape)
+
+
+def _reshaped(
+    writer: Writer, operation: Any, positional: tuple[Any, ...], named: dict[str, Any]
+) -> Any:
     """torch's own operation on tensors of indices, of which every array has a range of its own."""
     names: list[str] = []
     masks = {a.mask for a in tree_leaves((positional, named)) if isinstance(a, Value)}
@@ -485,7 +504,7 @@ def _reshaped(writer: Writer, node: Any, positional: tuple[Any, ...], named: dic
         value = writer.value(a) if masks == {True} else writer.numbers(a)
         if value.name not in names:
             names.append(value.name)
-        return torch.from_numpy(value.index + _RANGE * names.index(value.name))
+        return torch.from_numpy(np.asarray(value.index + _RANGE * names.index(value.name)))
 
     def values(a: Tensor) -> Value:
         of, at = np.divmod(a.numpy(), _RANGE)
@@ -496,8 +515,8 @@ def _reshaped(writer: Writer, node: Any, positional: tuple[Any, ...], named: dic
 
     given = map_aggregate((positional, named), numbers)
     # A view of a copy, which is none here.
-    view = node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-    made = (torch.reshape if view else node.target)(*given[0], **given[1])
+    view = operation in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+    made = (torch.reshape if view else operation)(*given[0], **given[1])
     return [values(m) for m in made] if isinstance(made, (list, tuple)) else values(made)
 
 
