@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -302,6 +303,19 @@ def test_options_that_are_no_affine_steps_go_step_by_step() -> None:
         for one in (score, lambda x, sigma: score(x, sigma))
     )
     assert torch.equal(got, want)
+
+
+def test_levels_left_out_and_steps_of_their_own() -> None:
+    x, score = torch.randn(20, 3), fused.score(gaussian, 3)
+    sizes = [0.3, 0.2, 0.1, 0.05]
+    for sampler in (
+        partial(sk.annealed_langevin, sigmas=SIGMAS, steps_per_level=[2, 0, 3, 1], step_size=0.1),
+        partial(sk.langevin, step_size=sizes, steps=4, sigma=1.5, noise_scale=[0, 1, 0.5, 0]),
+    ):
+        got, want = (
+            sampler(one, x, temperature=0.4, seed=1) for one in (score, lambda *a: score(*a))
+        )
+        assert torch.equal(got, want)
 
 
 def test_a_divergence_names_its_sample() -> None:

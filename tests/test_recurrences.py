@@ -77,15 +77,20 @@ class Case:
         return x if known is None else np.where(mask, known, x)
 
 
-def annealed() -> Case:
+def annealed(
+    counts: tuple[int, ...] = (), temperature: float = 1.0, reference: float = 0.75
+) -> Case:
     sigmas, alphas = (5.0, 2.0, 0.75), []
-    for sigma in sigmas:
-        alphas += 3 * [(sigma, 0.1 * sigma**2 / 0.75**2)]
+    for sigma, count in zip(sigmas, counts or (3, 3, 3), strict=True):
+        alphas += count * [(sigma, 0.1 * sigma**2 / reference**2)]
     steps = [
-        Step(lambda x, z, s=s, a=a: x + a / 2 * score(x, s) + math.sqrt(a) * z, 1, s)
+        Step(lambda x, z, s=s, a=a: x + a / 2 * score(x, s) + math.sqrt(a * temperature) * z, 1, s)
         for s, a in alphas
     ]
-    sampler = partial(sk.annealed_langevin, sigmas=sigmas, steps_per_level=3, step_size=0.1)
+    free = {"temperature": temperature, "reference_sigma": reference} if counts else {}
+    sampler = partial(
+        sk.annealed_langevin, sigmas=sigmas, steps_per_level=counts or 3, step_size=0.1, **free
+    )
     return Case(sampler, 5.0, (1, 5.0), steps)
 
 
@@ -101,6 +106,18 @@ def langevin(sigma: float | None) -> Case:
             return sk.langevin(lambda y: net(y, 1.5), x, step_size=0.3, steps=4, **options)
 
     return Case(sampler, 1.0, (1, step.std), 4 * [step], denoises=False)
+
+
+def langevin_of_steps(temperature: float, noise_scale: Any) -> Case:
+    """A step size a step, and noise of its own."""
+    sizes, steps = [0.4, 0.3, 0.1], []
+    for t, size in enumerate(sizes):
+        scale = math.sqrt(size) if noise_scale is None else np.broadcast_to(noise_scale, 3)[t]
+        factor = math.sqrt(temperature) * scale
+        steps.append(Step(lambda x, z, h=size, c=factor: x + h / 2 * score(x, 1.5) + c * z, 1, 1.5))
+    options = {"temperature": temperature, "noise_scale": noise_scale, "sigma": 1.5}
+    sampler = partial(sk.langevin, step_size=sizes, steps=3, **options)
+    return Case(sampler, 1.0, (1, 1.5), steps, denoises=False)
 
 
 def consistent() -> Case:
@@ -251,7 +268,12 @@ def diffusion(
 
 CASES: dict[str, Case] = {
     "annealed": annealed(),
+    "annealed, levels at will": annealed((2, 0, 3), 0.4, 0.5),
+    "annealed without noise": annealed((1, 2, 1), 0.0, 0.75),
     "langevin": langevin(None),
+    "langevin, a size a step": langevin_of_steps(0.7, None),
+    "langevin, a noise scale": langevin_of_steps(1.0, 0.01),
+    "langevin, scales a step": langevin_of_steps(2.0, [0.5, 0.0, 0.2]),
     "langevin at a level": langevin(1.5),
     "consistent": consistent(),
     "flow": flow("heun", 0, 1),

@@ -375,6 +375,26 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: sk.predictor_corrector(gaussian, (2, 3), VP(), predictor=None, corrector=None),
      "predictor: got None beside"),
     (lambda: sk.ddpm(gaussian, (2, 3), DDPM, variance="learned"), "variance: got 'learned'"),
+    (
+        lambda: sk.annealed_langevin(
+            gaussian, (2, 3), LEVELS, steps_per_level=[1, 2], step_size=0.1
+        ),
+        "steps_per_level: got 2 numbers, expected",
+    ),
+    (
+        lambda: sk.annealed_langevin(
+            gaussian, (2, 3), [2.0, 1.0], steps_per_level=[0, 0], step_size=0.1
+        ),
+        "steps_per_level: got 0 for every level",
+    ),
+    (
+        lambda: sk.langevin(gaussian, (2, 3), step_size=[0.1, 0.2], steps=3, sigma=1.0),
+        "step_size: got 2 numbers, expected one, or steps = 3",
+    ),
+    (
+        lambda: sk.langevin(gaussian, (2, 3), step_size=0.1, steps=3, temperature=-1.0),
+        "temperature: got -1",
+    ),
     (lambda: sk.ddpm(gaussian, (2, 3), LEVELS), "schedule: got"),
     (lambda: sk.ddim(gaussian, (2, 3), DDPM, steps=1001), "steps: got 1001, expected at most"),
     (lambda: sk.ddim(gaussian, (2, 3), DDPM, eta=1.5), "eta: got 1.5"),

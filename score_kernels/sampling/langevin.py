@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,28 +19,58 @@ def langevin(
     score: Score,
     shape_or_init: Sequence[int] | Tensor,
     *,
-    step_size: float,
+    step_size: float | Sequence[float] | Tensor,
     steps: int,
     sigma: float | None = None,
+    temperature: float = 1.0,
+    noise_scale: float | Sequence[float] | Tensor | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
     """Langevin dynamics, ``x <- x + (step_size/2) score(x) + sqrt(step_size) z``.
 
     As in Song and Ermon (2019, arXiv 1907.05600). On a Gaussian target of variance v the chain
-    settles at the variance ``v / (1 - step_size / (4 v))``.
+    settles at the variance ``temperature v / (1 - step_size / (4 v))``.
 
     Args as in :func:`annealed_langevin`, except:
         score: ``score(x)``, or ``score(x, sigma)`` when sigma is given.
         shape_or_init: the prior is N(0, 1).
-        step_size: in squared units of x, above 0.
+        step_size: in squared units of x, above 0; a sequence has one for each step, as stochastic
+            gradient Langevin dynamics that decays (Welling and Teh 2011) and schedulers have.
         steps: number of update steps of the whole chain.
         sigma: a noise level passed to the score as ``[B]``, for networks that take one.
+        temperature: the noise is scaled by its root, so that the chain samples p^(1 / temperature);
+            0 is gradient ascent.
+        noise_scale: the factor of z where it is not sqrt(step_size), for samplers of energy-based
+            models that take large steps with little noise; one number or one for each step.
     """
     level = math.nan if sigma is None else checks.noise_level("sigma", sigma)
-    step_size = checks.positive("step_size", step_size)
     steps = checks.count("steps", steps, least=0)
-    plan = [Phase(level, 1.0, 0.5 * step_size, math.sqrt(step_size), steps)]
+    sizes = _of_steps("step_size", step_size, steps, checks.positive)
+    root = math.sqrt(checks.not_negative("temperature", temperature))
+    if noise_scale is None:
+        scales = [math.sqrt(size) for size in sizes]
+    else:
+        scales = _of_steps("noise_scale", noise_scale, steps, checks.not_negative)
+    if len(sizes) == len(scales) == 1:
+        counts = [steps]
+    else:
+        counts = [1] * steps
+        sizes, scales = (of if len(of) == steps else of * steps for of in (sizes, scales))
+    of = zip(sizes, scales, counts, strict=True)
+    plan = [Phase(level, 1.0, 0.5 * size, root * scale, count) for size, scale, count in of]
     return run("langevin", score, shape_or_init, plan, 1.0, options)
+
+
+def _of_steps(name: str, value: Any, steps: int, check: Callable[[str, Any], float]) -> list[float]:
+    """A number, or one for each step."""
+    if isinstance(value, (Sequence, Tensor)) and not (
+        isinstance(value, Tensor) and not value.dim()
+    ):
+        values = checks.numbers_of(name, value)
+        if len(values) != steps or not steps:
+            raise ValueError(f"{name}: got {len(values)} numbers, expected one, or steps = {steps}")
+        return [check(f"{name}[{i}]", v) for i, v in enumerate(values)]
+    return [check(name, value)]
 
 
 def annealed_langevin(
@@ -48,9 +78,11 @@ def annealed_langevin(
     shape_or_init: Sequence[int] | Tensor,
     sigmas: Any,
     *,
-    steps_per_level: int,
+    steps_per_level: int | Sequence[int],
     step_size: float,
     denoise: bool = True,
+    temperature: float = 1.0,
+    reference_sigma: float | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
     """Annealed Langevin dynamics (Algorithm 1 of Song and Ermon 2019, arXiv 1907.05600).
@@ -58,7 +90,7 @@ def annealed_langevin(
     For each noise level sigma_i, from the largest to the smallest, `steps_per_level` times::
 
         alpha_i = step_size * sigma_i^2 / sigma_L^2
-        x <- x + (alpha_i / 2) score(x, sigma_i) + sqrt(alpha_i) z
+        x <- x + (alpha_i / 2) score(x, sigma_i) + sqrt(temperature alpha_i) z
 
     Codes that write ``x + alpha score + sqrt(2 alpha) z``, such as those of NCSN and NCSNv2 for
     images, have half this step_size: their 2e-5 is 4e-5 here.
@@ -70,9 +102,13 @@ def annealed_langevin(
         shape_or_init: ``[B, ...]`` to start from the prior, N(0, sigma_1^2), or the initial state
             itself (float32; float64 runs on the reference backend), which is not changed.
         sigmas: noise levels, strictly decreasing: ``[L]`` tensor or a sequence. The step sizes are
-            relative to the last one given: a part of a schedule, ``sigmas[:5]``, has longer steps.
-        steps_per_level: number of update steps at each level.
+            relative to the last one given: a part of a schedule, ``sigmas[:5]``, has longer steps
+            unless reference_sigma is the schedule's own last level.
+        steps_per_level: number of update steps at each level, or one number for each level; 0
+            leaves a level out.
         step_size: as above, in squared units of x: alpha at the smallest level.
+        temperature: of the noise alone; below 1 samples are nearer to the modes.
+        reference_sigma: sigma_L of the step sizes; default: the last of sigmas.
         denoise: end with ``x + sigma_L^2 score(x, sigma_L)`` (Song and Ermon 2020, arXiv
             2006.09011).
         options: see :class:`score_kernels.sampling.Options`.
@@ -87,14 +123,32 @@ def annealed_langevin(
         RuntimeError: cuda_graph is asked for and score cannot be captured.
     """
     levels = checks.noise_levels(sigmas)
-    steps = checks.count("steps_per_level", steps_per_level, least=1)
+    counts = _of_levels(steps_per_level, len(levels))
     step_size = checks.positive("step_size", step_size)
+    root = math.sqrt(checks.not_negative("temperature", temperature))
+    last = levels[-1]
+    if reference_sigma is not None:
+        last = checks.noise_level("reference_sigma", reference_sigma)
     plan = []
-    for sigma in levels:
-        alpha = step_size * (sigma / levels[-1]) ** 2
-        plan.append(Phase(sigma, 1.0, 0.5 * alpha, math.sqrt(alpha), steps))
+    for sigma, count in zip(levels, counts, strict=True):
+        alpha = step_size * (sigma / last) ** 2
+        plan.append(Phase(sigma, 1.0, 0.5 * alpha, root * math.sqrt(alpha), count))
     name = "annealed_langevin"
     return run(name, score, shape_or_init, plan, levels[0], options, denoise=denoise)
+
+
+def _of_levels(steps: int | Sequence[int], levels: int) -> list[int]:
+    """The steps of each level."""
+    if not isinstance(steps, Sequence):
+        return [checks.count("steps_per_level", steps, least=1)] * levels
+    if len(steps) != levels:
+        raise ValueError(
+            f"steps_per_level: got {len(steps)} numbers, expected {levels}, a level each"
+        )
+    counts = [checks.count(f"steps_per_level[{i}]", n, least=0) for i, n in enumerate(steps)]
+    if not any(counts):
+        raise ValueError("steps_per_level: got 0 for every level, expected a step at some level")
+    return counts
 
 
 def consistent_annealed(
