@@ -71,6 +71,7 @@ SK_COMPARISON(!=)
 #undef SK_COMPARISON
 SK_FUSED Mask operator&(Mask a, Mask b) { return {a.v & b.v}; }
 SK_FUSED Mask operator|(Mask a, Mask b) { return {a.v | b.v}; }
+SK_FUSED Mask operator!=(Mask a, Mask b) { return {a.v ^ b.v}; }
 SK_FUSED Mask operator!(Mask a) { return {a.v == Integers{}}; }
 SK_FUSED F operator-(F a) { return -a.v; }
 SK_FUSED F operator+(F a) { return a; }
@@ -90,7 +91,10 @@ SK_FUSED F each(const Function& function, F a) {
   return function(a.v);
 }
 SK_FUSED F abs(F a) { return ::fabsf(a.v); }
-SK_FUSED F pow(F a, F b) { return ::powf(a.v, b.v); }
+template <class Function>
+SK_FUSED F each(const Function& function, F a, F b) {
+  return function(a.v, b.v);
+}
 SK_FUSED F fma(F a, F b, F c) { return ::fmaf(a.v, b.v, c.v); }
 #else
 template <class Function>
@@ -102,8 +106,9 @@ SK_FUSED F abs(F a) {
   const Integers bits = (Integers)a.v & 0x7FFFFFFF;
   return (Floats)bits;
 }
-SK_FUSED F pow(F a, F b) {
-  for (int i = 0; i < kLanes; ++i) a.v[i] = ::powf(a.v[i], b.v[i]);
+template <class Function>
+SK_FUSED F each(const Function& function, F a, F b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] = function(a.v[i], b.v[i]);
   return a;
 }
 SK_FUSED F fma(F a, F b, F c) {
@@ -119,8 +124,30 @@ SK_FUSED F fma(F a, F b, F c) {
 #endif
 }
 #endif
-SK_FUSED F sqrt(F a) {
-  return each([](float x) { return ::sqrtf(x); }, a);
+#define SK_FUNCTION(name, of)                        \
+  SK_FUSED F name(F a) {                             \
+    return each([](float x) { return ::of(x); }, a); \
+  }
+SK_FUNCTION(ceil, ceilf)
+SK_FUNCTION(floor, floorf)
+// To even, as torch's.
+SK_FUNCTION(round, rintf)
+SK_FUNCTION(sqrt, sqrtf)
+SK_FUNCTION(trunc, truncf)
+#undef SK_FUNCTION
+#define SK_FUNCTION(name)                                                \
+  SK_FUSED F name(F a, F b) {                                            \
+    return each([](float x, float y) { return ::name##f(x, y); }, a, b); \
+  }
+SK_FUNCTION(atan2)
+SK_FUNCTION(fmod)
+SK_FUNCTION(hypot)
+SK_FUNCTION(pow)
+#undef SK_FUNCTION
+// With the sign of b.
+SK_FUSED F remainder(F a, F b) {
+  const F rest = fmod(a, b);
+  return where((rest != F(0)) & ((rest < F(0)) != (b < F(0))), rest + b, rest);
 }
 
 // Functions of one number, and glibc's name of the vector's.
@@ -145,7 +172,12 @@ SK_FUSED F sqrt(F a) {
     return each([](float x) { return ::name##f(x); }, a); \
   }
 #endif
+SK_FUNCTION(acos)
+SK_FUNCTION(acosh)
+SK_FUNCTION(asin)
+SK_FUNCTION(asinh)
 SK_FUNCTION(atan)
+SK_FUNCTION(atanh)
 SK_FUNCTION(cos)
 SK_FUNCTION(cosh)
 SK_FUNCTION(erf)
@@ -154,6 +186,7 @@ SK_FUNCTION(exp)
 SK_FUNCTION(exp2)
 SK_FUNCTION(expm1)
 SK_FUNCTION(log)
+SK_FUNCTION(log10)
 SK_FUNCTION(log1p)
 SK_FUNCTION(log2)
 SK_FUNCTION(sin)

@@ -47,7 +47,7 @@ __device__ void run_chain(const GpuChain& chain, const Score& score) {
       map_words<NormalMap>(words_of(key, counter, counter.block + uint32_t(first / 4)), z);
       for (int i = 0; i < 4 && first + i < kElements; ++i)
         x[first + i] = affine(a, x[first + i].v, b, s[first + i].v, c,
-                             in_range ? z[i] : from_bits(0x7FC00000u));
+                              in_range ? z[i] : from_bits(0x7FC00000u));
     }
   }
   for (int e = 0; e < kElements; ++e) to[e] = x[e].v;

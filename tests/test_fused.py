@@ -128,7 +128,33 @@ def close(got: Tensor, want: Tensor) -> None:
     assert error <= tolerances.FUSED, error
 
 
-@pytest.mark.parametrize("function, dim", [(mixture, 2), (gaussian, 3)])
+def with_default(x: Tensor, sigma: Tensor | float = 1.0) -> Tensor:
+    return -x / (1 + torch.as_tensor(sigma).reshape(-1, 1) ** 2)
+
+
+def with_masks(x: Tensor, sigma: Tensor) -> Tensor:
+    """Masks that are added are joined, numbers of masks are added."""
+    above, far = sigma > 1, sigma > 2
+    return -x * (1 + (above + far).float() + 0.1 * (above.float() + far.float()))[:, None]
+
+
+def with_ones(x: Tensor, sigma: Tensor) -> Tensor:
+    """Constants of integers, and terms that vanish where sigma is 1."""
+    ones = torch.cat([x[:, :1], torch.ones_like(x[:, 1:])], 1)
+    return -x / (1 + sigma**2)[:, None] + 0.1 * sigma.log()[:, None] * ones
+
+
+@pytest.mark.parametrize(
+    "function, dim",
+    [
+        (mixture, 2),
+        (gaussian, 3),
+        (with_default, 2),
+        (with_masks, 2),
+        (with_ones, 3),
+        (lambda *given: -given[0] / (1 + given[1][:, None]), 2),
+    ],
+)
 def test_scores_with_functions_agree_to_their_rounding(
     function: Callable[..., Tensor], dim: int
 ) -> None:
@@ -156,7 +182,15 @@ def logistic(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "energy, dim",
-    [(double_well, 3), (lattice, 16), (angles, 3), (columns, 3), (logistic, 3)],
+    [
+        (double_well, 3),
+        (lattice, 16),
+        (angles, 3),
+        (columns, 3),
+        (logistic, 3),
+        (lambda x: x[:, 0] ** 2 + x[:, 1:].square().sum(1), 1),
+        (lambda x: (x @ torch.ones(2, 1)).tanh().squeeze(-1) + x.square().sum(1), 2),
+    ],
 )
 def test_energies_are_differentiated(energy: Callable[..., Tensor], dim: int) -> None:
     score, x = fused.score(energy, dim, kind="energy"), torch.randn(9, dim)
@@ -184,10 +218,14 @@ def test_a_small_network() -> None:
     close(*both(torch.randn(40, 2), fused.score(Net(), 2)))
 
 
+# Of numbers from -0.5 to 0.5; the others' are from 0.2 to 1.2.
+SIGNED = (
+    "abs", "acos", "asin", "atanh", "ceil", "floor", "neg", "relu", "round", "sigmoid", "sign",
+    "tanh", "trunc",
+)  # fmt: skip
 UNARY = (
-    "abs", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log1p", "log2",
-    "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "tan",
-    "tanh",
+    *SIGNED, "asinh", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log10",
+    "log1p", "log2", "reciprocal", "rsqrt", "sin", "sinh", "sqrt", "square", "tan",
 )  # fmt: skip
 
 
@@ -202,6 +240,7 @@ def changed_in_place(x: Tensor) -> Tensor:
 MATRIX = torch.arange(25.0).view(5, 5) / 25
 NORMED = nn.Sequential(nn.LayerNorm(5, elementwise_affine=False), nn.BatchNorm1d(5)).eval()
 MORE: dict[str, Callable[[Tensor], Tensor]] = {
+    "acosh": lambda x: (x + 1).acosh(),
     "add, alpha": lambda x: torch.add(x, x.flip(1), alpha=2.5),
     "amax": lambda x: x - x.amax(1, keepdim=True),
     "amin": lambda x: x - x.amin(1, keepdim=True),
@@ -209,6 +248,7 @@ MORE: dict[str, Callable[[Tensor], Tensor]] = {
         [(x[:, :4].reshape(-1, 2, 2) @ x[:, 1:].reshape(-1, 2, 2)).reshape(-1, 4), x[:, :1]], 1
     ),
     "cat": lambda x: torch.cat([x[:, 2:], 2 * x[:, :2]], 1),
+    "chunk": lambda x: (x @ torch.cat([MATRIX, MATRIX + 1], 1)).chunk(2, 1)[0],
     "clamp": lambda x: x.clamp(0.5, 1.0) + x.clamp(min=0.8) - x.clamp(max=0.9),
     "comparisons": lambda x: (x > 1) * x + (x <= 0.7) * 3.0 - (x != x.flip(1)) * 1.0,
     "cumulated": lambda x: torch.stack([x[:, : i + 1].sum(1) for i in range(5)], 1),
@@ -216,10 +256,21 @@ MORE: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "einsum": lambda x: torch.einsum("bi,bj,ij->bi", x, x, torch.arange(25.0).view(5, 5)),
     "in place": changed_in_place,
+    "functions of two": lambda x: (
+        torch.atan2(x, x.flip(1)) + torch.hypot(x, x.flip(1)) + torch.fmod(5 * x, 2.0)
+    ),
     "index": lambda x: x[:, [4, 0, 0, 1, 3]] * x,
     "leaky_relu": lambda x: torch.nn.functional.leaky_relu(x - 1, 0.1),
+    "integers": lambda x: torch.cat([x[:, :3], torch.full((len(x), 2), 2)], 1) * torch.arange(5),
+    "largest": lambda x: x - x.max(1, keepdim=True)[0] + x.min(1).values[:, None],
     "logical": lambda x: torch.where((x > 0.5) & ~(x > 1.2) | (x < 0.3), x, -x),
     "logsumexp": lambda x: x - x.logsumexp(1, keepdim=True),
+    "long sums": lambda x: (x[:, :, None] * x.new_ones(5, 40).cumsum(1)).transpose(1, 2).sum(1),
+    "long rows": lambda x: torch.cat([x * i for i in range(30)], 1).view(-1, 30, 5).amax(1),
+    "masks in a stack": lambda x: torch.where(
+        torch.stack([x[:, 0] > 0.5, *(x[:, 1:] < 1).unbind(1)], 1), -x, 2 * x
+    ),
+    "masks as numbers": lambda x: x * torch.stack([(x[:, i] > 0.7).float() for i in range(5)], 1),
     "matrix": lambda x: x @ MATRIX,
     "matrix, on the left": lambda x: (MATRIX @ x.T).T,
     "matrix, transposed": lambda x: x @ MATRIX.T,
@@ -228,8 +279,10 @@ MORE: dict[str, Callable[[Tensor], Tensor]] = {
     "normalisation": NORMED,
     "norm": lambda x: x / x.norm(dim=1, keepdim=True),
     "outer": lambda x: (x[:, :, None] * x[:, None]).sum(2),
+    "power of a number": lambda x: 2.0**x,
     "power": lambda x: x**3 + x**-2 + x**0.5 + x**2.2,
     "product": lambda x: x * x.prod(1, keepdim=True),
+    "remainder": lambda x: torch.remainder(x - 0.7, 0.3) + torch.remainder(x - 0.7, -0.3),
     "select": lambda x: torch.stack([x[:, 4], *x[:, :4].unbind(1)], 1),
     "softmax": lambda x: torch.softmax(2 * x, 1),
     "softplus": torch.nn.functional.softplus,
@@ -243,7 +296,7 @@ MORE: dict[str, Callable[[Tensor], Tensor]] = {
 def test_operations_are_torch_s(name: str) -> None:
     function = MORE.get(name) or getattr(torch, name)
     x = torch.rand(19, 5) + 0.2
-    x = x - 0.7 if name in ("abs", "neg", "relu", "sign", "sigmoid", "tanh") else x
+    x = x - 0.7 if name in SIGNED else x
     score = fused.score(function, 5)
     # One step to the score itself: a step size of 2 and noise that is taken off again.
     step = sk.langevin(score, x, step_size=2.0, steps=1, seed=1, on_nan="ignore")
@@ -305,6 +358,25 @@ def test_options_that_are_no_affine_steps_go_step_by_step() -> None:
     assert torch.equal(got, want)
 
 
+def test_states_of_any_shape() -> None:
+    """Whose rows the function sees as [B, dim], fused or not."""
+    score, x = fused.score(lambda x: 0.5 * x.roll(1, 1) - x, 16), torch.randn(3, 4, 4)
+    options = {"step_size": 0.1, "steps": 3, "seed": 1}
+    got = sk.langevin(score, x, **options)
+    assert torch.equal(got, sk.langevin(score, x, guidance=lambda x, _: 0 * x, **options))
+    flat = sk.langevin(score.function, x.view(3, 16), **options)
+    assert torch.equal(got, flat.view_as(x))
+
+
+def test_scores_that_are_called_at_a_scaled_state() -> None:
+    """VP, whose mean is not 1."""
+    x, score = torch.randn(20, 3), fused.score(gaussian, 3)
+    got, want = (
+        sk.euler_maruyama(one, x, sk.VP(), steps=9, seed=1) for one in (score, score.function)
+    )
+    assert torch.equal(got, want)
+
+
 def test_levels_left_out_and_steps_of_their_own() -> None:
     x, score = torch.randn(20, 3), fused.score(gaussian, 3)
     sizes = [0.3, 0.2, 0.1, 0.05]
@@ -353,6 +425,20 @@ def test_a_divergence_names_its_sample() -> None:
         ),
         (lambda x: x**2, 2, {"kind": "energy"}, ValueError, r"\[257, 2\], expected \(257,\)"),
         (lambda x: x if x.sum() > 0 else -x, 2, {}, NotImplementedError, "source: takes a number"),
+        (
+            lambda x: torch.index_put(x, (x > 1,), torch.zeros(())),
+            2,
+            {},
+            NotImplementedError,
+            "index_put at places that depend on the row is not fused",
+        ),
+        (
+            lambda x: (x[:, :, None] - x[:, None]).tanh().flip(1).cos().sum(1),
+            256,
+            {},
+            NotImplementedError,
+            "source: holds [0-9]+ numbers of a row at a time, as of all pairs",
+        ),
         (lambda x: x, 0, {}, ValueError, "dim: got 0, expected"),
         (lambda x: x, 257, {}, ValueError, "dim: got 257, expected at most 256"),
         (lambda x: x, 2, {"kind": "log"}, ValueError, "kind: got 'log', expected one of"),

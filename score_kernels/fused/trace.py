@@ -33,6 +33,10 @@ __all__ = ["source_of"]
 _RANGE = 1 << 20
 # Operations that are done again rather than stored by one loop and read by the next.
 _RECOMPUTED = 4
+# The most assignments that are written out one by one.
+_UNROLLED = 64
+# The most numbers of a row that temporaries hold: 2 MB of the stack, of 16 rows.
+_MOST = 1 << 15
 # Columns of a matrix that csrc/fused.h's product takes at a time.
 _BLOCK = 8
 
@@ -167,7 +171,7 @@ class Writer:
         kept = [axis for axis in range(rank) if axis not in axes]
         index = value.index.transpose([*kept, *axes])
         shape = tuple(value.index.shape[axis] for axis in kept)
-        rows = index.reshape(math.prod(shape), -1)
+        rows = index.reshape(math.prod(shape), math.prod(value.index.shape[a] for a in axes))
         self.close()
         name = self.name("t")
         self.lines.append(f"F {name}[{len(rows)}];")
@@ -179,18 +183,30 @@ class Writer:
     def accumulate(
         self, name: str, rows: np.ndarray, text: str, start: str, source: str
     ) -> list[str]:
-        lines = []
-        for i, row in enumerate(rows):
-            target = f"{name}[{i}]"
-            begin = f"{source}[{row[0]}]" if not start else start
-            lines.append(f"{target} = {begin};")
-            steps = row if start else row[1:]
-            if len(steps) <= 16 or not np.array_equal(steps, np.arange(len(steps)) + steps[0]):
-                lines += [f"{target} = {text.format(target, f'{source}[{j}]')};" for j in steps]
-            else:
-                loop = f"for (int j = {steps[0]}; j < {steps[0] + len(steps)}; ++j)"
-                lines.append(f"{loop} {target} = {text.format(target, f'{source}[j]')};")
-        return lines
+        if not start and not rows.shape[1]:
+            raise _Unknown("a largest or smallest element", " of none")
+        if rows.size <= _UNROLLED:
+            lines = []
+            for i, row in enumerate(rows):
+                target, first = f"{name}[{i}]", 0 if start else 1
+                lines.append(f"{target} = {start or f'{source}[{row[0]}]'};")
+                for j in row[first:]:
+                    lines.append(f"{target} = {text.format(target, f'{source}[{j}]')};")
+            return lines
+        count = rows.shape[1]
+        # Consecutive elements by a formula, others by a table.
+        if np.array_equal(rows.ravel(), np.arange(rows.size) + rows[0, 0]):
+            element = f"{source}[{rows[0, 0]} + i * {count} + j]"
+        else:
+            element = f"{source}[{self.table(rows)}[i * {count} + j]]"
+        return [
+            f"for (int i = 0; i < {len(rows)}; ++i) {{",
+            f"  F total = {start or element.replace('+ j]', '+ 0]')};",
+            f"  for (int j = {0 if start else 1}; j < {count}; ++j)",
+            f"    total = {text.format('total', element)};",
+            f"  {name}[i] = total;",
+            "}",
+        ]
 
     def matmul(self, a: Any, b: Any) -> Value:
         if not isinstance(a, Value):
@@ -250,7 +266,17 @@ class Writer:
         self.close()
         name = self.name("t")
         self.lines.append(f"F {name}[{len(parts)}];")
-        self.lines += [f"{name}[{i}] = {' + '.join(terms)};" for i, terms in enumerate(parts)]
+        if len(parts) <= _UNROLLED or any(len(terms) > 1 for terms in parts):
+            self.lines += [f"{name}[{i}] = {' + '.join(terms)};" for i, terms in enumerate(parts)]
+        else:
+            places: dict[str, list[tuple[int, int]]] = {}
+            for i, (term,) in enumerate(parts):
+                source, _, at = term.rstrip("]").partition("[")
+                places.setdefault(source, []).append((i, int(at)))
+            for source, pairs in places.items():
+                to, of = (self.table(np.array(side)) for side in zip(*pairs, strict=True))
+                copy = f"{name}[{to}[i]] = {source}[{of}[i]];"
+                self.lines.append(f"for (int i = 0; i < {len(pairs)}; ++i) {copy}")
         return Value(name, np.arange(len(parts)).reshape(shape))
 
 
@@ -267,8 +293,9 @@ def _literal(x: float) -> str:
 
 
 _FUNCTIONS = (
-    "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log1p", "log2", "sin",
-    "sinh", "sqrt", "tan", "tanh",
+    "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "erf", "erfc", "exp",
+    "exp2", "expm1", "floor", "log", "log10", "log1p", "log2", "round", "sin", "sinh", "sqrt",
+    "tan", "tanh", "trunc",
 )  # fmt: skip
 # ATen operations of elements: C++ text of their operands.
 _ELEMENTWISE = {
@@ -289,7 +316,7 @@ _ELEMENTWISE = {
     "maximum": "maximum({0}, {1})",
     "minimum": "minimum({0}, {1})",
     "where": "where({0}, {1}, {2})",
-    "pow": "pow({0}, {1})",
+    **{name: f"{name}({{0}}, {{1}})" for name in ("atan2", "fmod", "hypot", "pow", "remainder")},
 }
 _MASKS = {
     "lt": "F({0}) < F({1})",
@@ -396,11 +423,12 @@ def _without_likes(graph: torch.fx.GraphModule) -> None:
 
     That is the value whose gradient is wanted: it gives the gradient's ones their shape alone.
     """
-    like = torch.ops.aten.full_like.default
-    for node in graph.graph.find_nodes(op="call_function", target=like):
-        full = tuple(node.meta["tensor_meta"].shape), node.args[1]
+    target = torch.ops.aten.full_like.default
+    for node in graph.graph.find_nodes(op="call_function", target=target):
+        like = node.meta["tensor_meta"]
+        full = (tuple(like.shape), node.args[1]), {"dtype": like.dtype}
         with graph.graph.inserting_before(node):
-            made = graph.graph.call_function(torch.ops.aten.full.default, full)
+            made = graph.graph.call_function(torch.ops.aten.full.default, *full)
         node.replace_all_uses_with(made)
     graph.graph.eliminate_dead_code()
 
@@ -414,16 +442,23 @@ def _variance(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool 
 
 def _finish(writer: Writer, result: Any, x: Tensor) -> str:
     value = writer.numbers(result)
-    if not _is_range(value.index.ravel()) or not value.name.startswith("t"):
+    declared = f"F {value.name}[{x.numel()}];"
+    if not _is_range(value.index.ravel()) or declared not in writer.lines:
         value = writer.elementwise("{0}", [value])
+        declared = f"F {value.name}[{x.numel()}];"
     writer.close()
-    body = "\n".join(writer.lines)
-    body = body.replace(f"F {value.name}[{x.numel()}];", f"F* const {value.name} = s;")
+    body = "\n".join(writer.lines).replace(declared, f"F* const {value.name} = s;")
     # An array that only its own loop reads is declared and stored for nothing.
     uses = Counter(re.findall(r"\b[mt]\d+(?=\[)", body))
     for name in [name for name, count in uses.items() if count == 2]:
         body = re.sub(
             rf"^ *(?:F|Mask) {name}\[\d+\];\n|^ *{name}\[i\] = {name}_;\n", "", body, flags=re.M
+        )
+    held = sum(map(int, re.findall(r"^(?:F|Mask) \w+\[(\d+)\];", body, re.M)))
+    if held > _MOST:
+        raise NotImplementedError(
+            f"source: holds {held} numbers of a row at a time, as of all pairs of elements, "
+            f"expected at most {_MOST}"
         )
     return (
         "template <class F>\nvoid score(const F* x, F sigma_, F* s, const float*) {\n"
@@ -442,10 +477,13 @@ def _emit(writer: Writer, node: Any, positional: tuple[Any, ...], named: dict[st
         dtype = named.get("dtype")
         if dtype not in (None, torch.float32, torch.float64):
             raise _Unknown(name, f" to {dtype}")
-        return positional[0]
+        # A mask that becomes a number is one from here on: masks add up otherwise.
+        return writer.numbers(positional[0]) if dtype is not None else positional[0]
+    if name == "add" and all(isinstance(a, Value) and a.mask for a in positional):
+        return writer.elementwise(_MASKS["logical_or"], positional, mask=True)
     if name == "copy":
         return _reshaped(writer, _EXPAND, (positional[1], _shape(positional[0])), {})
-    if name == "pow" and positional[1] in _POWERS:
+    if name == "pow" and isinstance(positional[1], (int, float)) and positional[1] in _POWERS:
         return writer.elementwise(_POWERS[positional[1]], positional[:1])
     if name == "clamp":
         low, high = (*positional[1:], None, None)[:2]
@@ -456,7 +494,7 @@ def _emit(writer: Writer, node: Any, positional: tuple[Any, ...], named: dict[st
     if name in ("add", "sub") and named.get("alpha", 1) != 1:
         sign = "+" if name == "add" else "-"
         return writer.elementwise(f"{{0}} {sign} {_literal(named['alpha'])} * {{1}}", positional)
-    if name in _ELEMENTWISE and not named.get("rounding_mode"):
+    if name in _ELEMENTWISE and not set(named) - {"alpha"}:
         return writer.elementwise(_ELEMENTWISE[name], positional)
     if name in _MASKS:
         return writer.elementwise(_MASKS[name], positional, mask=True)
@@ -470,6 +508,12 @@ def _emit(writer: Writer, node: Any, positional: tuple[Any, ...], named: dict[st
         return writer.gather(terms, (len(parts), *parts[0].index.shape))
     if name in _SHAPES:
         return _reshaped(writer, node.target, positional, named)
+    if name in ("max", "min") and not node.target._schema.overload_name.startswith("names"):
+        # With a dimension, values and places.
+        largest = writer.reduce(
+            *_REDUCTIONS[f"a{name}"], positional[0], *(*positional[1:], None, False)[:2]
+        )
+        return (largest, None) if len(positional) > 1 else largest
     if name in _REDUCTIONS or name == "mean":
         dims = positional[1] if len(positional) > 1 else None
         keepdim = positional[2] if len(positional) > 2 else named.get("keepdim", False)
@@ -495,28 +539,35 @@ def _reshaped(
 ) -> Any:
     """torch's own operation on tensors of indices, of which every array has a range of its own."""
     names: list[str] = []
-    masks = {a.mask for a in tree_leaves((positional, named)) if isinstance(a, Value)}
+    name = operation._schema.name.partition("::")[2]
+    # The argument that has indices, which are left as they are.
+    indices = {"index": 1, "index_put": 1, "index_select": 2}.get(name)
+    tensors = [a for a in tree_leaves((positional, named)) if isinstance(a, (Value, Tensor))]
 
     def numbers(a: Any) -> Any:
-        # Other tensors of integers are indices already.
-        if not isinstance(a, Value) and not (isinstance(a, Tensor) and a.is_floating_point()):
+        if not isinstance(a, (Value, Tensor)):
             return a
-        value = writer.value(a) if masks == {True} else writer.numbers(a)
+        # A part of one mask is a mask; several arrays become one of numbers.
+        value = writer.value(a) if len(tensors) == 1 else writer.numbers(a)
         if value.name not in names:
             names.append(value.name)
         return torch.from_numpy(np.asarray(value.index + _RANGE * names.index(value.name)))
 
     def values(a: Tensor) -> Value:
         of, at = np.divmod(a.numpy(), _RANGE)
-        if (of == of.flat[0]).all():
+        if not a.numel() or (of == of.flat[0]).all():
+            if not a.numel():
+                return Value(names[0], at)
             return Value(names[of.flat[0]], at)
         parts = [[f"{names[n]}[{k}]"] for n, k in zip(of.flat, at.flat, strict=True)]
         return writer.gather(parts, at.shape)
 
-    given = map_aggregate((positional, named), numbers)
+    given = [a if i == indices else map_aggregate(a, numbers) for i, a in enumerate(positional)]
+    if indices is not None and any(isinstance(a, Value) for a in tree_leaves(given[indices])):
+        raise _Unknown(name, " at places that depend on the row")
     # A view of a copy, which is none here.
-    view = operation in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-    made = (torch.reshape if view else operation)(*given[0], **given[1])
+    view = name in ("view", "_unsafe_view")
+    made = (torch.reshape if view else operation)(*given, **map_aggregate(named, numbers))
     return [values(m) for m in made] if isinstance(made, (list, tuple)) else values(made)
 
 
