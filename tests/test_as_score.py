@@ -298,10 +298,66 @@ def test_chains_survive_half_and_compile() -> None:
         assert torch.equal(compiled(y, sigma), score(y, sigma))
 
 
+class Bowl(nn.Module):
+    """The energy of a normal distribution with noise, and its score in closed form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mu = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return (x - self.mu).square().sum(1) / (2 * (1 + sigma**2))
+
+    def score(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return (self.mu - x) / (1 + sigma[:, None] ** 2)
+
+
+def test_an_energy_s_negative_gradient_is_the_score() -> None:
+    bowl, x, sigma = Bowl(), torch.randn(7, 3), torch.rand(7) + 0.5
+    want = bowl.score(x, sigma).detach()
+    # A module, a function and a bound method, in every mode of gradients.
+    for net in (bowl, lambda x, sigma: bowl(x, sigma), bowl.forward):
+        score = as_score(net, kind="energy")
+        torch.testing.assert_close(score(x, sigma), want)
+        with torch.no_grad():
+            got = score(x, sigma)
+        torch.testing.assert_close(got, want)
+        assert not got.requires_grad and not x.requires_grad
+        with torch.inference_mode():
+            torch.testing.assert_close(score(x.clone(), sigma.clone()), want)
+    alone = as_score(lambda x: x.square().sum(1) / 2, kind="energy")
+    torch.testing.assert_close(alone(x), -x)
+    weighted = as_score(lambda x, sigma, w: w * bowl(x, sigma), kind="energy")
+    torch.testing.assert_close(weighted(x, sigma, w=3.0), 3 * want)
+
+
+def test_an_energy_is_sampled_and_trained() -> None:
+    bowl, x = Bowl(), torch.randn(7, 3)
+    score = as_score(bowl, kind="energy")
+    assert list(score.state_dict()) == ["net.mu"]
+    options: dict[str, Any] = {"steps_per_level": 3, "step_size": 0.1, "seed": 1}
+    got, want = (annealed_langevin(s, x, [2.0, 1.0], **options) for s in (score, bowl.score))
+    torch.testing.assert_close(got, want)
+    losses = []
+    for net in (score, bowl.score):
+        bowl.zero_grad()
+        dsm_loss(net, x, [2.0, 1.0], seed=3).backward()
+        losses.append(bowl.mu.grad.clone())
+    torch.testing.assert_close(*losses)
+    # The derivative of a score, as sliced losses take it.
+    leaf = x.clone().requires_grad_()
+    (second,) = torch.autograd.grad(score(leaf, torch.ones(7)).sum(), leaf)
+    torch.testing.assert_close(second, torch.full_like(x, -0.5))
+
+
 def test_what_is_refused() -> None:
     net, y, sigma = Small(3), torch.randn(2, 3), torch.ones(2)
-    with pytest.raises(TypeError, match="net: got function"):
-        as_score(lambda x: x, kind="epsilon")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="net: got float"):
+        as_score(1.0, kind="epsilon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="schedule: got VP with kind = 'energy', expected none"):
+        as_score(net, kind="energy", schedule=VP())
+    with pytest.raises(ValueError, match=r"an energy of shape \(2, 3\), expected one number a"):
+        as_score(lambda x: x, kind="energy")(y)
     with pytest.raises(ValueError, match="kind: got 'eps', expected one of 'epsilon', 'x0', 'v', "):
         as_score(net, kind="eps")
     with pytest.raises(TypeError, match="schedule: got list, expected an SDE"):

@@ -51,15 +51,19 @@ _TO_SCORE: dict[str, _Map] = {
 }
 
 
-def as_score(net: nn.Module, *, kind: str, schedule: SDE | DDPMSchedule | None = None) -> nn.Module:
-    """A network that predicts noise, x0, v or score, as a score.
+def as_score(
+    net: Callable[..., Any], *, kind: str, schedule: SDE | DDPMSchedule | None = None
+) -> nn.Module:
+    """A network that predicts noise, x0, v, score or energy, as a score.
 
     Args:
-        net: ``net(x, level, **conditions)``; returns x's shape, or an object that has it as
-            ``.sample``.
+        net: a module or function ``net(x, level, **conditions)``; returns x's shape, or an object
+            that has it as ``.sample``; an energy ``net(x, sigma)`` or ``net(x)`` returns ``[B]``.
         kind: what it predicts: "epsilon", "x0", "v" or "score" of this module's table, or
-            "denoiser", the x_0 of EDM's ``D(y, sigma)`` (Karras et al. 2022, arXiv 2206.00364),
-            without a schedule.
+            "denoiser", the x_0 of EDM's ``D(y, sigma)`` (Karras et al. 2022, arXiv 2206.00364), or
+            "energy", -log of a density up to a constant, whose negative gradient is the score:
+            it is taken in samplers too, where gradients are off, and keeps its graph where they are
+            on, as in losses. Both without a schedule.
         schedule: what x and level ``[B]`` are: without one ``(y, sigma)``; of a :class:`SDE`
             ``(x_t, t)`` with t float32, the time of sigma, outside 0 to 1 where sigma is outside
             the schedule and not multiplied by 999 or the like; of a :class:`DDPMSchedule`
@@ -71,17 +75,19 @@ def as_score(net: nn.Module, *, kind: str, schedule: SDE | DDPMSchedule | None =
         m are computed in float64, the score in float32 at least. Nothing waits for the device.
 
     Raises:
-        TypeError: net is not a module, schedule not a schedule, or what net returns no tensor.
-        ValueError: kind is none of the above, or "denoiser" with a schedule; when called, sigma is
-            not ``[B]`` or net returns another shape, as if it predicts variances too.
+        TypeError: net cannot be called, schedule is not a schedule, or what net returns no tensor.
+        ValueError: kind is none of the above, or one of the last two with a schedule; when called,
+            sigma is not ``[B]`` or net returns another shape, as if it predicts variances too.
     """
     _check_schedule(schedule)
-    checks.choice("kind", kind, (*_FROM_SCORE, "denoiser"))
-    if kind == "denoiser" and schedule is not None:
+    checks.choice("kind", kind, (*_FROM_SCORE, "denoiser", "energy"))
+    if kind in ("denoiser", "energy") and schedule is not None:
+        more = "; 'x0' takes schedules" if kind == "denoiser" else ""
         raise ValueError(
-            f"schedule: got {type(schedule).__name__} with kind = 'denoiser', expected none; "
-            "'x0' takes schedules"
+            f"schedule: got {type(schedule).__name__} with kind = {kind!r}, expected none{more}"
         )
+    if kind == "energy":
+        return _EnergyScore(net)
     return _Score(net, "x0" if kind == "denoiser" else kind, schedule)
 
 
@@ -166,19 +172,45 @@ def by_label(net: nn.Module, sigmas: Any, *, divide: bool = True) -> nn.Module:
     return _Score(net, "score * sigma" if divide else "score", levels=levels)
 
 
+class _EnergyScore(nn.Module):
+    """The negative gradient of an energy."""
+
+    def __init__(self, net: Callable[..., Tensor]) -> None:
+        super().__init__()
+        checks.function("net", net)
+        self.net = net
+
+    def forward(self, x: Tensor, *sigma: Tensor, **conditions: Any) -> Tensor:
+        kept = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.enable_grad():
+            # Tensors of inference mode cannot be differentiated, their copies can.
+            x, *sigma_ = (a.clone() if a.is_inference() else a for a in (x, *sigma))
+            if not (kept and x.requires_grad):
+                x = x.detach().requires_grad_()
+            energy = self.net(x, *sigma_, **conditions)
+            checks.instance("net", energy, Tensor, "a tensor")
+            if energy.shape != x.shape[:1]:
+                raise ValueError(
+                    f"net: got an energy of shape {tuple(energy.shape)}, expected one number a "
+                    f"sample, {tuple(x.shape[:1])}"
+                )
+            (gradient,) = torch.autograd.grad(energy.sum(), x, create_graph=kept)
+        return -gradient
+
+
 class _Score(nn.Module):
     """A network that is called with a noise level, its time or label, or without, as a score."""
 
     def __init__(
         self,
-        net: nn.Module,
+        net: Callable[..., Any],
         kind: str,
         schedule: SDE | DDPMSchedule | None = None,
         levels: Tensor | None = None,
         takes_level: bool = True,
     ) -> None:
         super().__init__()
-        checks.instance("net", net, nn.Module, "a torch.nn.Module")
+        checks.function("net", net)
         self.net = net
         self.kind = kind
         self.schedule = schedule
