@@ -62,8 +62,10 @@ def test_parameters_are_the_network_s_and_it_trains_and_samples() -> None:
 
 def test_what_is_refused() -> None:
     net, x = Linear(), torch.randn(2, 3)
-    with pytest.raises(TypeError, match="net: got function"):
-        unconditional(lambda x: x)
+    with pytest.raises(TypeError, match="net: got float 1.0, expected a function"):
+        unconditional(1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="net: got an output on meta, expected x's cpu"):
+        unconditional(lambda x: x.to("meta"))(x, torch.ones(2))
     with pytest.raises(ValueError, match=r"sigmas: got sigmas\[0\] = 1.0 and sigmas\[1\] = 2.0"):
         by_label(net, [1.0, 2.0])
     for sigma in (20.0, 0.001, 0.5 * float(SIGMAS[0] + SIGMAS[1]), float("nan")):

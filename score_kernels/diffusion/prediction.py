@@ -250,6 +250,8 @@ class _Score(nn.Module):
                 f"net: got an output of shape {tuple(out.shape)}, expected that of x, "
                 f"{tuple(y.shape)}; if it predicts variances too, wrap the rest"
             )
+        if out.device != y.device:
+            raise ValueError(f"net: got an output on {out.device}, expected x's {y.device}")
         return _TO_SCORE[self.kind](*_aligned(out, y, sigma, m))
 
 
