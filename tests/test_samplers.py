@@ -392,6 +392,10 @@ REFUSED: list[tuple[Any, str]] = [
         "step_size: got 2 numbers, expected one, or steps = 3",
     ),
     (
+        lambda: sk.langevin(gaussian, (2, 3), step_size=torch.tensor(0.1), steps=3),
+        "step_size: got a tensor of shape .*, expected a number; call .item",
+    ),
+    (
         lambda: sk.langevin(gaussian, (2, 3), step_size=0.1, steps=3, temperature=-1.0),
         "temperature: got -1",
     ),

@@ -63,9 +63,7 @@ def langevin(
 
 def _of_steps(name: str, value: Any, steps: int, check: Callable[[str, Any], float]) -> list[float]:
     """A number, or one for each step."""
-    if isinstance(value, (Sequence, Tensor)) and not (
-        isinstance(value, Tensor) and not value.dim()
-    ):
+    if isinstance(value, Sequence) or (isinstance(value, Tensor) and value.dim()):
         values = checks.numbers_of(name, value)
         if len(values) != steps or not steps:
             raise ValueError(f"{name}: got {len(values)} numbers, expected one, or steps = {steps}")
