@@ -181,21 +181,22 @@ class _EnergyScore(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor, *sigma: Tensor, **conditions: Any) -> Tensor:
-        kept = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.enable_grad():
-            # Tensors of inference mode cannot be differentiated, their copies can.
-            x, *sigma_ = (a.clone() if a.is_inference() else a for a in (x, *sigma))
-            if not (kept and x.requires_grad):
-                x = x.detach().requires_grad_()
-            energy = self.net(x, *sigma_, **conditions)
+        def total(x: Tensor) -> Tensor:
+            energy = self.net(x, *given, **conditions)
             checks.instance("net", energy, Tensor, "a tensor")
             if energy.shape != x.shape[:1]:
                 raise ValueError(
                     f"net: got an energy of shape {tuple(energy.shape)}, expected one number a "
                     f"sample, {tuple(x.shape[:1])}"
                 )
-            (gradient,) = torch.autograd.grad(energy.sum(), x, create_graph=kept)
-        return -gradient
+            return energy.sum()
+
+        with torch.inference_mode(False):
+            # Tensors of inference mode cannot be differentiated, their copies can.
+            x, *given = (a.clone() if a.is_inference() else a for a in (x, *sigma))
+            score = -torch.func.grad(total)(x)
+        # Gradients of parameters are kept by torch.func.grad where they are off, too.
+        return score if torch.is_grad_enabled() else score.detach()
 
 
 class _Score(nn.Module):

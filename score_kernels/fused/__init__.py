@@ -6,7 +6,6 @@ that takes a chain's steps one after the other without leaving the processor's f
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import inspect
@@ -22,6 +21,7 @@ from torch import Tensor
 from score_kernels import checks
 from score_kernels.backends import reference
 from score_kernels.backends.compiled import native
+from score_kernels.diffusion.prediction import as_score
 from score_kernels.fused import build
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class FusedScore:
             from score_kernels.fused import trace
 
             self._probe(source, kind)
-            self.function = source if kind == "score" else _negative_gradient(source)
+            self.function = source if kind == "score" else as_score(source, kind="energy")
             row = torch.zeros(1, self.dim, dtype=torch.float32), torch.ones(1, dtype=torch.float32)
             text = trace.source_of(self.function, row[: 1 + self.takes_sigma])
         self.text = _FRAME.format(text=text, dim=self.dim)
@@ -116,10 +116,6 @@ class FusedScore:
                 which = "" if params.is_contiguous() else "non-contiguous "
                 raise TypeError(f"params: got {which}{params.dtype}, expected contiguous float32")
         self._params = params
-
-    def __repr__(self) -> str:
-        of = "C++ text" if self.function is None else getattr(self.function, "__name__", "a module")
-        return f"FusedScore({of}, dim={self.dim})"
 
     def __call__(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
         self._check_shape(x)
@@ -148,7 +144,7 @@ class FusedScore:
             raise TypeError("score: takes sigma, expected a function of x for a chain without one")
         more = chain.known, model.guidance, model.conditions, *(phase.pre_step for phase in plan)
         fits = chain.backend is native if x.is_cpu else chain.backend is not reference.backend
-        run = self._runner(x) if fits and not any(more) else None
+        run = self._runner(x) if fits and len(x) and not any(more) else None
         if run is None:
             return None
         lines = [(p.a, p.b, p.c, p.sigma, 1 / p.mean) for p in plan]
@@ -182,7 +178,7 @@ class FusedScore:
         tensors = [x, table, params, table if addresses is None else addresses]
         numbers = [len(x), len(table), seed, seed >> 32, first, first >> 32, draw, purpose]
         numbers = [*(n & 0xFFFFFFFF for n in numbers), int(addresses is not None)]
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        with torch.cuda.device_of(x):
             kernel((-(-len(x) // _THREADS), 1, 1), (_THREADS, 1, 1), [*tensors, *numbers])
         torch.autograd.graph.increment_version(x)
 
@@ -296,10 +292,3 @@ def _reads_params(text: str) -> bool:
     """Whether C++ text uses the last argument of its score."""
     name = re.search(r"\bscore\s*\([^)]*\*\s*(\w+)\s*\)", text)
     return name is not None and len(re.findall(rf"\b{name[1]}\b", text)) > 1
-
-
-def _negative_gradient(energy: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def function(x: Tensor, *sigma: Tensor) -> Tensor:
-        return -torch.func.grad(lambda y: energy(y, *sigma).sum())(x)
-
-    return function
