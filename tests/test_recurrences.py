@@ -116,7 +116,7 @@ def langevin_of_steps(temperature: float, noise_scale: Any) -> Case:
         factor = math.sqrt(temperature) * scale
         steps.append(Step(lambda x, z, h=size, c=factor: x + h / 2 * score(x, 1.5) + c * z, 1, 1.5))
     options = {"temperature": temperature, "noise_scale": noise_scale, "sigma": 1.5}
-    sampler = partial(sk.langevin, step_size=sizes, steps=3, **options)
+    sampler = partial(sk.langevin, step_size=np.array(sizes), steps=3, **options)
     return Case(sampler, 1.0, (1, 1.5), steps, denoises=False)
 
 

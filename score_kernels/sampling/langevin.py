@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -13,6 +15,8 @@ from score_kernels import checks
 from score_kernels.sampling.engine import Options, Phase, Score, run
 
 __all__ = ["annealed_langevin", "consistent_annealed", "langevin"]
+
+Number = TypeVar("Number", int, float)
 
 
 def langevin(
@@ -45,30 +49,35 @@ def langevin(
     """
     level = math.nan if sigma is None else checks.noise_level("sigma", sigma)
     steps = checks.count("steps", steps, least=0)
-    sizes = _of_steps("step_size", step_size, steps, checks.positive)
+    sizes = _one_or_each("step_size", step_size, steps, checks.positive)
     root = math.sqrt(checks.not_negative("temperature", temperature))
     if noise_scale is None:
         scales = [math.sqrt(size) for size in sizes]
     else:
-        scales = _of_steps("noise_scale", noise_scale, steps, checks.not_negative)
-    if len(sizes) == len(scales) == 1:
-        counts = [steps]
-    else:
-        counts = [1] * steps
-        sizes, scales = (of if len(of) == steps else of * steps for of in (sizes, scales))
-    of = zip(sizes, scales, counts, strict=True)
-    plan = [Phase(level, 1.0, 0.5 * size, root * scale, count) for size, scale, count in of]
+        scales = _one_or_each("noise_scale", noise_scale, steps, checks.not_negative)
+    # Steps that are all alike are one phase.
+    phases = max(len(sizes), len(scales))
+    if len(sizes) < phases:
+        sizes *= phases
+    if len(scales) < phases:
+        scales *= phases
+    count = steps if phases == 1 else 1
+    pairs = zip(sizes, scales, strict=True)
+    plan = [Phase(level, 1.0, 0.5 * size, root * scale, count) for size, scale in pairs]
     return run("langevin", score, shape_or_init, plan, 1.0, options)
 
 
-def _of_steps(name: str, value: Any, steps: int, check: Callable[[str, Any], float]) -> list[float]:
-    """A number, or one for each step."""
-    if isinstance(value, Sequence) or (isinstance(value, Tensor) and value.dim()):
-        values = checks.numbers_of(name, value)
-        if len(values) != steps or not steps:
-            raise ValueError(f"{name}: got {len(values)} numbers, expected one, or steps = {steps}")
-        return [check(f"{name}[{i}]", v) for i, v in enumerate(values)]
-    return [check(name, value)]
+def _one_or_each(
+    name: str, value: Any, count: int, check: Callable[[str, Any], Number]
+) -> list[Number]:
+    """A number, or one for each of `count` steps or levels, checked."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1:
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [check(name, value)]
+    if len(value) != count or not count:
+        raise ValueError(f"{name}: got {len(value)} numbers, expected one, or {count}")
+    return [check(f"{name}[{i}]", v) for i, v in enumerate(value)]
 
 
 def annealed_langevin(
@@ -121,7 +130,13 @@ def annealed_langevin(
         RuntimeError: cuda_graph is asked for and score cannot be captured.
     """
     levels = checks.noise_levels(sigmas)
-    counts = _of_levels(steps_per_level, len(levels))
+    counts = _one_or_each(
+        "steps_per_level", steps_per_level, len(levels), partial(checks.count, least=0)
+    )
+    if not any(counts):
+        raise ValueError("steps_per_level: got 0 for every level, expected a step at some level")
+    if len(counts) < len(levels):
+        counts *= len(levels)
     step_size = checks.positive("step_size", step_size)
     root = math.sqrt(checks.not_negative("temperature", temperature))
     last = levels[-1]
@@ -133,20 +148,6 @@ def annealed_langevin(
         plan.append(Phase(sigma, 1.0, 0.5 * alpha, root * math.sqrt(alpha), count))
     name = "annealed_langevin"
     return run(name, score, shape_or_init, plan, levels[0], options, denoise=denoise)
-
-
-def _of_levels(steps: int | Sequence[int], levels: int) -> list[int]:
-    """The steps of each level."""
-    if not isinstance(steps, Sequence):
-        return [checks.count("steps_per_level", steps, least=1)] * levels
-    if len(steps) != levels:
-        raise ValueError(
-            f"steps_per_level: got {len(steps)} numbers, expected {levels}, a level each"
-        )
-    counts = [checks.count(f"steps_per_level[{i}]", n, least=0) for i, n in enumerate(steps)]
-    if not any(counts):
-        raise ValueError("steps_per_level: got 0 for every level, expected a step at some level")
-    return counts
 
 
 def consistent_annealed(
