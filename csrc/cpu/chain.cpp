@@ -48,142 +48,83 @@ struct LaneCounters {
 
 #ifdef SK_VECTOR
 
-// One block of kWidth rows after two rounds of Philox, less what depends on the step: half of the
-// words of even and of odd lanes.
-struct Start {
-  U draw, mixed;
-  Wide w0[2], w1[2], w2[2];
-
-  SK_INLINE Half at(int odd, uint32_t step) const {
-    const U words = mixed ^ (draw + U(step));
-    const Wide p0 =
-        Vector::multiply(odd ? Vector::odd(words) : Vector::even(words), Vector::wide(kPhiloxM0));
-    return {w0[odd], w1[odd], Vector::exclusive(Vector::high(p0), w2[odd], Vector::wide(0)), p0};
-  }
-};
-
-SK_INLINE Start start_of(const LaneCounters& rows, uint32_t block, RoundKeys k) {
-  const U low = Vector::load(rows.low), high = Vector::load(rows.high);
-  const U blocks = Vector::load(rows.block) + U(block);
-  const Wide samples[2] = {Vector::multiply(Vector::even(low), Vector::wide(kPhiloxM1)),
-                           Vector::multiply(Vector::odd(low), Vector::wide(kPhiloxM1))};
-  Start start = {Vector::load(rows.draw), Vector::join_high(samples[0], samples[1]) ^ U(k.k0)};
-  RoundKeys second = k;
-  second.next();
-  for (int odd = 0; odd < 2; ++odd) {
-    const Wide p0 =
-        Vector::multiply(odd ? Vector::odd(blocks) : Vector::even(blocks), Vector::wide(kPhiloxM0));
-    const Wide w2 = Vector::exclusive(
-        Vector::high(p0), odd ? Vector::odd(high) : Vector::even(high), Vector::wide(k.k1));
-    const Wide p1 = Vector::multiply(w2, Vector::wide(kPhiloxM1));
-    start.w0[odd] = Vector::exclusive(Vector::high(p1), samples[odd], Vector::wide(second.k0));
-    start.w1[odd] = p1;
-    start.w2[odd] = Vector::exclusive(p0, Vector::wide(second.k1), Vector::wide(0));
-  }
-  return start;
-}
-
-// A step of the first kKept elements of some blocks, side by side: groups in lockstep, as in
-// fill.h. `third` are the keys of the third round.
+// A step of the first kKept elements of some blocks of kWidth rows, side by side, as soon as their
+// noise is there: groups in lockstep, as in fill.h.
 template <int kKept, int kGroups>
-SK_INLINE void step_blocks(float* x, const float* s, const Start* starts, RoundKeys third,
-                           uint32_t step, Line k) {
+SK_INLINE void step_blocks(float* x, const float* s, const LaneCounters* const (&rows)[kGroups],
+                           const uint32_t (&blocks)[kGroups], const NoiseKey& key, uint32_t step,
+                           Line k) {
   Half even[kGroups], odd[kGroups];
   for (int g = 0; g < kGroups; ++g) {
-    even[g] = starts[g].at(0, step);
-    odd[g] = starts[g].at(1, step);
+    const Counters counters = {Vector::load(rows[g]->block) + U(blocks[g]),
+                               Vector::load(rows[g]->draw) + U(step), Vector::load(rows[g]->low),
+                               Vector::load(rows[g]->high)};
+    even[g] = counters.even();
+    odd[g] = counters.odd();
   }
   alignas(64) float z[kGroups * kKept * kWidth];
-  finish<NormalMap, ByLanes<kKept>>(z, even, odd, third, 2);
+  const RoundKeys keys = {uint32_t(key.seed), uint32_t(key.seed >> 32)};
+  finish<NormalMap, ByLanes<kKept>>(z, even, odd, keys, 0);
   for (int i = 0; i < kGroups * kKept * kWidth; i += kWidth)
     Vector::store(x + i, affine(F(k.a), Vector::load(x + i), F(k.b), Vector::load(s + i), F(k.c),
                                 Vector::load(z + i)));
 }
 
-// The last, shorter blocks of `count` groups of rows, `stride` floats from one to the next.
+// Rows of one block, of kKept elements.
 template <int kKept>
-SK_INLINE void step_last(float* x, const float* s, const Start* starts, uint64_t count,
-                         uint64_t stride, RoundKeys third, uint32_t step, Line k) {
-  uint64_t g = 0;
-  if (kLockstep == 2 && stride == kKept * kWidth)
-    for (; g + 1 < count; g += 2)
-      step_blocks<kKept, 2>(x + g * stride, s + g * stride, starts + g, third, step, k);
-  for (; g < count; ++g)
-    step_blocks<kKept, 1>(x + g * stride, s + g * stride, starts + g, third, step, k);
+SK_INLINE void step_short(float* x, const float* s, const std::vector<LaneCounters>& rows,
+                          const NoiseKey& key, uint32_t step, Line k) {
+  size_t g = 0;
+  for (; kLockstep == 2 && g + 1 < rows.size(); g += 2) {
+    step_blocks<kKept, 2>(x, s, {&rows[g], &rows[g + 1]}, {0, 0}, key, step, k);
+    x += 2 * kKept * kWidth, s += 2 * kKept * kWidth;
+  }
+  for (; g < rows.size(); ++g, x += kKept * kWidth, s += kKept * kWidth)
+    step_blocks<kKept, 1>(x, s, {&rows[g]}, {0}, key, step, k);
 }
 
-// The noise and the update of groups of kWidth rows.
-class Noise {
- public:
-  Noise(const ChainArgs& args, uint64_t row, uint64_t groups)
-      : blocks_(uint32_t(args.elements / 4)), last_(int(args.elements % 4)) {
-    third_ = keys_ = {uint32_t(args.key.seed), uint32_t(args.key.seed >> 32)};
-    third_.next(), third_.next();
-    for (uint64_t g = 0; g < groups; ++g) {
-      rows_.emplace_back(args, row + g * kWidth);
-      if (last_) starts_.push_back(start_of(rows_.back(), blocks_, keys_));
-    }
+// A step with noise of groups of rows [groups][elements][kWidth].
+SK_INLINE void step_groups(float* x, const float* s, const std::vector<LaneCounters>& rows,
+                           const NoiseKey& key, uint64_t elements, uint32_t step, Line k) {
+  const uint32_t whole = uint32_t(elements / 4), last = uint32_t(elements % 4);
+  if (whole == 0) {
+    if (last == 1) return step_short<1>(x, s, rows, key, step, k);
+    if (last == 2) return step_short<2>(x, s, rows, key, step, k);
+    return step_short<3>(x, s, rows, key, step, k);
   }
-
-  SK_INLINE void step(float* x, const float* s, uint32_t step, Line k) const {
-    const uint64_t stride = (4 * blocks_ + last_) * kWidth;
-    for (size_t g = 0; blocks_ && g < rows_.size(); ++g) {
-      const uint64_t at = g * stride;
-      uint32_t b = 0;
-      for (; kLockstep == 2 && b + 1 < blocks_; b += 2) {
-        const Start two[] = {start_of(rows_[g], b, keys_), start_of(rows_[g], b + 1, keys_)};
-        step_blocks<4, 2>(x + at + 4 * b * kWidth, s + at + 4 * b * kWidth, two, third_, step, k);
-      }
-      for (; b < blocks_; ++b) {
-        const Start one = start_of(rows_[g], b, keys_);
-        step_blocks<4, 1>(x + at + 4 * b * kWidth, s + at + 4 * b * kWidth, &one, third_, step, k);
-      }
-    }
-    x += 4 * blocks_ * kWidth, s += 4 * blocks_ * kWidth;
-    if (last_ == 1) step_last<1>(x, s, starts_.data(), starts_.size(), stride, third_, step, k);
-    if (last_ == 2) step_last<2>(x, s, starts_.data(), starts_.size(), stride, third_, step, k);
-    if (last_ == 3) step_last<3>(x, s, starts_.data(), starts_.size(), stride, third_, step, k);
+  constexpr int kBlockFloats = 4 * kWidth;
+  for (const LaneCounters& row : rows) {
+    uint32_t b = 0;
+    for (; kLockstep == 2 && b + 1 < whole; b += 2, x += 2 * kBlockFloats, s += 2 * kBlockFloats)
+      step_blocks<4, 2>(x, s, {&row, &row}, {b, b + 1}, key, step, k);
+    for (; b < whole; ++b, x += kBlockFloats, s += kBlockFloats)
+      step_blocks<4, 1>(x, s, {&row}, {b}, key, step, k);
+    if (last == 1) step_blocks<1, 1>(x, s, {&row}, {whole}, key, step, k);
+    if (last == 2) step_blocks<2, 1>(x, s, {&row}, {whole}, key, step, k);
+    if (last == 3) step_blocks<3, 1>(x, s, {&row}, {whole}, key, step, k);
+    x += last * kWidth, s += last * kWidth;
   }
-
- private:
-  const uint32_t blocks_;
-  const int last_;
-  RoundKeys keys_, third_;
-  std::vector<LaneCounters> rows_;
-  std::vector<Start> starts_;
-};
+}
 
 #else
 
-class Noise {
- public:
-  Noise(const ChainArgs& args, uint64_t row, uint64_t groups)
-      : key_(args.key), elements_(args.elements) {
-    for (uint64_t g = 0; g < groups; ++g) rows_.emplace_back(args, row + g * kWidth);
-  }
-
-  void step(float* x, const float* s, uint32_t step, Line k) const {
-    for (const LaneCounters& row : rows_)
-      for (uint64_t first = 0; first < elements_; first += 4) {
-        const uint64_t kept = std::min<uint64_t>(4, elements_ - first);
-        for (int i = 0; i < kWidth; ++i) {
-          float z[4];
-          const Counter at = {0, row.draw[i] + step, row.low[i], row.high[i], 1};
-          map_words<NormalMap>(words_of(key_, at, row.block[i] + uint32_t(first / 4)), z);
-          for (uint64_t e = 0; e < kept; ++e) {
-            float& to = x[e * kWidth + i];
-            to = affine(k.a, to, k.b, s[e * kWidth + i], k.c, z[e]);
-          }
+SK_INLINE void step_groups(float* x, const float* s, const std::vector<LaneCounters>& rows,
+                           const NoiseKey& key, uint64_t elements, uint32_t step, Line k) {
+  for (const LaneCounters& row : rows)
+    for (uint64_t first = 0; first < elements; first += 4) {
+      const uint64_t kept = std::min<uint64_t>(4, elements - first);
+      for (int i = 0; i < kWidth; ++i) {
+        float z[4];
+        const Counter at = {0, row.draw[i] + step, row.low[i], row.high[i], 1};
+        map_words<NormalMap>(words_of(key, at, row.block[i] + uint32_t(first / 4)), z);
+        for (uint64_t e = 0; e < kept; ++e) {
+          float& to = x[e * kWidth + i];
+          to = affine(k.a, to, k.b, s[e * kWidth + i], k.c, z[e]);
         }
-        x += kept * kWidth, s += kept * kWidth;
       }
-  }
-
- private:
-  const NoiseKey key_;
-  const uint64_t elements_;
-  std::vector<LaneCounters> rows_;
-};
+      x += kept * kWidth, s += kept * kWidth;
+    }
+}
 
 #endif
 
@@ -205,7 +146,9 @@ struct Memory {
 void run_block(const ChainArgs& args, uint64_t row, uint64_t groups) {
   const uint64_t elements = args.elements, group = elements * kWidth, size = groups * group;
   const Memory m(size);
-  const Noise noise(args, row, groups);
+  std::vector<LaneCounters> counters;
+  counters.reserve(groups);
+  for (uint64_t g = 0; g < groups; ++g) counters.emplace_back(args, row + g * kWidth);
   const uint64_t rows = std::min(args.rows - row, groups * kWidth);
   const auto at = [&](uint64_t r, uint64_t e) {
     return r / kWidth * group + e * kWidth + r % kWidth;
@@ -221,7 +164,7 @@ void run_block(const ChainArgs& args, uint64_t row, uint64_t groups) {
     }
     reinterpret_cast<Score>(args.score)(seen, line.sigma, m.s, groups, args.params);
     if (line.c != 0.0f) {
-      noise.step(m.x, m.s, uint32_t(t), line);
+      step_groups(m.x, m.s, counters, args.key, elements, uint32_t(t), line);
     } else {
 #pragma omp simd
       for (uint64_t i = 0; i < size; ++i) m.x[i] = affine(line.a, m.x[i], line.b, m.s[i]);
