@@ -3,7 +3,7 @@
     python -m benchmarks          every op and chain; writes bench.csv and bench.png
     python -m benchmarks small    what calls on 64 elements cost
     python -m benchmarks rows     what the addresses of rows cost
-    python -m benchmarks fused    chains whose score is fused with them; on the CPU
+    python -m benchmarks fused    chains whose score is fused with them
 
 Nothing is measured where ``score-kernels selfcheck`` finds a fault. All variants of a case take
 turns, so compare within one run, on a machine that does nothing else.
@@ -24,6 +24,8 @@ from benchmarks.small import small
 from benchmarks.table import bench
 from score_kernels.cli.selfcheck import selfcheck
 
+PARTS = {"small": small, "rows": rows, "fused": fused}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 where a check fails and nothing is measured."""
@@ -32,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "what", nargs="?", choices=("table", "small", "rows", "fused"), default="table"
-    )
+    parser.add_argument("what", nargs="?", choices=("table", *PARTS), default="table")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder to write to")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--op", action="append", choices=OPS, help="only this one; may be repeated")
-    parser.add_argument("--threads", type=int, help="default: torch's, or 1 and 2")
+    parser.add_argument(
+        "--threads", type=int, help="default: torch's; small, rows, fused: 1, then 2"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="turns of each variant")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, 5 rounds")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -56,12 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device(arguments.device)
         if arguments.what != "table":
             threads = [arguments.threads] if arguments.threads else [1, 2]
-            if arguments.what == "fused":
-                compiled = not arguments.no_compile
-                fused(threads=threads, rounds=rounds, compiled=compiled)
-            else:
-                measured = small if arguments.what == "small" else rows
-                measured(device, threads=threads, rounds=rounds)
+            PARTS[arguments.what](device, threads=threads, rounds=rounds)
         else:
             torch.set_num_threads(arguments.threads or before)
             names, compiled = arguments.op or list(OPS), not arguments.no_compile

@@ -18,6 +18,7 @@ __all__ = ["fused", "lattice", "network", "toy"]
 
 Score = Callable[..., Tensor]
 SIGMAS = sk.geometric_sigmas(20.0, 1.0, 10)
+COLUMNS = ("fused", "step by step", "by hand", "compiled")
 
 
 def toy(x: Tensor, sigma: Tensor) -> Tensor:
@@ -35,11 +36,11 @@ def lattice(x: Tensor, hopping: float = 0.25, coupling: float = 0.02) -> Tensor:
     return site.sum((1, 2))
 
 
-def network() -> Score:
+def network(device: torch.device) -> Score:
     """Of two hidden layers of 128, with a random start, as a score of points of the plane."""
     torch.manual_seed(0)
     layers = [nn.Linear(2, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2)]
-    net = nn.Sequential(*layers).requires_grad_(False)
+    net = nn.Sequential(*layers).requires_grad_(False).to(device)
     return lambda x, sigma: (net(x / 10) - x) / (sigma * sigma)[:, None]
 
 
@@ -47,7 +48,7 @@ def by_hand(score: Score, x: Tensor, steps: int) -> None:
     """The shortest loop of PyTorch: in place, into buffers made once."""
     noise = torch.empty_like(x)
     for sigma in SIGMAS.tolist():
-        alpha, level = 0.1 * sigma**2, torch.full((len(x),), sigma)
+        alpha, level = 0.1 * sigma**2, x.new_full((len(x),), sigma)
         for _ in range(steps):
             x.add_(score(x, level), alpha=alpha / 2).add_(noise.normal_(), alpha=math.sqrt(alpha))
 
@@ -63,8 +64,8 @@ class Case:
     energy: bool = False
 
 
-def cases() -> list[Case]:
-    net = network()
+def cases(device: torch.device) -> list[Case]:
+    net = network(device)
     return [
         Case("toy", toy, (1280, 2), 100, 10),
         Case("toy", toy, (100_000, 2), 10, 2),
@@ -74,25 +75,24 @@ def cases() -> list[Case]:
     ]
 
 
-def fused(*, threads: list[int], rounds: int, compiled: bool) -> None:
+def fused(device: torch.device, *, threads: list[int], rounds: int) -> None:
     """Print us a step of a fused chain, of the sampler with the score in PyTorch, of a loop by hand
     and of that with a compiled score, each also as a multiple of the first."""
-    columns = ["fused", "step by step", "by hand", *(["compiled"] if compiled else [])]
-    print(f"{'us a step':22} {'rows':>7} threads" + "".join(f"{name:>20}" for name in columns))
+    print(f"{'us a step':22} {'rows':>7} threads" + "".join(f"{name:>20}" for name in COLUMNS))
     for count in threads:
         torch.set_num_threads(count)
-        for case in cases():
-            seconds = interleaved(variants(case, compiled), rounds)
+        for case in cases(device):
+            seconds = interleaved(variants(case, device), rounds, device)
             us = {k: statistics.median(v) * 1e6 / 10 for k, v in seconds.items()}
             us = {k: v / (case.fused_steps if k == "fused" else case.steps) for k, v in us.items()}
             line = f"{case.name:22} {case.shape[0]:7} {count:7}"
-            for name in columns:
-                line += f"{f'{us[name]:.2f} x{us[name] / us[columns[0]]:.1f}':>20}"
+            for name in COLUMNS:
+                line += f"{f'{us[name]:.2f} x{us[name] / us[COLUMNS[0]]:.1f}':>20}"
             print(line, flush=True)
 
 
-def variants(case: Case, compiled: bool) -> dict[str, Step]:
-    x = torch.randn(case.shape)
+def variants(case: Case, device: torch.device) -> dict[str, Step]:
+    x = torch.randn(case.shape, device=device)
     kind = "energy" if case.energy else "score"
     score = sk.fused.score(case.score, case.shape[1], kind=kind)
     # The plain function of the score, which is no fused one.
@@ -108,11 +108,10 @@ def variants(case: Case, compiled: bool) -> dict[str, Step]:
         with torch.no_grad():
             by_hand((lambda x, _: of(x)) if case.energy else of, x.clone(), case.steps)
 
-    made: dict[str, Step] = {
-        "fused": partial(chain, score, case.fused_steps),
-        "step by step": partial(chain, lambda *a: plain(*a), case.steps),
-        "by hand": partial(loop, plain),
-    }
-    if compiled:
-        made["compiled"] = partial(loop, torch.compile(plain))
-    return made
+    made = (
+        partial(chain, score, case.fused_steps),
+        partial(chain, lambda *a: plain(*a), case.steps),
+        partial(loop, plain),
+        partial(loop, torch.compile(plain)),
+    )
+    return dict(zip(COLUMNS, made, strict=True))

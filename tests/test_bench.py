@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import benchmarks.__main__ as suite
-from benchmarks import small
+from benchmarks import fused, small
 from benchmarks.cases import OPS, SMALL, case
 from benchmarks.table import COLUMNS
 from score_kernels.cli import selfcheck
@@ -92,3 +93,14 @@ def test_wrong_device_is_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         suite.main(["--device", "tpu"])
     assert "device: got 'tpu', expected cpu, cuda" in capsys.readouterr().err
+
+
+def test_fused_chains(
+    no_checks: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_lattice = fused.Case("lattice", fused.lattice, (3, 16), 1, 1, energy=True)
+    monkeypatch.setattr(fused, "cases", lambda device: [small_lattice])
+    assert suite.main(["fused", "--threads", "1", *QUICK]) == 0
+    heading, line = capsys.readouterr().out.splitlines()[-2:]
+    assert all(name in heading for name in fused.COLUMNS)
+    assert re.fullmatch(r"lattice +3 +1( +[0-9.]+ x[0-9.]+){4}", line)
