@@ -309,8 +309,12 @@ _corrector = {"snr": number(0.05, 0.2), "corrector_steps": integer(1, 2), "batch
 _corrector |= {"predictor": one_of("reverse_diffusion", "ancestral", "euler_maruyama", None)}
 _corrector |= {"corrector": one_of("langevin", "ald", None), "corrector_first": FLAG}
 sampler("predictor_corrector", "close chain", **_sde, **_corrector, denoise=FLAG)
-sampler("ddpm", schedule=one_of(CHAIN, kind="any"), variance=one_of("small", "large"))
-sampler("ddim", schedule=one_of(CHAIN, kind="any"), steps=integer(1, 20), eta=number(0.0, 1.0))
+_chain: dict[str, Any] = {"schedule": one_of(CHAIN, [4.0, 2.0, 1.0, 0.1], kind="levels")}
+_timesteps = maybe(one_of([3, 1, 0], np.array([2, 0]), range(3, -1, -1), kind="any"))
+sampler("ddpm", **_chain, timesteps=_timesteps, variance=one_of("small", "large"))
+_chain["eta"] = number(0.0, 1.0)
+sampler("ddim", **_chain, steps=maybe(integer(1, 4)), timesteps=_timesteps)
+sampler("dpm_solver", sigmas=one_of(CHAIN, [4.0, 1.0, 0.1], kind="levels"), eta=number())
 _churn = {"churn": number(), "churn_noise": number()}
 _churn |= {"churn_range": one_of((0.0, math.inf), kind="any")}
 sampler("probability_flow", sigmas=LEVELS, method=one_of("heun", "euler"), **_churn)

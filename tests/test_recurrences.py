@@ -195,6 +195,29 @@ def ddim(eta: float, steps: int, timesteps: list[int]) -> Case:
     return Case(sampler, case.prior, case.start, chain_of_ddpm(timesteps, eta), denoises=False)
 
 
+def dpm(eta: float) -> Case:
+    """Algorithm 2 of arXiv 2211.01095 and, for eta = 1, its SDE-DPM-Solver++(2M): alpha = 1."""
+    sigmas, steps, before = (5.0, 2.0, 0.75, 0.25), [], {}
+    for i, (now, then) in enumerate(itertools.pairwise([*sigmas, 0.0])):
+
+        def update(x: Any, z: Any, i: int = i, now: float = now, then: float = then) -> Any:
+            data = before[i] = x + now**2 * score(x, now)
+            if not then:
+                return data
+            h, d = math.log(now / then), data
+            if i:
+                r = math.log(sigmas[i - 1] / now) / h
+                d = (1 + 1 / (2 * r)) * data - before[i - 1] / (2 * r)
+            if eta == 0:
+                return then / now * x - (math.exp(-h) - 1) * d
+            kept, gone = then / now * math.exp(-eta * h), 1 - math.exp(-(1 + eta) * h)
+            return kept * x + gone * d + then * math.sqrt(1 - math.exp(-2 * eta * h)) * z
+
+        steps.append(Step(update, 1, then))
+    sampler = partial(sk.dpm_solver, sigmas=sigmas, eta=eta)
+    return Case(sampler, 5.0, (1, 5.0), steps, denoises=False)
+
+
 RANGES = {"VE": (0.1, 5.0), "VP": (0.3, 9.0), "subVP": (0.3, 9.0)}
 DIFFUSIONS = {"VE": VE(0.1, 5.0), "VP": VP(0.3, 9.0), "subVP": SubVP(0.3, 9.0)}
 
@@ -287,6 +310,9 @@ CASES: dict[str, Case] = {
     "ddim 0.6": ddim(0.6, 7, [29, 24, 19, 14, 10, 5, 0]),
     "ddim 1": ddim(1, 4, [29, 19, 10, 0]),
     "ddim of one step": ddim(0.6, 1, [29]),
+    "dpm 0": dpm(0),
+    "dpm 0.4": dpm(0.4),
+    "dpm 1": dpm(1),
     **{
         f"{name} {predictor} {corrector}": diffusion(name, predictor, corrector)
         for name in DIFFUSIONS

@@ -399,7 +399,7 @@ REFUSED: list[tuple[Any, str]] = [
         lambda: sk.langevin(gaussian, (2, 3), step_size=0.1, steps=3, temperature=-1.0),
         "temperature: got -1",
     ),
-    (lambda: sk.ddpm(gaussian, (2, 3), LEVELS), "schedule: got"),
+    (lambda: sk.ddpm(gaussian, (2, 3), WIDE), "schedule: got"),
     (lambda: sk.ddim(gaussian, (2, 3), DDPM, steps=1001), "steps: got 1001, expected at most"),
     (lambda: sk.ddim(gaussian, (2, 3), DDPM, eta=1.5), "eta: got 1.5"),
     (lambda: sk.probability_flow(gaussian, (2, 3), LEVELS, method="rk4"), "method: got 'rk4'"),

@@ -148,9 +148,32 @@ class DDPMSchedule:
                 "decreasing ones inside (0, 1)"
             )
         self.alphas_bar = values
-        self.sigmas = ((1 - values) / values).sqrt()
-        logs = self.sigmas.log()
+        self._set_sigmas(((1 - values) / values).sqrt())
+
+    def _set_sigmas(self, sigmas: Tensor) -> None:
+        self.sigmas = sigmas
+        logs = sigmas.log()
         self._middles = (logs[1:] + logs[:-1]) / 2
+
+    @classmethod
+    def from_sigmas(cls, sigmas: Any) -> DDPMSchedule:
+        """The schedule of given noise levels, ``abar = 1 / (1 + sigma^2)``.
+
+        `sigmas` are strictly decreasing, as samplers take them: the last is that of timestep 0. The
+        attribute of that name has the same numbers. Two levels so close, or one below about 1e-8,
+        that float64 does not tell their abar apart, or from 1, are a ValueError.
+        """
+        levels = torch.tensor(checks.noise_levels(sigmas)[::-1], dtype=torch.float64, device="cpu")
+        try:
+            schedule = cls(1 / (1 + levels.square()))
+        except ValueError:
+            raise ValueError(
+                f"sigmas: got levels down to {float(levels[0]):g}, expected ones whose "
+                "abar = 1 / (1 + sigma^2) differ in float64, and from 1"
+            ) from None
+        # Without the rounding of abar.
+        schedule._set_sigmas(levels)
+        return schedule
 
     @classmethod
     def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> DDPMSchedule:
@@ -171,3 +194,12 @@ class DDPMSchedule:
         # Moved only once: every copy to the device would be waited for.
         self._middles = self._middles.to(sigma.device)
         return torch.searchsorted(self._middles, sigma.double().log().contiguous())
+
+
+def levels_of(sigmas: Any, name: str = "sigmas") -> list[float]:
+    """Strictly decreasing noise levels: those given, or all of a `DDPMSchedule`."""
+    if isinstance(sigmas, str) or not hasattr(sigmas, "__iter__"):
+        expected = "noise levels or a score_kernels.DDPMSchedule"
+        checks.instance(name, sigmas, DDPMSchedule, expected)
+        return sigmas.sigmas.flip(0).tolist()
+    return checks.noise_levels(sigmas, name)

@@ -1,6 +1,7 @@
 """Samplers: each a plan of affine steps ``x <- a x + b score + c z`` for one engine."""
 
 from score_kernels.sampling.ddpm import ddim, ddpm
+from score_kernels.sampling.dpm import dpm_solver
 from score_kernels.sampling.engine import Options, Progress
 from score_kernels.sampling.guidance import classifier_free, slerp_noise
 from score_kernels.sampling.langevin import annealed_langevin, consistent_annealed, langevin
@@ -17,6 +18,7 @@ __all__ = [
     "consistent_annealed",
     "ddim",
     "ddpm",
+    "dpm_solver",
     "euler_maruyama",
     "slerp_noise",
     "langevin",

@@ -2,36 +2,38 @@
 
 A chain of DDPM holds ``x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) z``; here it is run as ``y = x_i /
 sqrt(abar_i)``, data plus noise of ``sigma_i = sqrt((1 - abar_i) / abar_i)``, which is what a score
-sees. In y every step of DDPM and DDIM is ``y <- y + b score(y, sigma) + c z``.
+sees. In y every step of DDPM and DDIM is ``y <- y + b score(y, sigma) + c z``, of the noise levels
+alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 from typing_extensions import Unpack
 
 from score_kernels import checks
-from score_kernels.diffusion.sde import DDPMSchedule, linspace
+from score_kernels.diffusion.sde import DDPMSchedule, levels_of, linspace
 from score_kernels.sampling.engine import Options, Phase, Score, run
 
 __all__ = ["ddim", "ddpm"]
-
-_SCHEDULE = "a score_kernels.diffusion.sde.DDPMSchedule"
 
 
 def ddpm(
     score: Score,
     shape_or_init: Sequence[int] | Tensor,
-    schedule: DDPMSchedule,
+    schedule: Any,
     *,
+    timesteps: Sequence[int] | Tensor | None = None,
     variance: str = "small",
     **options: Unpack[Options],
 ) -> Tensor:
-    """Ancestral DDPM, all timesteps (Ho et al. 2020, arXiv 2006.11239, algorithm 2).
+    """Ancestral DDPM (Ho et al. 2020, arXiv 2006.11239, algorithm 2).
 
     In DDPM's scale ``x <- (x - beta / sqrt(1 - abar) eps) / sqrt(1 - beta) + sqrt(v) z``, v the
     posterior's variance ("small") or beta ("large"), and no noise in the last step; in y::
@@ -43,26 +45,28 @@ def ddpm(
     Args as in :func:`annealed_langevin`, except:
         score: ``score(y, sigma)``; of a network that predicts noise, see `as_score`.
         shape_or_init: the prior is ``N(0, 1)`` in x; a state, or the recorded ones, are y.
-        schedule: the levels, a :class:`score_kernels.diffusion.sde.DDPMSchedule`.
+        schedule: a :class:`score_kernels.diffusion.sde.DDPMSchedule`, or noise levels, strictly
+            decreasing, with ``abar = 1 / (1 + sigma^2)``.
+        timesteps: the levels to run over, strictly decreasing integers from N - 1 to 0, the
+            smallest level's: ``range(999, -1, -10)``; default: all. The chain takes each to the
+            next one of them, with ``beta_i = 1 - abar_i / abar_{i-1}``, and the last to no noise.
         variance: "small" or "large".
     """
-    checks.instance("schedule", schedule, DDPMSchedule, _SCHEDULE)
+    levels = levels_of(schedule, "schedule")
+    if timesteps is not None:
+        levels = _levels_at(levels, timesteps)
     checks.choice("variance", variance, ("small", "large"))
-    plan = _plan(schedule.sigmas.flip(0).tolist(), eta=1.0)
-    if variance == "large":
-        abar = torch.cat([schedule.alphas_bar.new_ones(1), schedule.alphas_bar])
-        noise = ((1 - abar[1:] / abar[:-1]) / abar[:-1]).sqrt().flip(0).tolist()
-        for phase, c in zip(plan[:-1], noise, strict=False):
-            phase.c = c
+    plan = _plan(levels, 1.0, variance)
     return run("ddpm", score, shape_or_init, plan, _prior(plan), options)
 
 
 def ddim(
     score: Score,
     shape_or_init: Sequence[int] | Tensor,
-    schedule: DDPMSchedule,
+    schedule: Any,
     *,
-    steps: int = 50,
+    steps: int | None = None,
+    timesteps: Sequence[int] | Tensor | None = None,
     eta: float = 0.0,
     **options: Unpack[Options],
 ) -> Tensor:
@@ -77,26 +81,56 @@ def ddim(
 
     Args as in :func:`ddpm`, and:
         steps: how many of the N levels, spaced evenly over their indices; the last is level 0.
+            Default: 50 of a schedule, or all if it has fewer; all of given noise levels.
+        timesteps: which ones, as in :func:`ddpm`, in the place of steps.
         eta: 0 to 1.
     """
-    checks.instance("schedule", schedule, DDPMSchedule, _SCHEDULE)
-    steps, levels = checks.count("steps", steps, least=1), len(schedule.sigmas)
-    if steps > levels:
-        raise ValueError(f"steps: got {steps}, expected at most the schedule's {levels}")
+    levels = levels_of(schedule, "schedule")
+    if timesteps is not None:
+        if steps is not None:
+            raise ValueError(f"timesteps: got them beside steps = {steps}, expected one of the two")
+        levels = _levels_at(levels, timesteps)
+    else:
+        most = len(levels)
+        if steps is None:
+            steps = min(50, most) if isinstance(schedule, DDPMSchedule) else most
+        if checks.count("steps", steps, least=1) > most:
+            raise ValueError(f"steps: got {steps}, expected at most the number of levels, {most}")
+        levels = _levels_at(levels, linspace(most - 1, 0, steps).round().long())
     eta = checks.not_negative("eta", eta)
     if eta > 1:
         raise ValueError(f"eta: got {eta}, expected a number from 0 to 1")
-    chosen = linspace(levels - 1, 0, steps).round().long()
-    plan = _plan(schedule.sigmas[chosen].tolist(), eta)
+    plan = _plan(levels, eta)
     return run("ddim", score, shape_or_init, plan, _prior(plan), options)
 
 
-def _plan(levels: list[float], eta: float) -> list[Phase]:
+def _levels_at(levels: list[float], timesteps: Any) -> list[float]:
+    """The levels at strictly decreasing timesteps, 0 that of the smallest, which is the last."""
+    if isinstance(timesteps, (Tensor, np.ndarray)) and timesteps.ndim == 1:
+        timesteps = timesteps.tolist()
+    expected = f"strictly decreasing integers from {len(levels) - 1} to 0"
+    if isinstance(timesteps, str):
+        raise TypeError(f"timesteps: got {timesteps!r}, expected {expected}")
+    checks.instance("timesteps", timesteps, Sequence, expected)
+    chosen = [checks.count(f"timesteps[{i}]", t, least=0) for i, t in enumerate(timesteps)]
+    if not chosen:
+        raise ValueError(f"timesteps: got none, expected {expected}")
+    for i, (before, after) in enumerate(pairwise([len(levels), *chosen])):
+        if after >= before:
+            got = f"timesteps[{i}] = {after}" + (f" after {before}" if i else "")
+            raise ValueError(f"timesteps: got {got}, expected {expected}")
+    return [levels[-1 - t] for t in chosen]
+
+
+def _plan(levels: list[float], eta: float, variance: str = "small") -> list[Phase]:
     """From each level to the next, and from the last to no noise."""
     plan = []
     for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
         c = eta * following * math.sqrt(1 - (following / sigma) ** 2)
         b = sigma**2 - sigma * math.sqrt(following**2 - c**2)
+        if variance == "large" and following:
+            # (1 - abar / abar') / abar' with 1 / abar = 1 + sigma^2.
+            c = math.sqrt((sigma**2 - following**2) * (1 + following**2) / (1 + sigma**2))
         plan.append(Phase(sigma, 1.0, b, c, next_level=(following, 1.0)))
     return plan
 
