@@ -13,6 +13,7 @@ namespace sk {
 
 enum class Kind : int { kWords = 0, kNormal = 1, kUniform = 2, kRademacher = 3 };
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class End : int { kNone = 0, kClamp = 1, kWrap = 2 };
 
 // A pointer that may not be null or any number; a pointer that may be null; 64 bits that Python
 // gives as a signed or as an unsigned integer.
@@ -89,8 +90,11 @@ struct AffineArgs {
 // c and, with `known`, a scale and a noise_scale. The line is number *step, and the draw is moved
 // on by it; without a step it is line 0 or, with per_row, the row's own. Where `mask` is not 0 the
 // result is scale known + noise_scale z instead, whatever x and the score are. known and mask go
-// together. A step past the table is an error on a CPU, and coefficients of NaN on a GPU, where it
-// is read by the kernel, so that a captured graph goes on from replay to replay.
+// together. With `precondition`, G >= 0 for each element, it is a x + b G score + c sqrt(G) z.
+// Last, `end` clamps it to [low, high], or wraps it into [0, high), low then being 1 / high.
+//
+// A step past the table is an error on a CPU, and coefficients of NaN on a GPU, where it is read by
+// the kernel, so that a captured graph goes on from replay to replay.
 struct TableArgs {
   float* out;
   const float* x;
@@ -103,6 +107,9 @@ struct TableArgs {
   bool per_row;
   const float* known;
   const uint8_t* mask;
+  const float* precondition;
+  End end;
+  float low, high;
   NoiseKey key;
 
   static constexpr auto fields() {
@@ -110,7 +117,8 @@ struct TableArgs {
     return std::tuple_cat(SK_FIELD(out), SK_FIELD(x), SK_FIELD(score), SK_FIELD(score_dtype),
                           SK_FIELD(rows), SK_FIELD(elements), SK_FIELD(table), SK_OPTIONAL(step),
                           SK_FIELD(lines), SK_FIELD(columns), SK_FIELD(per_row), SK_OPTIONAL(known),
-                          SK_OPTIONAL(mask), key_fields<&A::key>());
+                          SK_OPTIONAL(mask), SK_OPTIONAL(precondition), SK_FIELD(end),
+                          SK_FIELD(low), SK_FIELD(high), key_fields<&A::key>());
   }
 };
 

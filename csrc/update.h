@@ -17,6 +17,18 @@ SK_INLINE F affine(F a, F x, F b, F score, F c, F z) {
   return fma(c, z, affine(a, x, b, score));
 }
 
+// What a step ends with, as in TableArgs. NaN stays.
+SK_INLINE float clamped(float x, float low, float high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// The quotient is off by one where x is next to a multiple of the period.
+SK_INLINE float wrapped(float x, float inverse, float period) {
+  float rest = fma(-::floorf(x * inverse), period, x);
+  rest = rest < 0.0f ? rest + period : rest;
+  return rest >= period ? rest - period : rest;
+}
+
 // A line of a table.
 struct Coefficients {
   float a, b, c, scale, noise_scale;

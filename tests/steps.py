@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from score_kernels.backends.reference import CLAMP, NO_END, WRAP, End
+
 
 def lines_and_masks(shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Lines of each sample and of all, without and with a mask; some add no noise."""
@@ -19,3 +21,11 @@ def lines_and_masks(shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor | N
         yield lines, mask
         for row in range(min(rows, 4)):
             yield lines[row : row + 1].clone(), mask
+
+
+def endings(shape: tuple[int, ...]) -> Iterator[tuple[Tensor | None, End]]:
+    """Preconditioners, some elements 0, and what a step ends with, without end."""
+    while True:
+        for gain in (None, torch.randn(shape).square() * (torch.rand(shape) < 0.8)):
+            for end in (NO_END, (CLAMP, -0.7, 1.1), (WRAP, 1 / 0.3, 0.3)):
+                yield gain, end

@@ -13,7 +13,7 @@ import torch
 from conftest import filled
 from fibers.build import COMPILER, CUDA, ORDERS, Fibers, compile_fibers, fibers, shared
 from rounding import probe_terms
-from steps import lines_and_masks
+from steps import endings, lines_and_masks
 from torch import Tensor
 
 from score_kernels import NoiseKey
@@ -92,11 +92,11 @@ def test_coefficients_and_draw_are_read_where_the_step_counter_is(cuda: Fibers) 
 def test_lines_of_samples_and_known_elements(cuda: Fibers, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         x, score, known = torch.randn(shape), torch.randn(shape).to(dtype), torch.randn(shape)
-        for table, mask in lines_and_masks(shape):
+        for (table, mask), more in zip(lines_and_masks(shape), endings(shape), strict=False):
             given = None if mask is None else known
             got, want = torch.empty(shape), torch.empty(shape)
             for out, backend in ((got, cuda), (want, native)):
-                backend.table_step(out, x, score, table, None, KEY, given, mask)
+                backend.table_step(out, x, score, table, None, KEY, given, mask, *more)
             same(got, want)
 
 

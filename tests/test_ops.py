@@ -16,16 +16,19 @@ import tolerances
 import torch
 import torch._dynamo.testing
 from conftest import on_backend
-from steps import lines_and_masks
+from steps import endings, lines_and_masks
 from torch import Tensor
 
 import score_kernels
 from score_kernels import NoiseKey, ops
+from score_kernels.backends.reference import CLAMP, WRAP
 
 KEY = NoiseKey(2**63 + 11, purpose=2, draw=17, first_sample=2**32 - 2)
 SHAPES = [(1, 1), (3, 1), (7, 2), (5, 3), (4, 4), (6, 5), (2, 64), (3, 130), (2, 257), (2, 1023)]
 SHAPES += [(3, 2050), (4, 3, 8, 8), (2, 3, 5, 7, 2), (9,), (3, 0), (0, 3), (0,)]
 SCORES = [torch.float32, torch.bfloat16, torch.float16]
+# The state as it is.
+STAY = torch.tensor([[1.0, 0.0, 0.0]])
 
 
 def inputs(
@@ -61,15 +64,66 @@ def test_tables_and_known_elements_against_fp64(shape: tuple[int, ...], dtype: t
     x, score = inputs(shape, dtype)
     known, error = torch.randn(shape), tolerances.FP32_RELATIVE
     z = ops.normal(shape, KEY).double()
-    for lines, mask in lines_and_masks(shape):
+    for (lines, mask), (gain, end) in zip(lines_and_masks(shape), endings(shape), strict=False):
         k = [v.view(-1, *[1] * (len(shape) - 1)) for v in lines.double().unbind(1)]
-        want = k[0] * x + k[1] * score.double() + k[2] * z
+        g = torch.ones(()) if gain is None else gain
+        want = k[0] * x + k[1] * g * score.double() + k[2] * g.double().sqrt() * z
         if mask is not None:
             want = torch.where(mask, k[3] * known + k[4] * z, want)
         part = None if mask is None else known
         with on_backend("reference"):
-            got = ops.table_step_(x.clone(), score, lines, None, KEY, known=part, mask=mask)
+            got = ops.table_step_(
+                x.clone(), score, lines, None, KEY, known=part, mask=mask, precondition=gain,
+                clamp=end[1:] if end[0] == CLAMP else None, wrap=end[2] if end[0] == WRAP else None,
+            )  # fmt: skip
+        if end[0] == CLAMP:
+            want = want.clamp(*end[1:])
+        elif end[0] == WRAP:
+            assert ((0 <= got) & (got < end[2])).all()
+            # Next to the period 0 is as near.
+            far = got - want
+            got = want + far - end[2] * (far / end[2]).round()
         np.testing.assert_allclose(got.double(), want, rtol=error, atol=40 * error)
+
+
+@pytest.mark.parametrize("period", [1.0, 0.3, 7.1])
+def test_wrapped_states_are_inside_the_period(backend: str, period: float) -> None:
+    """Next to its multiples, below and above; a remainder that rounds to the period is 0."""
+    near = torch.arange(-50, 50).float() * period
+    x = torch.cat(
+        [near, near.nextafter(near + 1), near.nextafter(near - 1), torch.tensor([-1e-30])]
+    )
+    got = ops.table_step_(x[None].clone(), x[None], STAY, None, KEY, wrap=period)[0]
+    assert ((0 <= got) & (got < np.float32(period))).all()
+    far = (got.double() - x.double()) / np.float32(period)
+    assert (far - far.round()).abs().max() < 1e-5
+    bad = torch.tensor([[math.nan, math.inf, -math.inf]])
+    assert ops.table_step_(bad.clone(), bad, STAY, None, KEY, wrap=period).isnan().all()
+
+
+def test_a_clamp_keeps_what_is_not_a_number(backend: str) -> None:
+    x = torch.tensor([[math.nan, math.inf, -math.inf, 0.3, 1.5, -2.5]])
+    got = ops.table_step_(x.clone(), torch.zeros(1, 6), STAY, None, KEY, clamp=(-1, 1.25))
+    assert got[0, 0].isnan()
+    assert got[0, 1:].tolist() == [1.25, -1.0, pytest.approx(0.3), 1.25, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"clamp": 3.0}, r"clamp: got 3.0, expected two numbers"),
+        ({"clamp": (2, 1)}, r"clamp: got \(2, 1\), expected low <= high"),
+        ({"clamp": (math.nan, 1)}, r"clamp: got \(nan, 1\), expected low <= high"),
+        ({"wrap": 0.0}, "wrap: got 0.0, expected"),
+        ({"wrap": 1.0, "clamp": (0, 1)}, "wrap: got one beside clamp"),
+        ({"precondition": torch.ones(1, 1)}, "precondition: got shape"),
+        ({"precondition": torch.ones(1, 2).double()}, "precondition: got torch.float64"),
+    ],
+)
+def test_ends_and_preconditioners_that_are_wrong(given: dict[str, Any], message: str) -> None:
+    x = torch.zeros(1, 2)
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.table_step_(x, x, STAY, None, KEY, **given)
 
 
 def test_a_counter_is_a_line_of_the_table_and_a_draw(backend: str) -> None:

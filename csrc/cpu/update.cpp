@@ -8,26 +8,63 @@ namespace SK_ISA {
 
 namespace {
 
+// The last operation of a step.
+struct Unchanged {
+  SK_INLINE float operator()(float x) const { return x; }
+};
+struct Clamp {
+  float low, high;
+  SK_INLINE float operator()(float x) const { return clamped(x, low, high); }
+};
+struct Wrap {
+  float inverse, period;
+  SK_INLINE float operator()(float x) const { return wrapped(x, inverse, period); }
+};
+
+// body(end), with the end of a step as a type of its own.
+template <class Body>
+SK_INLINE void with_end(const TableArgs& args, const Body& body) {
+  if (args.end == End::kClamp) return body(Clamp{args.low, args.high});
+  if (args.end == End::kWrap) return body(Wrap{args.low, args.high});
+  body(Unchanged{});
+}
+
 // Coefficients by value: a reference to a float could alias `out` and would stop vectorisation.
+template <class End>
 SK_INLINE void combine(float* out, const float* x, const float* score, const float* z,
-                       uint64_t count, float a, float b, float c) {
+                       uint64_t count, float a, float b, float c, End end) {
   if (c == 0.0f) {
 #pragma omp simd
-    for (uint64_t i = 0; i < count; ++i) out[i] = affine(a, x[i], b, score[i]);
+    for (uint64_t i = 0; i < count; ++i) out[i] = end(affine(a, x[i], b, score[i]));
     return;
   }
 #pragma omp simd
-  for (uint64_t i = 0; i < count; ++i) out[i] = affine(a, x[i], b, score[i], c, z[i]);
+  for (uint64_t i = 0; i < count; ++i) out[i] = end(affine(a, x[i], b, score[i], c, z[i]));
+}
+
+// With a preconditioner g.
+template <class End>
+SK_INLINE void combine(float* out, const float* x, const float* score, const float* z,
+                       const float* g, uint64_t count, float a, float b, float c, End end) {
+  if (c == 0.0f) {
+#pragma omp simd
+    for (uint64_t i = 0; i < count; ++i) out[i] = end(affine(a, x[i], b * g[i], score[i]));
+    return;
+  }
+#pragma omp simd
+  for (uint64_t i = 0; i < count; ++i)
+    out[i] = end(affine(a, x[i], b * g[i], score[i], c * ::sqrtf(g[i]), z[i]));
 }
 
 // Known elements take the place of those that were computed.
+template <class End>
 SK_INLINE void keep(float* out, const float* known, const uint8_t* mask, const float* z,
-                    uint64_t count, float scale, float noise_scale) {
+                    uint64_t count, float scale, float noise_scale, End end) {
 #pragma omp simd
   for (uint64_t i = 0; i < count; ++i) {
     const float value = scale * known[i];
     const float noisy = noise_scale == 0.0f ? value : fma(noise_scale, z[i], value);
-    out[i] = mask[i] ? noisy : out[i];
+    out[i] = mask[i] ? end(noisy) : out[i];
   }
 }
 
@@ -52,7 +89,7 @@ void affine_step(const AffineArgs& args) {
                    read(args.score, tile, args.score_dtype));
     const float* score = score_tile(args.score, args.score_dtype, tile, converted);
     combine(args.out + tile.offset, args.x + tile.offset, score, z, tile.count, args.a, args.b,
-            args.c);
+            args.c, Unchanged{});
   });
 }
 
@@ -67,16 +104,30 @@ void table_step(const TableArgs& from) {
   }
   for_each_tile(args.rows, args.elements, [args](const Tile& tile) {
     alignas(64) float z[kTileBuffer], converted[kTile];
-    if (has_noise(args, tile)) fill_tile<NormalMap>(z, args.key, args.elements, tile);
+    if (has_noise(args, tile))
+      fill_normals(z, args.key, args.elements, tile, written(args.out, tile),
+                   read(args.out == args.x ? nullptr : args.x, tile),
+                   read(args.score, tile, args.score_dtype), read(args.precondition, tile));
     const float* score = score_tile(args.score, args.score_dtype, tile, converted);
-    for_each_row(tile, [&](uint64_t row, uint64_t first, uint64_t count) {
+    const auto update = [&](uint64_t row, uint64_t first, uint64_t count) {
       const Coefficients k = line_of(args, row);
       const uint64_t at = tile.offset + first;
-      combine(args.out + at, args.x + at, score + first, z + first, count, k.a, k.b, k.c);
-      if (args.known)
-        keep(args.out + at, args.known + at, args.mask + at, z + first, count, k.scale,
-             k.noise_scale);
-    });
+      with_end(args, [&](auto end) {
+        if (args.precondition)
+          combine(args.out + at, args.x + at, score + first, z + first, args.precondition + at,
+                  count, k.a, k.b, k.c, end);
+        else
+          combine(args.out + at, args.x + at, score + first, z + first, count, k.a, k.b, k.c, end);
+        if (args.known)
+          keep(args.out + at, args.known + at, args.mask + at, z + first, count, k.scale,
+               k.noise_scale, end);
+      });
+    };
+    // One line for all rows is one loop.
+    if (args.per_row)
+      for_each_row(tile, update);
+    else
+      update(0, 0, tile.count);
   });
 }
 

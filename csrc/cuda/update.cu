@@ -5,10 +5,15 @@
 namespace sk {
 namespace {
 
-__device__ __forceinline__ Quad combine(const Quad& x, const Quad& score, const Coefficients& k) {
-  const Pair a(k.a), b(k.b);
-  const Pair low = affine(a, {x.v[0], x.v[1]}, b, {score.v[0], score.v[1]});
-  const Pair high = affine(a, {x.v[2], x.v[3]}, b, {score.v[2], score.v[3]});
+__device__ __forceinline__ float ended(const TableArgs& args, float x) {
+  return args.end == End::kClamp ? clamped(x, args.low, args.high)
+                                 : wrapped(x, args.low, args.high);
+}
+
+__device__ __forceinline__ Quad combine(float a, const Quad& x, const Quad& b, const Quad& score) {
+  const Pair factor(a);
+  const Pair low = affine(factor, {x.v[0], x.v[1]}, {b.v[0], b.v[1]}, {score.v[0], score.v[1]});
+  const Pair high = affine(factor, {x.v[2], x.v[3]}, {b.v[2], b.v[3]}, {score.v[2], score.v[3]});
   return {{low.a, low.b, high.a, high.b}};
 }
 
@@ -24,29 +29,42 @@ __device__ __forceinline__ void step_row(const Args& args, const NoiseKey& key, 
   const Row<kVector, const float> x(args.x, place);
   const Row<kVector, const Score> scores(static_cast<const Score*>(args.score), place);
   const Row<kVector, float> out(args.out, place);
+  constexpr bool kTable = std::is_same_v<Args, TableArgs>;
   k.c = place.checked(k.c);
   k.noise_scale = place.checked(k.noise_scale);
   each_quad(
       place, range_of_grid(args.elements),
       [&](At at) { return Inputs{x.load(at), scores.load(at)}; },
       [&](At at, const Inputs& in) {
-        Quad next = combine(in.x, to_floats(in.score), k), noise_scale = {{k.c, k.c, k.c, k.c}};
+        Quad b = {{k.b, k.b, k.b, k.b}}, c = {{k.c, k.c, k.c, k.c}};
+        if constexpr (kTable)
+          if (args.precondition) {
+            const Quad g = Row<kVector, const float>(args.precondition, place).load(at);
+            for (uint32_t e = 0; e < kQuad; ++e) {
+              b.v[e] *= g.v[e];
+              c.v[e] *= ::sqrtf(g.v[e]);
+            }
+          }
+        Quad next = combine(k.a, in.x, b, to_floats(in.score));
+        // There may be noise for one of the known and the other elements alone.
+        bool none[kQuad] = {};
         if constexpr (kKnown) {
           const Quad known = Row<kVector, const float>(args.known, place).load(at);
           const auto mask = Row<kVector, const uint8_t>(args.mask, place).load(at);
           for (uint32_t e = 0; e < kQuad; ++e) {
             next.v[e] = mask.v[e] ? k.scale * known.v[e] : next.v[e];
-            noise_scale.v[e] = mask.v[e] ? k.noise_scale : k.c;
+            c.v[e] = mask.v[e] ? k.noise_scale : c.v[e];
+            none[e] = (mask.v[e] ? k.noise_scale : k.c) == 0.0f;
           }
         }
         if (kNoise) {
           const Quad z = values_of<NormalMap>(words_of(key, place.counter, at.block()));
-          for (uint32_t e = 0; e < kQuad; ++e) {
-            // There may be noise for one of the known and the other elements alone.
-            const bool none = kKnown && noise_scale.v[e] == 0.0f;
-            next.v[e] = none ? next.v[e] : fma(noise_scale.v[e], z.v[e], next.v[e]);
-          }
+          for (uint32_t e = 0; e < kQuad; ++e)
+            next.v[e] = none[e] ? next.v[e] : fma(c.v[e], z.v[e], next.v[e]);
         }
+        if constexpr (kTable)
+          if (args.end != End::kNone)
+            for (uint32_t e = 0; e < kQuad; ++e) next.v[e] = ended(args, next.v[e]);
         out.store(at, next);
       });
 }
@@ -102,7 +120,8 @@ void cuda::affine_step(const AffineArgs& args, const DeviceAndStream& target) {
 void cuda::table_step(const TableArgs& args, const DeviceAndStream& target) {
   with_dtype(args.score_dtype, args.score, [&](auto* score) {
     using Score = ElementOf<decltype(score)>;
-    const bool vector = whole_quads(args.elements, args.x, args.out, score, args.known, args.mask);
+    const bool vector = whole_quads(args.elements, args.x, args.out, score, args.known, args.mask,
+                                    args.precondition);
     const auto kernel =
         args.known
             ? (vector ? table_kernel<Score, true, true> : table_kernel<Score, false, true>)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels.backends.reference import Reference, apart
+from score_kernels.backends.reference import NO_END, End, Reference, apart
 from score_kernels.noise import Key
 
 # The numbers of sk::Kind and sk::Dtype in csrc/args.h.
@@ -115,10 +115,14 @@ class CompiledBackend(Reference):
         key: Key,
         known: Tensor | None = None,
         mask: Tensor | None = None,
+        precondition: Tensor | None = None,
+        end: End = NO_END,
     ) -> None:
         lines, columns = table.shape
         # The kernel may read the score and what is known after it has written x.
         score, known = apart(out, score), None if known is None else apart(out, known, same=True)
+        if precondition is not None:
+            precondition = apart(out, precondition)
         self.kernels.table_step(
             out.data_ptr(),
             x.data_ptr(),
@@ -132,6 +136,8 @@ class CompiledBackend(Reference):
             step is None and lines > 1,
             _address(known),
             _address(mask),
+            _address(precondition),
+            *end,
             *_fields(key),
             *self.device_and_stream(x.device),
         )

@@ -34,6 +34,11 @@ COS = ("0x1p+0", "-0x1.3bd3bp+0", "0x1.03bd9ap-2", "-0x1.55020cp-6", "0x1.c2939a
 SIN = ("0x1.921fb4p+0", "-0x1.4abba2p-1", "0x1.466504p-4", "-0x1.31fbf4p-8", "0x1.3912a8p-13")
 TWO_LN2 = float.fromhex("-0x1.62e43p-23")
 
+# What a table's step ends with: a number of csrc/args.h's End, with low and high.
+End = tuple[int, float, float]
+NO_END: End = (0, 0.0, 0.0)
+CLAMP, WRAP = 1, 2
+
 # Blocks of four elements a chunk: some megabytes of temporaries.
 _CHUNK = 1 << 15
 
@@ -98,16 +103,21 @@ class Reference:
         key: Key,
         known: Tensor | None = None,
         mask: Tensor | None = None,
+        precondition: Tensor | None = None,
+        end: End = NO_END,
     ) -> None:
         """affine_step with (a, b, c) = table[step] and draw + step, read where the tensors are.
 
         table [lines, 3], step int64 without dimensions; without it the table has one line for all
         samples or one for each. With known, and mask (bool), the table has five columns, and out
         is table[., 3] known + table[., 4] z where mask is true, whatever x and score are there.
+        precondition and end as in csrc/args.h's TableArgs.
         """
         if x.numel() == 0:
             return
         score, known = apart(out, score), None if known is None else apart(out, known, same=True)
+        if precondition is not None:
+            precondition = apart(out, precondition)
         home = torch.device("cpu") if x.device.type == "mps" else x.device
         lines = table.to(home).double()
         if step is not None:
@@ -117,7 +127,10 @@ class Reference:
         z = _normal_like(x, key).to(home).view(-1) if bool((lines[:, 2::2] != 0).any()) else None
         # An fp64 state has an update in plain fp64.
         fma = _fma if x.dtype == torch.float32 else _plain_fma
-        product = _round if x.dtype == torch.float32 else torch.Tensor.double
+        rounded = _round if x.dtype == torch.float32 else torch.Tensor.double
+        kind, low, high = end
+        # Numbers enter an fp32 kernel rounded to fp32.
+        low, high = rounded(torch.tensor([low, high], dtype=torch.float64)).tolist()
         elements = x.numel() // x.shape[0]
         for chunk in _chunks(x.numel(), 4 * _CHUNK):
             row = torch.arange(chunk.start, chunk.stop, device=home) // elements
@@ -127,15 +140,27 @@ class Reference:
             def take(values: Tensor, chunk: slice = chunk) -> Tensor:
                 return values.reshape(-1)[chunk].to(home).double()
 
-            def noisy(value: Tensor, scale: Tensor, chunk: slice = chunk) -> Tensor:
-                if z is None:
-                    return value
-                return torch.where(scale == 0, value, fma(scale, z[chunk].double(), value))
+            def wrapped(value: Tensor) -> Tensor:
+                value = fma(-rounded(value * low).floor(), torch.full_like(value, high), value)
+                value = torch.where(value < 0, rounded(value + high), value)
+                return torch.where(value >= high, rounded(value - high), value)
 
-            value = noisy(fma(k[1], take(score), product(k[0] * take(x))), k[2])
+            b, c = k[1], k[2]
+            if precondition is not None:
+                b = rounded(b * (gain := take(precondition)))
+                c = rounded(c * rounded(gain.sqrt()))
+            value = fma(b, take(score), rounded(k[0] * take(x)))
+            if z is not None:
+                value = torch.where(k[2] == 0, value, fma(c, z[chunk].double(), value))
             if known is not None and mask is not None:
-                given = noisy(product(k[3] * take(known)), k[4])
+                given = rounded(k[3] * take(known))
+                if z is not None:
+                    given = torch.where(k[4] == 0, given, fma(k[4], z[chunk].double(), given))
                 value = torch.where(mask.reshape(-1)[chunk].to(home), given, value)
+            if kind == CLAMP:
+                value = torch.where(value < low, low, torch.where(value > high, high, value))
+            elif kind == WRAP:
+                value = wrapped(value)
             out.view(-1)[chunk] = value.to(x.dtype).to(x.device)
 
     def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from score_kernels import checks
 from score_kernels.backends import choose, registry
+from score_kernels.backends.reference import CLAMP, NO_END, WRAP, End
 from score_kernels.noise import Key, NoiseKey
 from score_kernels.ops._dispatch import (
     KEY_SCHEMA,
@@ -105,16 +107,20 @@ def table_step_(
     *,
     known: Tensor | None = None,
     mask: Tensor | None = None,
+    precondition: Tensor | None = None,
+    clamp: tuple[float, float] | None = None,
+    wrap: float | None = None,
 ) -> Tensor:
-    """:func:`affine_step_` with coefficients on the device, and known elements.
+    """:func:`affine_step_` with coefficients on the device, and more in the same pass.
 
     With a `step`, ``a, b, c = table[step]`` and the noise's draw is moved on by it: a captured CUDA
     graph that ends with ``step.add_(1)`` does the next step of a chain at each replay. Without one
     the table has a line for each sample, or one for all.
 
     With `known` the table has two more columns, scale and noise_scale: where `mask` is true,
-    ``x <- scale known + noise_scale z``, whatever x and score are there (inpainting). Not
-    differentiable.
+    ``x <- scale known + noise_scale z``, whatever x and score are there (inpainting). With a
+    `precondition` G elsewhere ``x <- a x + b G score + c sqrt(G) z``. Last, x is clamped or
+    wrapped. Not differentiable.
 
     Args:
         x: ``[B, ...]`` float32 (or float64 on the reference backend), contiguous.
@@ -125,6 +131,10 @@ def table_step_(
             where reading it would wait for the device, a step out of range makes x NaN.
         noise: names the noise, with a step that of step 0; see :class:`score_kernels.NoiseKey`.
         known, mask: x's shape and device, contiguous; x's dtype and bool.
+        precondition: x's shape, dtype and device, contiguous, of at least 0.
+        clamp: (low, high), which x is limited to.
+        wrap: a period P; x is moved into [0, P) by multiples of it, exact to rounding while x is
+            within 2^22 periods.
 
     Returns:
         x.
@@ -151,13 +161,36 @@ def table_step_(
     if known is not None:
         _check_part("known", known, x.dtype, x.shape, "that of x", x)
         _check_part("mask", mask, torch.bool, x.shape, "that of x", x)
+    if precondition is not None:
+        _check_part("precondition", precondition, x.dtype, x.shape, "that of x", x)
+    end = step_end(clamp, wrap)
     if not x.is_contiguous() or (not is_compiling() and x.is_neg()):
         raise ValueError(f"x: got strides {x.stride()}, expected a contiguous tensor")
-    for name, value in (("x", x), ("score", score), ("table", table), ("known", known)):
+    given = {"x": x, "score": score, "table": table, "known": known, "precondition": precondition}
+    for name, value in given.items():
         if wants_grad(value):
             raise ValueError(f"{name}: got requires_grad=True, expected a tensor without gradient")
-    _table_op(x, score, table, step, known, mask, noise)
+    _table_op(x, score, table, step, known, mask, precondition, *end, noise)
     return x
+
+
+def step_end(clamp: Any, wrap: Any) -> End:
+    """What a step ends with: see csrc/args.h's TableArgs."""
+    if clamp is not None and wrap is not None:
+        raise ValueError("wrap: got one beside clamp, expected one of the two")
+    if clamp is not None:
+        if not isinstance(clamp, Sequence) or len(clamp) != 2:
+            raise TypeError(f"clamp: got {clamp!r}, expected two numbers (low, high)")
+        low, high = clamp
+        # None of the two may be NaN.
+        if not low <= high:
+            raise ValueError(f"clamp: got ({low}, {high}), expected low <= high")
+        return CLAMP, float(low), float(high)
+    if wrap is not None:
+        period = checks.within_float32("wrap", checks.positive("wrap", wrap))
+        checks.within_float32("1 / wrap", 1 / period)
+        return WRAP, 1 / period, period
+    return NO_END
 
 
 def _check_part(
@@ -257,7 +290,7 @@ def _compiled(x: Tensor, score: Tensor, a: float, b: float, c: float, noise: Noi
     one = x.new_ones(())
     table = torch.stack([one * a, one * b, one * c])[None]
     out = x.clone(memory_format=torch.contiguous_format)
-    _table_op(out, score, table, None, None, None, noise)
+    _table_op(out, score, table, None, None, None, None, *NO_END, noise)
     return out
 
 
@@ -301,12 +334,17 @@ def _table_step_(
     step: Tensor | None,
     known: Tensor | None,
     mask: Tensor | None,
+    precondition: Tensor | None,
+    end: int,
+    low: float,
+    high: float,
     key: Key,
 ) -> None:
     if step is not None and step.is_cpu and not 0 <= int(step) < len(table):
         raise ValueError(f"step: got {int(step)}, expected 0 <= step < {len(table)}")
     step_by_table = choose(x.device, x.dtype).table_step
-    step_by_table(x, x, dense(score), table, step, key, known, mask)
+    ending = end, low, high
+    step_by_table(x, x, dense(score), table, step, key, known, mask, precondition, ending)
     _increment_version((x,))
 
 
@@ -317,7 +355,7 @@ _in_place_op = register(
 )
 _table_op = register(
     "table_step_(Tensor(a!) x, Tensor score, Tensor table, Tensor? step, Tensor? known, "
-    f"Tensor? mask, {KEY_SCHEMA}) -> ()",
+    f"Tensor? mask, Tensor? precondition, int end, float low, float high, {KEY_SCHEMA}) -> ()",
     _table_step_,
     lambda *_: None,
 )

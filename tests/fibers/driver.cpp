@@ -45,6 +45,7 @@ void run(uint64_t rows, uint64_t elements, uint64_t shift, bool addressed = fals
   for (uint64_t i = 0; i < count; ++i)
     masks[1].at<uint8_t>()[i] = masks[2].at<uint8_t>()[i] = i % 3 == 0;
   const int64_t step = 1;
+  Buffer gain = squares(count, shift);
   for (int d = 0; d < 3; ++d) {
     const Dtype dtype = Dtype(d);
     Buffer score = scores(count, dtype, shift), other = scores(count, dtype, shift);
@@ -63,7 +64,9 @@ void run(uint64_t rows, uint64_t elements, uint64_t shift, bool addressed = fals
         sk::cuda::table_step(
             {stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows, elements,
              table.at<float>(), per_row ? nullptr : &step, rows, columns, per_row,
-             some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr, key},
+             some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr,
+             some ? gain.at<float>() : nullptr, some ? sk::End::kWrap : sk::End::kClamp, 0.5f, 2.0f,
+             key},
             kTarget);
         report("table", d, rows, elements, shift, stepped);
       }

@@ -44,6 +44,12 @@ Buffer floats(uint64_t count, uint64_t shift) {
   return buffer;
 }
 
+Buffer squares(uint64_t count, uint64_t shift) {
+  Buffer buffer(count, 4, shift);
+  for (uint64_t i = 0; i < count; ++i) buffer.at<float>()[i] = value(i) * value(i);
+  return buffer;
+}
+
 Buffer scores(uint64_t count, Dtype dtype, uint64_t shift) {
   if (dtype == Dtype::kFloat32) return floats(count, shift);
   Buffer buffer(count, 2, shift);

@@ -49,6 +49,7 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift,
   report("perturb", 0, noisy);
   Buffer mask(count, 1, shift);
   for (uint64_t i = 0; i < count; ++i) mask.at<uint8_t>()[i] = i % 3 == 0;
+  Buffer gain = squares(count, shift);
   for (int d = 0; d < 3; ++d) {
     const Dtype dtype = Dtype(d);
     Buffer score = scores(count, dtype, shift), other = scores(count, dtype, shift);
@@ -64,11 +65,29 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift,
     for (const bool per_row : {false, true})
       for (const bool some : {false, true}) {
         const uint64_t columns = some ? 5 : 3;
-        Buffer stepped = floats(count, shift), table = lines(per_row ? rows : 1, columns);
-        isa.table_step({stepped.at<float>(), stepped.at<float>(), score.at<void>(), dtype, rows,
-                        elements, table.at<float>(), nullptr, per_row ? rows : 1, columns, per_row,
-                        some ? x.at<float>() : nullptr, some ? mask.at<uint8_t>() : nullptr, key});
-        report("table", 2 * per_row + some, stepped);
+        for (const sk::End end : {sk::End::kNone, sk::End::kClamp, sk::End::kWrap}) {
+          Buffer stepped = floats(count, shift), table = lines(per_row ? rows : 1, columns);
+          sk::TableArgs args = {stepped.at<float>(),
+                                stepped.at<float>(),
+                                score.at<void>(),
+                                dtype,
+                                rows,
+                                elements,
+                                table.at<float>(),
+                                nullptr,
+                                per_row ? rows : 1,
+                                columns,
+                                per_row,
+                                some ? x.at<float>() : nullptr,
+                                some ? mask.at<uint8_t>() : nullptr,
+                                end == sk::End::kNone ? nullptr : gain.at<float>(),
+                                end,
+                                0.5f,
+                                2.0f,
+                                key};
+          isa.table_step(args);
+          report("table", 6 * per_row + 3 * some + int(end), stepped);
+        }
       }
     for (const bool weighted : {false, true}) {
       Buffer loss(rows, 4, 0), again(rows, 4, 0), gradient(count, 4, shift);

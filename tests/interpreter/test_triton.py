@@ -12,7 +12,7 @@ import torch
 from addressed import EXACT, SUMS, Batch
 from conftest import FIBERS, NATIVE, filled, on_backend
 from rounding import probe_terms
-from steps import lines_and_masks
+from steps import endings, lines_and_masks
 from torch import Tensor
 
 import score_kernels
@@ -106,11 +106,11 @@ def test_update(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lines_of_samples_and_known_elements(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, score, known = torch.randn(shape), torch.randn(shape).to(dtype), torch.randn(shape)
-    for table, mask in lines_and_masks(shape):
+    for (table, mask), more in zip(lines_and_masks(shape), endings(shape), strict=False):
         given = None if mask is None else known
         got, want = torch.empty(shape), torch.empty(shape)
         for out, backend in ((got, triton.backend), (want, native)):
-            backend.table_step(out, x, score, table, None, KEY, given, mask)
+            backend.table_step(out, x, score, table, None, KEY, given, mask, *more)
         close(got, want)
 
 

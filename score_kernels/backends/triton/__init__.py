@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from score_kernels.backends.reference import Reference, apart
+from score_kernels.backends.reference import NO_END, End, Reference, apart
 from score_kernels.noise import Key
 
 # Rows times quads of a tile, and the warps that share it: a thread has 32 elements, the four of a
@@ -90,13 +90,17 @@ class Triton(Reference):
         key: Key,
         known: Tensor | None = None,
         mask: Tensor | None = None,
+        precondition: Tensor | None = None,
+        end: End = NO_END,
     ) -> None:
         lines = len(table)
         bits = None if mask is None else mask.view(torch.uint8)
         known = None if known is None else apart(out, known, same=True)
-        arguments = (out, x, apart(out, score), table, step, lines, known, bits)
-        per_row = step is None and lines > 1
-        self._launch(_kernels().update.table_kernel, x, arguments, key, PER_ROW=per_row)
+        if precondition is not None:
+            precondition = apart(out, precondition)
+        arguments = (out, x, apart(out, score), table, step, lines, known, bits, precondition)
+        kernel, per_row = _kernels().update.table_kernel, step is None and lines > 1
+        self._launch(kernel, x, (*arguments, *end[1:]), key, PER_ROW=per_row, END=end[0])
 
     def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:
         out = torch.empty_like(x)

@@ -47,7 +47,7 @@ def step_kernel(
     tl.store(out + offset, after, mask=mask)
 
 
-@triton.jit(do_not_specialize=[*KEY, "lines"])
+@triton.jit(do_not_specialize=[*KEY, "lines", "low", "high"])
 def table_kernel(
     out,
     x,
@@ -57,6 +57,9 @@ def table_kernel(
     lines: tl.int64,
     known,
     kept,
+    gain,
+    low: tl.float32,
+    high: tl.float32,
     rows: tl.int64,
     elements: tl.int64,
     seed: tl.uint64,
@@ -65,12 +68,13 @@ def table_kernel(
     first_sample: tl.uint64,
     addresses,
     PER_ROW: tl.constexpr,
+    END: tl.constexpr,
     R: tl.constexpr,
     Q: tl.constexpr,
     WHOLE: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """csrc/args.h's TableArgs; kept is its mask."""
+    """csrc/args.h's TableArgs; kept is its mask, gain its precondition."""
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
     COLUMNS: tl.constexpr = 3 if known is None else 5
     if PER_ROW:
@@ -88,15 +92,26 @@ def table_kernel(
     b = tl.load(line + 1, mask=inside, other=float("nan"))
     c = tl.load(line + 2, mask=inside, other=float("nan"))
     counter = counters(first_sample, draw, addresses, row, rows, elements)
-    after = combine(x, score, a, b, offset, mask, PACKED)
     z = noise(seed, purpose, counter, quad, addresses, "normal", PACKED)
-    after = noisy(c, z, after, PACKED)
+    if gain is not None:
+        g = tl.load(gain + offset, mask=mask, other=0.0)
+        after = combine(x, score, a, like(g, b) * g, offset, mask, PACKED)
+        after = tl.where(like(g, c) == 0, after, fma(like(g, c) * tl.sqrt_rn(g), z, after, PACKED))
+    else:
+        after = noisy(c, z, combine(x, score, a, b, offset, mask, PACKED), PACKED)
     if known is not None:
         scale = tl.load(line + 3, mask=inside, other=float("nan"))
         noise_scale = tl.load(line + 4, mask=inside, other=float("nan"))
         given = tl.load(known + offset, mask=mask, other=0.0)
         given = noisy(noise_scale, z, mul(like(given, scale), given, PACKED), PACKED)
         after = tl.where(tl.load(kept + offset, mask=mask, other=0) != 0, given, after)
+    if END == 1:
+        # NaN stays.
+        after = tl.where(after < low, low, tl.where(after > high, high, after))
+    elif END == 2:
+        rest = fma(-tl.floor(after * low), like(after, high), after, PACKED)
+        rest = tl.where(rest < 0, rest + high, rest)
+        after = tl.where(rest >= high, rest - high, rest)
     tl.store(out + offset, after, mask=mask)
 
 
