@@ -352,7 +352,7 @@ def _corrector(i: Inputs) -> Made:
 
     ours = partial(
         sampling.predictor_corrector, _identity, start, VE(0.5, 1.0), steps=i.steps, predictor=None,
-        snr=0.01, seed=1, denoise=False,
+        corrector="langevin", snr=0.01, seed=1, denoise=False,
     )  # fmt: skip
     # The norms are a pass of their own over the score.
     return {"ours": ours, "eager": eager}, 16

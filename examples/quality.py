@@ -59,7 +59,7 @@ SAMPLERS: dict[str, Callable[[sk.sampling.Score, int], Tensor]] = {
         net, SHAPE, SDE, steps=calls, end=0.0, predictor="ancestral", corrector=None, seed=1
     ),
     "predictor-corrector VE": lambda net, calls: sk.predictor_corrector(
-        net, SHAPE, SDE, steps=calls // 2, end=0.0, snr=0.1, seed=1
+        net, SHAPE, SDE, steps=calls // 2, end=0.0, corrector="langevin", snr=0.1, seed=1
     ),
     "DDPM": lambda net, calls: sk.ddpm(net, SHAPE, chain(calls), seed=1),
     "DDIM": lambda net, calls: sk.ddim(net, SHAPE, chain(calls), steps=calls, seed=1),

@@ -35,6 +35,7 @@ from score_kernels.sampling import (
     log_likelihood,
     predictor_corrector,
     probability_flow,
+    random_rotation,
     slerp_noise,
 )
 from score_kernels.training import Trainer
@@ -81,6 +82,7 @@ __all__ = [
     "preset",
     "presets",
     "probability_flow",
+    "random_rotation",
     "set_backend",
     "sigma_ratio",
     "slerp_noise",

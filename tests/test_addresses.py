@@ -230,7 +230,9 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
         sk.consistent_annealed, score, sigmas=[2.0, 1.9, 1.8], step_size=3.24 * 0.2
     ),
     "euler": partial(sk.euler_maruyama, score, sde=sk.VP(), steps=9),
-    "predictor": partial(sk.predictor_corrector, score, sde=sk.VE(sigma_max=5.0), steps=9),
+    "predictor": partial(
+        sk.predictor_corrector, score, sde=sk.VE(sigma_max=5.0), steps=9, corrector="langevin"
+    ),
     "ald": partial(
         sk.predictor_corrector, score, sde=sk.VP(beta_max=8.0), steps=9, corrector="ald"
     ),
@@ -240,7 +242,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "churn": partial(sk.probability_flow, score, sigmas=SIGMAS, churn=2.0, churn_range=(0.0, 9.0)),
 }
 sampler = SAMPLERS["annealed"]
-corrected = partial(sk.predictor_corrector, score, sde=sk.VE(), steps=3)
+corrected = partial(sk.predictor_corrector, score, sde=sk.VE(), steps=3, corrector="langevin")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -454,7 +456,7 @@ def test_correctors_take_the_norm_of_a_graph(batch_mean: bool) -> None:
     order = torch.randperm(12)
     run = partial(
         sk.predictor_corrector, score, sde=sk.VE(sigma_max=5.0), steps=7, seed=6, snr=0.3,
-        batch_mean=batch_mean,
+        corrector="langevin", batch_mean=batch_mean,
     )  # fmt: skip
     dense = run((4, 3 * 8)).view(12, 8)[order]
     ids = {"samples": graph[order], "pieces": place[order]}

@@ -371,7 +371,7 @@ def test_options_that_are_no_affine_steps_go_step_by_step() -> None:
     assert seen == [*range(12), *range(12)]
     sde = sk.VE(0.5, 5.0)
     got, want = (
-        sk.predictor_corrector(one, x, sde, steps=5, seed=1)
+        sk.predictor_corrector(one, x, sde, steps=5, corrector="langevin", seed=1)
         for one in (score, lambda x, sigma: score(x, sigma))
     )
     assert torch.equal(got, want)

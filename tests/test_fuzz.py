@@ -308,6 +308,7 @@ sampler("euler_maruyama", **_sde, denoise=FLAG)
 _corrector = {"snr": number(0.05, 0.2), "corrector_steps": integer(1, 2), "batch_mean": FLAG}
 _corrector |= {"predictor": one_of("reverse_diffusion", "ancestral", "euler_maruyama", None)}
 _corrector |= {"corrector": one_of("langevin", "ald", None), "corrector_first": FLAG}
+_corrector |= {"max_step": maybe(number(0.1, 9.0))}
 sampler("predictor_corrector", "close chain", **_sde, **_corrector, denoise=FLAG)
 _chain: dict[str, Any] = {"schedule": one_of(CHAIN, [4.0, 2.0, 1.0, 0.1], kind="levels")}
 _timesteps = maybe(one_of([3, 1, 0], np.array([2, 0]), range(3, -1, -1), kind="any"))
@@ -315,7 +316,7 @@ sampler("ddpm", **_chain, timesteps=_timesteps, variance=one_of("small", "large"
 _chain["eta"] = number(0.0, 1.0)
 sampler("ddim", **_chain, steps=maybe(integer(1, 4)), timesteps=_timesteps)
 sampler("dpm_solver", sigmas=one_of(CHAIN, [4.0, 1.0, 0.1], kind="levels"), eta=number())
-_churn = {"churn": number(), "churn_noise": number()}
+_churn = {"churn": number(), "churn_noise": number(), "step_scale": number(0.5, 2.0)}
 _churn |= {"churn_range": one_of((0.0, math.inf), kind="any")}
 sampler("probability_flow", sigmas=LEVELS, method=one_of("heun", "euler"), **_churn)
 _likelihood = {"score": SCORE, "x": CLEAN, "sigmas": LEVELS, "probe": PROBE, "seed": SEED}
@@ -355,6 +356,8 @@ _values = {"value": STATE, "y": CLEAN, "sigma": PER_SAMPLE, "source": _names, "t
 _schedule = one_of(None, *SDES, kind="any")
 target("convert", sk.convert, "close", on=SMALL, **_values, schedule=_schedule)
 _shares = tensor(lambda batch: torch.linspace(0, 1, 4))
+_dtype = maybe(one_of(torch.float64, torch.float16, kind="fixed"))
+target("random_rotation", sk.random_rotation, count=integer(0, 9), noise=KEY, dtype=_dtype)
 target("slerp_noise", sk.slerp_noise, "close", on=SMALL, a=STATE, b=CLEAN, shares=_shares)
 
 _ends = {"sigma_max": number(1.0, 50.0), "sigma_min": number(0.01, 0.9)}

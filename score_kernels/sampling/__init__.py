@@ -3,7 +3,7 @@
 from score_kernels.sampling.ddpm import ddim, ddpm
 from score_kernels.sampling.dpm import dpm_solver
 from score_kernels.sampling.engine import Options, Progress
-from score_kernels.sampling.guidance import classifier_free, slerp_noise
+from score_kernels.sampling.guidance import classifier_free, random_rotation, slerp_noise
 from score_kernels.sampling.langevin import annealed_langevin, consistent_annealed, langevin
 from score_kernels.sampling.ode import log_likelihood, probability_flow
 from score_kernels.sampling.sde import euler_maruyama, predictor_corrector
@@ -20,6 +20,7 @@ __all__ = [
     "ddpm",
     "dpm_solver",
     "euler_maruyama",
+    "random_rotation",
     "slerp_noise",
     "langevin",
     "log_likelihood",

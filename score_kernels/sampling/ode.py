@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from score_kernels import checks, ops
 from score_kernels.bars import progress_bar
+from score_kernels.diffusion.sde import levels_of
 from score_kernels.losses.sliced import refuse_inference, score_at, vector_jacobian
 from score_kernels.noise import Key, NoiseKey, Purpose, addressed, fresh_seed
 from score_kernels.sampling.engine import (
@@ -24,6 +25,7 @@ from score_kernels.sampling.engine import (
     run,
     warn_of_training_mode,
 )
+from score_kernels.sampling.langevin import _one_or_each
 
 __all__ = ["log_likelihood", "probability_flow"]
 
@@ -37,40 +39,58 @@ def probability_flow(
     churn: float = 0.0,
     churn_noise: float = 1.0,
     churn_range: tuple[float, float] = (0.0, math.inf),
+    gamma: float | Sequence[float] | Tensor | None = None,
+    step_scale: float = 1.0,
     **options: Unpack[Options],
 ) -> Tensor:
     """The flow ``dy/dsigma = -sigma score(y, sigma)`` from the first level to 0.
 
     Heun's method as in Karras et al. (2022, arXiv 2206.00364, algorithms 1 and 2): two calls of the
     score a step, one in the last; or Euler's, one call. With `churn` each step first raises the
-    noise from sigma to ``(1 + gamma) sigma``, ``gamma = min(churn / L, sqrt(2) - 1)``.
+    noise from sigma to ``t = (1 + gamma) sigma``, ``gamma = min(churn / L, sqrt(2) - 1)``. Euler's
+    step to the next level is ``y <- y + step_scale (t - sigma_{i+1}) t score(y, t)``.
 
     Args as in :func:`annealed_langevin`, and:
-        sigmas: see :func:`score_kernels.edm_sigmas`.
+        sigmas: see :func:`score_kernels.edm_sigmas`; or a :class:`score_kernels.DDPMSchedule`, all
+            levels of it.
         method: "heun" or "euler".
         churn, churn_noise, churn_range: S_churn, S_noise and (S_min, S_max) of the paper.
+        gamma: in the place of churn: one number or one for each level, at least 0.
+        step_scale: a factor of the slope, of both of Heun's; above 1 a step leaves less noise than
+            the next level's. AlphaFold 3 (Abramson et al. 2024, doi 10.1038/s41586-024-07487-w,
+            algorithm 18) is Euler's method with 1.5, churn_noise 1.003 and a gamma of 0.8 where the
+            next level is above 1, 0 elsewhere.
     """
-    levels = checks.noise_levels(sigmas)
+    levels = levels_of(sigmas)
     checks.choice("method", method, ("heun", "euler"))
     churn = checks.not_negative("churn", churn)
     churn_noise = checks.not_negative("churn_noise", churn_noise)
     if not isinstance(churn_range, Sequence) or len(churn_range) != 2:
         raise TypeError(f"churn_range: got {churn_range!r}, expected two numbers (S_min, S_max)")
     low, high = churn_range
+    if gamma is None:
+        gammas = [min(churn / len(levels), math.sqrt(2) - 1)]
+    elif churn:
+        raise ValueError(f"gamma: got it beside churn {churn}, expected one of the two")
+    else:
+        gammas = _one_or_each("gamma", gamma, len(levels), checks.not_negative)
+    if len(gammas) < len(levels):
+        gammas *= len(levels)
+    step_scale = checks.positive("step_scale", step_scale)
     plan = []
-    for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
-        gamma = min(churn / len(levels), math.sqrt(2) - 1) if low <= sigma <= high else 0.0
-        raised = (1 + gamma) * sigma
+    for sigma, following, rise in zip(levels, [*levels[1:], 0.0], gammas, strict=True):
+        raised = (1 + rise) * sigma if low <= sigma <= high else sigma
         noise = churn_noise * math.sqrt(raised**2 - sigma**2)
         heun = method == "heun" and following > 0
-        b = (raised - following) * (following / 2 if heun else raised)
-        flow = partial(_flow, raised, following, noise, heun)
+        drop = step_scale * (raised - following)
+        b = drop * (following / 2 if heun else raised)
+        flow = partial(_flow, raised, following, drop, noise, heun)
         plan.append(Phase(sigma, 1.0, b, next_level=(following, 1.0), pre_step=flow))
     return run("probability_flow", score, shape_or_init, plan, levels[0], options)
 
 
 def _flow(
-    sigma: float, following: float, noise: float, heun: bool, chain: Chain, key: Key
+    sigma: float, following: float, drop: float, noise: float, heun: bool, chain: Chain, key: Key
 ) -> tuple[Tensor, None]:
     """Add noise up to sigma and, for Heun's method, do half of the step to the following level."""
     x, model, step = chain.x, chain.model, chain.backend.affine_step
@@ -80,7 +100,7 @@ def _flow(
     score = model(x)
     if not heun:
         return score, None
-    b = (sigma - following) * sigma
+    b = drop * sigma
     ahead = torch.empty_like(x)
     step(ahead, x, score, 1.0, b, 0.0, key)
     step(x, x, score, 1.0, b / 2, 0.0, key)
@@ -111,7 +131,8 @@ def log_likelihood(
     Args:
         score: ``score(x, sigma)``, differentiable once in x, samples not influencing each other.
         x: ``[B, ...]`` float32 or float64.
-        sigmas: noise levels, strictly decreasing, at least two; a few hundred for four digits.
+        sigmas: noise levels, strictly decreasing, at least two, or a
+            :class:`score_kernels.DDPMSchedule`; a few hundred for four digits.
         probes: how many of the trace per sample; the estimate's variance falls with their number.
         probe: "rademacher", "gaussian" or "sphere".
         prior_std: of the distribution at sigma_1; default: sigma_1, which is right to the extent
@@ -125,7 +146,7 @@ def log_likelihood(
     checks.function("score", score)
     checks.flag("progress", progress)
     checks.state("x", x)
-    levels = checks.noise_levels(sigmas)[::-1]
+    levels = levels_of(sigmas)[::-1]
     if len(levels) < 2:
         raise ValueError("sigmas: got 1 noise level, expected at least 2")
     if not x.numel():
