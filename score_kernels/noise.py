@@ -234,9 +234,11 @@ def _packed(samples: Tensor, draws: Tensor | None, pieces: Tensor | None) -> Ten
 _new: Any = tuple.__new__
 
 
-def fresh_seed() -> int:
-    """A 64-bit seed from torch's default CPU generator, which ``torch.manual_seed`` rules."""
-    seed = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)
+def fresh_seed(generator: torch.Generator | None = None) -> int:
+    """A 64-bit seed from a generator, or torch's default one, which ``torch.manual_seed`` rules."""
+    device = "cpu" if generator is None else generator.device
+    seed = torch.empty((), dtype=torch.int64, device=device)
+    seed.random_(-(2**63), None, generator=generator)
     return int(seed) & (2**64 - 1)
 
 

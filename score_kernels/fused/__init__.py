@@ -142,8 +142,9 @@ class FusedScore:
         self._check_shape(x)
         if self.takes_sigma and any(math.isnan(phase.sigma) for phase in plan):
             raise TypeError("score: takes sigma, expected a function of x for a chain without one")
-        more = chain.known, model.guidance, model.conditions, *(phase.pre_step for phase in plan)
+        more = model.guidance, model.conditions, model.limits, *(p.pre_step for p in plan)
         fits = chain.backend is native if x.is_cpu else chain.backend is not reference.backend
+        fits = fits and chain.plain and not model.pairs
         run = self._runner(x) if fits and len(x) and not any(more) else None
         if run is None:
             return None

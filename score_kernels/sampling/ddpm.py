@@ -19,7 +19,8 @@ from typing_extensions import Unpack
 
 from score_kernels import checks
 from score_kernels.diffusion.sde import DDPMSchedule, levels_of, linspace
-from score_kernels.sampling.engine import Options, Phase, Score, run
+from score_kernels.sampling.engine import Options, Phase, run
+from score_kernels.sampling.model import Score
 
 __all__ = ["ddim", "ddpm"]
 

@@ -15,7 +15,8 @@ from typing_extensions import Unpack
 from score_kernels import checks
 from score_kernels.diffusion.sde import levels_of
 from score_kernels.noise import Key, NoiseKey
-from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
+from score_kernels.sampling.engine import Chain, Options, Phase, run
+from score_kernels.sampling.model import Score
 
 __all__ = ["dpm_solver"]
 

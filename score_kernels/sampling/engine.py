@@ -7,6 +7,7 @@ split or where it is resumed.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from bisect import bisect_right
@@ -23,19 +24,21 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from score_kernels import checks, ops
 from score_kernels.backends import choose
+from score_kernels.backends.reference import NO_END
 from score_kernels.bars import progress_bar
 from score_kernels.fused import FusedScore
 from score_kernels.noise import Key, NoiseKey, Purpose, addressed, fresh_seed
 from score_kernels.ops._dispatch import check_addresses
+from score_kernels.ops._formulas import segment_sums
+from score_kernels.ops.langevin import step_end
 from score_kernels.sampling import graph
+from score_kernels.sampling.model import Score, ScoreModel
 from score_kernels.sampling.monitor import CHECK_EVERY, DivergenceMonitor
 
 # The public function wraps this one, for a twentieth of a small step.
 increment_version = torch._C._increment_version
 
-__all__ = ["PLAN", "Chain", "Options", "Phase", "Plan", "Progress", "Score", "ScoreModel", "run"]
-
-Score = Callable[..., Tensor]
+__all__ = ["PLAN", "Chain", "Options", "Phase", "Plan", "Progress", "run"]
 
 
 class Options(TypedDict, total=False):
@@ -44,6 +47,7 @@ class Options(TypedDict, total=False):
     Attributes:
         seed: 64 bits, names all noise of the run; default: drawn from torch's default generator,
             which ``torch.manual_seed`` seeds.
+        generator: draw the seed from this torch.Generator instead.
         first_sample: global index of row 0. Rows are the same bits however a run is split into
             batches, if score treats rows independently.
         samples, draws, pieces: what rows are instead, int64 ``[B]`` on x's device: row r is the
@@ -56,7 +60,7 @@ class Options(TypedDict, total=False):
         aux: resume a sampler that has auxiliary tensors: those of `Progress` after that step.
         callback: called with a `Progress` after each update step. It may change the state, with
             operations of torch in place: ``progress.x.clamp_(-1, 1)``; those of ``.data`` and of
-            NumPy are not seen by `on_nan`.
+            NumPy are not seen by `on_nan`. The chain ends where it returns True.
         record_every: return the trajectory, on the CPU, ``[n, B, ...]``: x after every so many
             steps and, last, the result, once.
         progress: show a progress bar.
@@ -66,11 +70,26 @@ class Options(TypedDict, total=False):
             score must do the same work on the same memory at every call, whatever sigma holds, and
             not wait for the device.
         conditions: further keyword arguments of score at every call: classes, say.
-        guidance: ``guidance(x, sigma)``, in x's shape, is added to every score: the gradient of a
-            log likelihood of what was observed, say. Enable gradients inside where it needs them.
+        guidance: ``guidance(x, sigma)`` or ``guidance(x, sigma, score)``, in x's shape, is added
+            to every score: the gradient of a log likelihood of what was observed, say. The denoised
+            estimate is ``x + sigma^2 score``. Enable gradients inside where it needs them.
+        clip_score: the largest norm of the score (guidance included); a longer one is shortened.
+        clip_over: what the norm is of: "sample" (default), "last" (the last dimension: atoms of
+            ``[B, N, 3]``), "element", or int64 ``[B]``, the segments of packed rows as in `center`.
+        clip_x0: the score's estimate of the data, ``x + sigma^2 score``, is limited to (low, high);
+            or one number below 1, a quantile: that of each sample's absolute values, at least 1,
+            limits it and is scaled to 1 (dynamic thresholding, Saharia et al. 2022, arXiv
+            2205.11487).
+        clamp: (low, high); every step ends with x limited to it.
+        wrap: a period P; every step ends with x moved into [0, P).
+        center: int64 ``[B]``, rows of one number, 0 to B - 1, are one segment (the atoms of one
+            molecule): after every step its mean over them is subtracted.
+        project: ``project(x, sigma)`` changes the state in place after every step, last of all;
+            sigma ``[B]`` is the noise level after the step.
         known, mask: inpainting (Song and Ermon 2019, arXiv 1907.05600, appendix B): where mask is
             true, x is known plus noise of the chain's current level, and exactly known at the end.
             Both are broadcast to the state's shape; mask is bool.
+        known_noise: False: known without noise, at every level.
         on_nan: what to do when the state is not finite, which is checked every 50 steps and at the
             end: "raise" (the default) a FloatingPointError that names level, step and the first
             such sample; "stop" there with a warning, and return the last finite state; or "ignore"
@@ -78,10 +97,13 @@ class Options(TypedDict, total=False):
             copy of the state, which all but "ignore" keep. A state that a callback has changed is
             checked and copied at once.
 
-    A network is called in the mode, train or eval, that it is in.
+    A network is called in the mode, train or eval, that it is in. A complex state is sampled as its
+    real and imaginary parts, each with noise of its own; scores, known elements and functions take
+    and give complex numbers.
     """
 
     seed: int | None
+    generator: torch.Generator | None
     first_sample: int
     samples: Tensor | None
     draws: Tensor | None
@@ -95,9 +117,17 @@ class Options(TypedDict, total=False):
     device: torch.device | str | None
     cuda_graph: bool
     conditions: Mapping[str, Any] | None
-    guidance: Callable[[Tensor, Tensor], Tensor] | None
+    guidance: Callable[..., Tensor] | None
+    clip_score: float | None
+    clip_over: str | Tensor
+    clip_x0: float | tuple[float, float] | None
+    clamp: tuple[float, float] | None
+    wrap: float | None
+    center: Tensor | None
+    project: Callable[[Tensor, Tensor], object] | None
     known: Tensor | None
     mask: Tensor | None
+    known_noise: bool
     on_nan: str
 
 
@@ -145,9 +175,13 @@ class Phase:
     next_level: tuple[float, float] | None = None
     pre_step: Callable[[Chain, Key], tuple[Tensor, Tensor | None]] | None = None
 
+    def level_after(self) -> tuple[float, float]:
+        """Noise level and mean of the state after a step."""
+        return self.next_level or (self.sigma, self.mean)
+
     def row(self) -> tuple[float, ...]:
         """a, b and c, and the factors of known elements and of their noise after a step."""
-        sigma, mean = self.next_level or (self.sigma, self.mean)
+        sigma, mean = self.level_after()
         # Langevin dynamics without noise levels adds none to known elements.
         return self.a, self.b, self.c, mean, 0.0 if math.isnan(sigma) else mean * sigma
 
@@ -166,86 +200,21 @@ PLAN: Any = object()
 
 def denoising(plan: list[Phase]) -> Phase:
     """The step ``x <- x / m + sigma^2 score(x / m, sigma)`` from where a plan ends."""
-    sigma, mean = plan[-1].next_level or (plan[-1].sigma, plan[-1].mean)
+    sigma, mean = plan[-1].level_after()
     return Phase(sigma, 1 / mean, sigma**2, mean=mean, next_level=(0.0, 1.0))
-
-
-class ScoreModel:
-    """A score at a noise level, as kernels take it: guided, checked, contiguous."""
-
-    def __init__(
-        self,
-        score: Score,
-        x: Tensor,
-        conditions: Mapping[str, Any] | None = None,
-        guidance: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> None:
-        checks.function("score", score)
-        if guidance is not None:
-            checks.function("guidance", guidance)
-        self.score, self.guidance = score, guidance
-        self.conditions = checks.keywords("conditions", {} if conditions is None else conditions)
-        # The noise levels ``[B]`` of a plan, each one number in memory.
-        self.sigmas: dict[float, Tensor] = {}
-        self.sigma = x.new_empty(x.shape[0], dtype=torch.float32)
-        self.level: tuple[float, float] | None = None
-        # Whether the score takes sigma, and what x is multiplied by (a tensor in a CUDA graph).
-        self.pass_sigma = True
-        self.scale: float | Tensor | None = None
-        self.shape, self.device = x.shape, x.device
-        # The dtype of scores that kernels can read as they are.
-        self.dtype: torch.dtype | None = None
-
-    def set_level(self, sigma: float, mean: float = 1.0) -> None:
-        """Move to a noise level, if the model is not there yet."""
-        if self.level != (sigma, mean):
-            self.level = sigma, mean
-            self.pass_sigma = not math.isnan(sigma)
-            level = self.sigmas.get(sigma)
-            self.sigma = torch.full_like(self.sigma, sigma) if level is None else level
-            self.scale = None if mean == 1.0 else 1 / mean
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The score at x."""
-        seen = x if self.scale is None else x * self.scale
-        version, level = seen._version, self.sigma._version
-        if self.pass_sigma:
-            try:
-                value = self.score(seen, self.sigma, **self.conditions)
-            except TypeError as error:
-                checks.takes_sigma("score", self.score, error)
-                raise
-        else:
-            value = self.score(seen, **self.conditions)
-        if self.guidance is not None:
-            checks.score_like(x, value)
-            added = self.guidance(seen, self.sigma)
-            checks.score_like(x, added, "guidance")
-            value = value + added
-        if self.sigma._version != level:
-            raise checks.changed("score", "sigma")
-        if seen._version != version:
-            raise checks.changed("score", "x")
-        # Checked in full only where it is not like the last one.
-        if (
-            type(value) is Tensor
-            and value.dtype is self.dtype
-            and value.shape == self.shape
-            and value.device == self.device
-            and value.is_contiguous()
-        ):
-            return value
-        checks.score_like(x, value)
-        # What torch's derivatives may give: zeros without memory, and lazy negations.
-        score = torch.zeros_like(x) if value._is_zerotensor() else value.resolve_neg().contiguous()
-        self.dtype = value.dtype if score is value else None
-        return score
 
 
 class Chain:
     """The steps of a plan, by number, in place on x and its auxiliary tensors.
 
     With denoise, one more step ends it; see `denoising`.
+
+    Attributes:
+        known: values, mask, and whether the values get noise of the level; or None.
+        end: the last operation of a step's kernel.
+        gain: the preconditioner in x's shape, or a function of sigma that gives it, or None.
+        noise_first: the noise of a step comes before its score.
+        project: called with the sigma of the state after every step, or None.
     """
 
     def __init__(
@@ -255,15 +224,17 @@ class Chain:
         aux: dict[str, Tensor],
         plan: list[Phase],
         key: NoiseKey,
-        known: tuple[Tensor, Tensor] | None,
         denoise: bool,
     ) -> None:
-        self.model, self.x, self.aux, self.key, self.known = model, x, aux, key, known
+        self.model, self.x, self.aux, self.key = model, x, aux, key
+        self.plan = [*plan, denoising(plan)] if denoise else plan
         self.tensors = (x, *aux.values())
         self.backend = choose(x.device, x.dtype)
-        self.plan = plan
-        if denoise:
-            self.plan = [*plan, denoising(plan)]
+        self.known: tuple[Tensor, Tensor, bool] | None = None
+        self.end = NO_END
+        self.gain: Tensor | Callable[[float], Tensor] | None = None
+        self.noise_first = False
+        self.project: Callable[[Tensor], object] | None = None
         most = checks.LARGEST if x.dtype == torch.float32 else math.inf
         for p in self.plan:
             if not (-most <= p.a <= most and -most <= p.b <= most and -most <= p.c <= most):
@@ -274,18 +245,31 @@ class Chain:
         # Of each phase: the number of steps up to its end.
         self.ends = list(accumulate(phase.steps for phase in self.plan))
         self.steps = self.ends[-1] - denoise
-        levels = list({phase.sigma: None for phase in self.plan})
+        levels = list({s: None for p in self.plan for s in (p.sigma, p.level_after()[0])})
         table = torch.tensor(levels, dtype=torch.float32, device="cpu").to(x.device)
         model.sigmas = dict(zip(levels, table[:, None].expand(-1, len(x)).unbind(), strict=True))
         self.lines: Tensor | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether its steps are affine steps and nothing else."""
+        return not (self.by_table or self.noise_first or self.project is not None)
+
+    @property
+    def by_table(self) -> bool:
+        """Whether its kernels do more than affine steps."""
+        return self.known is not None or self.gain is not None or self.end != NO_END
+
     @cached_property
     def rows(self) -> tuple[Tensor, ...]:
         """The coefficients of each phase on the device: ``[1, 3]``, with known elements 5."""
-        columns = 3 if self.known is None else 5
-        rows = [phase.row()[:columns] for phase in self.plan]
+        rows = [list(phase.row()) for phase in self.plan]
+        for row in rows:
+            # Noise that comes first is not the kernel's.
+            row[2] *= not self.noise_first
+            row[4] *= self.known is not None and self.known[2]
         table = torch.tensor(rows, dtype=self.x.dtype, device="cpu")
-        return table.to(self.x.device).split(1)
+        return table[:, : 3 if self.known is None else 5].contiguous().to(self.x.device).split(1)
 
     def phase_of(self, t: int) -> int:
         """The index of step t's phase."""
@@ -295,27 +279,44 @@ class Chain:
         """Do the steps from t up to and without stop."""
         x, model, step = self.x, self.model, self.backend.affine_step
         seed, purpose, _, first_sample, addresses = self.key
-        known, mask = self.known or (None, None)
-        index, changed = self.phase_of(t), (x,)
+        known, mask, _ = self.known or (None, None, False)
+        first, gain, end = self.noise_first, self.gain, self.end
+        by_table = self.by_table
+        # Noise that comes first is added by the kernel of the step before, where there is one and
+        # nothing else comes between.
+        ahead = first and not by_table and self.project is None
+        index, changed, noisy = self.phase_of(t), (x,), False
         while t < stop:
-            phase, end = self.plan[index], min(stop, self.ends[index])
+            phase, last = self.plan[index], min(stop, self.ends[index])
             model.set_level(phase.sigma, phase.mean)
             a, b, c, pre_step, factors = phase.a, phase.b, phase.c, phase.pre_step, None
-            while t < end:
+            while t < last:
                 key = (seed, purpose, t, first_sample, addresses)
+                if first:
+                    if not noisy and phase.c:
+                        step(x, x, x, 1.0, 0.0, phase.c, key)
+                    noisy = ahead and t + 1 < stop
+                    c = self.plan[self.phase_of(t + 1)].c if noisy else 0.0
+                    key = (seed, purpose, t + noisy, first_sample, addresses)
                 if pre_step is None:
                     score = model(x)
                 else:
                     score, factors = pre_step(self, key)
-                if factors is None and known is None:
+                if factors is None and not by_table:
                     step(x, x, score, a, b, c, key)
                 else:
                     table = self.rows[index]
                     if factors is not None:
                         table = self._scaled(table, factors)
-                    self.backend.table_step(x, x, score, table, None, key, known, mask)
+                    # The denoising at the end has none.
+                    g = None if t >= self.steps else gain(phase.sigma) if callable(gain) else gain
+                    self.backend.table_step(x, x, score, table, None, key, known, mask, g, end)
                 # A score that is itself a gradient may have saved x: let autograd notice.
                 increment_version(changed)
+                if self.project is not None:
+                    after = phase.level_after()[0]
+                    sigma = model.sigmas.get(after)
+                    self.project(torch.full_like(model.sigma, after) if sigma is None else sigma)
                 t += 1
             index += 1
 
@@ -340,6 +341,8 @@ def run(
     *,
     denoise: bool = False,
     init_aux: Callable[[Tensor, NoiseKey], dict[str, Tensor]] | None = None,
+    precondition: Tensor | Callable[[float], Tensor] | None = None,
+    noise_first: bool = False,
 ) -> Any:
     """Run a plan from the prior of standard deviation `scale`, or from a state; see `Options`.
 
@@ -349,11 +352,16 @@ def run(
     """
     for name in options:
         if name not in Options.__annotations__:
-            raise TypeError(f"{sampler}: got an unexpected keyword argument {name!r}")
+            raise TypeError(
+                f"{sampler}: got an unexpected keyword argument {name!r}{_samplers_with(name)}"
+            )
     denoise = checks.flag("denoise", denoise)
     if shape_or_init is PLAN:
         for name in options:
             raise ValueError(f"arguments: got {name!r}, expected the sampler's own alone")
+        if precondition is not None or noise_first:
+            name = "noise_first" if noise_first else "precondition"
+            raise ValueError(f"{name}: got it for a plan, expected steps of one kernel alone")
         return Plan([*plan, denoising(plan)] if denoise else plan, scale)
     progress = checks.flag("progress", options.get("progress", False))
     cuda_graph = checks.flag("cuda_graph", options.get("cuda_graph", False))
@@ -369,31 +377,46 @@ def run(
         raise ValueError(f"first_step: got {first_step}, expected at most {total} steps")
     if first_step and not isinstance(shape_or_init, Tensor):
         raise ValueError(f"first_step: got {first_step} with a shape, expected the state there")
-    if first_step and options.get("seed") is None:
+    seed, generator = options.get("seed"), options.get("generator")
+    if generator is not None:
+        checks.instance("generator", generator, torch.Generator, "a torch.Generator")
+        if seed is not None:
+            raise ValueError("generator: got one beside a seed, expected one of the two")
+    if first_step and seed is None:
         raise ValueError(f"first_step: got {first_step} without a seed, expected that of the run")
     every = total + 1
     if record_every is not None:
         every = checks.count("record_every", record_every, least=1)
     if "init" in options and isinstance(shape_or_init, Tensor):
         raise ValueError(f"init: got {options['init']!r} beside a state, expected it with a shape")
-    seed, first_sample = options.get("seed"), options.get("first_sample", 0)
-    seed = fresh_seed() if seed is None else seed
+    first_sample = options.get("first_sample", 0)
+    seed = fresh_seed(generator) if seed is None else seed
     key = NoiseKey(seed, purpose=Purpose.LANGEVIN, first_sample=first_sample)
     rows = options.get("samples"), options.get("draws"), options.get("pieces")
     key = addressed(key, *rows)
     warn_of_training_mode(score, stacklevel=4)
     # Not in inference mode, whose tensors have no versions and give a score no gradients.
     with torch.inference_mode(False), torch.no_grad():
+        # A complex state is its parts, one more dimension; shown is what callers see of it.
+        paired = isinstance(shape_or_init, Tensor) and shape_or_init.is_complex()
+        if isinstance(shape_or_init, Tensor) and paired:
+            shape_or_init = torch.view_as_real(shape_or_init.detach().resolve_conj())
         x = _start(shape_or_init, scale, key, options)
+        shown = torch.view_as_complex(x) if paired else x
         aux = {} if init_aux is None else init_aux(x, key)
         _resume(aux, options.get("aux"), first_step)
-        model = ScoreModel(score, x, options.get("conditions"), options.get("guidance"))
-        known = _known_elements(x, options.get("known"), options.get("mask"))
-        chain = Chain(model, x, aux, plan, key, known, denoise)
+        model = ScoreModel(score, x, options.get("conditions"), options.get("guidance"), paired)
+        model.clip(options.get("clip_score"), options.get("clip_over", "sample"))
+        model.clip_estimate(options.get("clip_x0"))
+        chain = Chain(model, x, aux, plan, key, denoise)
+        _bind(chain, shown, options, precondition, checks.flag("noise_first", noise_first))
+        known = chain.known
         if known is not None and not first_step:
             # Known elements at the noise level of the first phase.
             row = x.new_tensor([Phase(plan[0].sigma, mean=plan[0].mean).row()])
-            chain.backend.table_step(x, x, x, row, None, key.for_purpose(Purpose.KNOWN), *known)
+            row[0, 4] *= known[2]
+            start = key.for_purpose(Purpose.KNOWN)
+            chain.backend.table_step(x, x, x, row, None, start, *known[:2], None, chain.end)
         advance = graph.replayed(chain, first_step) if cuda_graph else chain.advance
         if isinstance(score, FusedScore):
             advance = score.chain(chain) or advance
@@ -403,15 +426,15 @@ def run(
         skipped = first_step // every
         # The result, unless it is the state after the last step recorded: known elements are exact
         # at the end, and before that as they are after the last step.
-        settled = not denoise and (known is None or plan[-1].row()[3:] == (1.0, 0.0))
+        settled = not denoise and (known is None or chain.rows[-1][0, 3:].tolist() == [1.0, 0.0])
         extra = bool(total % every) or not settled or first_step == total
         frames = 0 if record_every is None else total // every - skipped + extra
         trajectory = x.new_empty((frames, *x.shape), device="cpu")
-        seen = Progress(step=0, level=-1, sigma=math.nan, x=x, aux=aux)
+        seen = Progress(step=0, level=-1, sigma=math.nan, x=shown, aux=aux)
         bar = None
         if progress:
             bar = progress_bar(total=total, initial=first_step, unit="step", desc="sampling")
-        t, check = first_step, first_step + CHECK_EVERY
+        t, check, ended = first_step, first_step + CHECK_EVERY, False
         while t < total:
             # Up to the next step after which something is to be done.
             stop = min(total, check, t - t % every + every)
@@ -429,7 +452,7 @@ def run(
                 seen.sigma = plan[seen.level].sigma
                 versions = [value._version for value in chain.tensors]
                 result = callback(seen)
-                if isinstance(result, Tensor) or seen.x is not x:
+                if isinstance(result, Tensor) or seen.x is not shown:
                     raise TypeError(
                         "callback: returned a tensor or set progress.x, which changes nothing; "
                         "expected changes in place: progress.x.clamp_(-1, 1)"
@@ -437,6 +460,9 @@ def run(
                 changed = versions != [value._version for value in chain.tensors]
                 if changed and monitor is not None and not monitor.finite(t, by_callback=True):
                     t = monitor.done
+                    break
+                if result is True:
+                    ended = True
                     break
             if t % every == 0:
                 trajectory[t // every - skipped - 1].copy_(x)
@@ -453,13 +479,110 @@ def run(
             bar.close()
         if record_every is None:
             # Without the flag that a score may have set: x.requires_grad_().
-            return x.detach()
+            return shown.detach()
         last = frames - 1
-        if monitor is not None and monitor.stopped:
+        if ended or (monitor is not None and monitor.stopped):
             # The last finite state, which may have been recorded.
             last = max(0, t // every - skipped - (t % every == 0))
         trajectory[last].copy_(x)
-        return trajectory[: last + 1]
+        trajectory = trajectory[: last + 1]
+        return torch.view_as_complex(trajectory) if paired else trajectory
+
+
+def _samplers_with(option: str) -> str:
+    """The samplers that have an option of their own, for an error."""
+    from score_kernels import sampling
+
+    functions = {name: getattr(sampling, name) for name in sampling.__all__}
+    names = [
+        name
+        for name, function in functions.items()
+        if inspect.isfunction(function)
+        and {option, "options"} <= inspect.signature(function).parameters.keys()
+    ]
+    return f", which {' and '.join(names)} take" if names else ""
+
+
+def _bind(
+    chain: Chain,
+    shown: Tensor,
+    options: Options,
+    precondition: Tensor | Callable[[float], Tensor] | None,
+    noise_first: bool,
+) -> None:
+    """Give a chain what a user's options add to its steps."""
+    x, pairs = chain.x, shown is not chain.x
+    chain.end = step_end(options.get("clamp"), options.get("wrap"))
+    known, mask = options.get("known"), options.get("mask")
+    if pairs and isinstance(known, Tensor) and isinstance(mask, Tensor):
+        known, mask = torch.view_as_real(known.to(shown.dtype)), mask.unsqueeze(-1)
+    copies = _known_elements(x, known, mask)
+    if copies is not None:
+        chain.known = *copies, checks.flag("known_noise", options.get("known_noise", True))
+    elif "known_noise" in options:
+        raise ValueError("known_noise: got it without known and mask, expected it beside them")
+    chain.noise_first = noise_first
+    if precondition is not None:
+        if noise_first:
+            raise ValueError("noise_first: got True beside a precondition, expected one of the two")
+        chain.gain = _preconditioner(precondition, x, pairs)
+    parts: list[Callable[[Tensor], object]] = []
+    segments, project = options.get("center"), options.get("project")
+    if segments is not None:
+        checks.segments(segments, x)
+        counts = segment_sums(x.new_ones(len(x)), segments).clamp_(min=1)
+
+        def subtract_means(_: Tensor) -> None:
+            means = segment_sums(x.flatten(1) if x.dim() > 1 else x[:, None], segments)
+            means /= counts[:, None]
+            x.sub_(means.index_select(0, segments).view(x.shape))
+
+        parts.append(subtract_means)
+    if project is not None:
+        checks.function("project", project)
+
+        def projected(sigma: Tensor) -> None:
+            result = project(shown, sigma)
+            if isinstance(result, Tensor) and result is not shown:
+                raise TypeError(
+                    "project: returned a new tensor, which changes nothing; expected changes in "
+                    "place: x.copy_(...)"
+                )
+
+        parts.append(projected)
+    if parts:
+        chain.project = lambda sigma: [part(sigma) for part in parts]
+
+
+def _preconditioner(
+    given: Tensor | Callable[[float], Tensor], x: Tensor, pairs: bool
+) -> Tensor | Callable[[float], Tensor]:
+    """A preconditioner, checked, in the shape of x; of a function's the last one is kept."""
+
+    def checked(value: Any) -> Tensor:
+        checks.instance("precondition", value, Tensor, "a tensor")
+        value = value.unsqueeze(-1) if pairs else value
+        try:
+            gain = torch.empty_like(x).copy_(value)
+        except RuntimeError:
+            got, shape = tuple(value.shape), tuple(x.shape)
+            raise ValueError(f"precondition: got shape {got}, expected a part of {shape}") from None
+        if not bool((gain.isfinite() & (gain >= 0)).all()):
+            raise ValueError("precondition: got numbers below 0 or not finite, expected at least 0")
+        return gain
+
+    if isinstance(given, Tensor):
+        return checked(given)
+    checks.function("precondition", given)
+    last: dict[float, Tensor] = {}
+
+    def at(sigma: float) -> Tensor:
+        if sigma not in last:
+            last.clear()
+            last[sigma] = checked(given(sigma))
+        return last[sigma]
+
+    return at
 
 
 def warn_of_training_mode(score: Any, stacklevel: int) -> None:

@@ -32,6 +32,11 @@ def replayed(chain: Chain, first_step: int) -> Callable[[int, int], None]:
         )
     if any(phase.pre_step is not None for phase in plan):
         raise ValueError("cuda_graph: got True, expected steps of one call of score each")
+    if chain.project is not None or chain.noise_first or callable(chain.gain):
+        raise ValueError(
+            "cuda_graph: got True beside project, center, noise_first or a precondition by sigma, "
+            "expected steps of one kernel"
+        )
     if first_step >= chain.steps:
         return chain.advance
     # What changes from step to step is in tables, with a row for each step.
@@ -46,14 +51,15 @@ def replayed(chain: Chain, first_step: int) -> Callable[[int, int], None]:
     # Memory of its own, for all levels.
     model.sigma = model.sigma.clone(memory_format=torch.contiguous_format)
     scaled = any(phase.mean != 1.0 for phase in plan)
-    known, mask = chain.known or (None, None)
+    known, mask, _ = chain.known or (None, None, False)
+    more = known, mask, chain.gain, chain.end
 
     def step() -> None:
         at = counter.view(1)
         model.sigma.copy_(sigmas.index_select(0, at).expand_as(model.sigma))
         if scaled:
             model.scale = scales.index_select(0, at).view(())
-        backend.table_step(x, x, model(x), table, counter, key, known, mask)
+        backend.table_step(x, x, model(x), table, counter, key, *more)
         counter.add_(1)
 
     replay = captured(step, x, counter)

@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from score_kernels import checks
-from score_kernels.sampling.engine import Options, Phase, Score, run
+from score_kernels.sampling.engine import Options, Phase, run
+from score_kernels.sampling.model import Score
 
 __all__ = ["annealed_langevin", "consistent_annealed", "langevin"]
 
@@ -29,6 +30,8 @@ def langevin(
     sigma: float | None = None,
     temperature: float = 1.0,
     noise_scale: float | Sequence[float] | Tensor | None = None,
+    precondition: Tensor | None = None,
+    noise_first: bool = False,
     **options: Unpack[Options],
 ) -> Tensor:
     """Langevin dynamics, ``x <- x + (step_size/2) score(x) + sqrt(step_size) z``.
@@ -47,6 +50,7 @@ def langevin(
             0 is gradient ascent.
         noise_scale: the factor of z where it is not sqrt(step_size), for samplers of energy-based
             models that take large steps with little noise; one number or one for each step.
+        precondition: see there; a tensor here.
     """
     level = math.nan if sigma is None else checks.noise_level("sigma", sigma)
     steps = checks.count("steps", steps, least=0)
@@ -65,7 +69,16 @@ def langevin(
     count = steps if phases == 1 else 1
     pairs = zip(sizes, scales, strict=True)
     plan = [Phase(level, 1.0, 0.5 * size, root * scale, count) for size, scale in pairs]
-    return run("langevin", score, shape_or_init, plan, 1.0, options)
+    return run(
+        "langevin",
+        score,
+        shape_or_init,
+        plan,
+        1.0,
+        options,
+        precondition=precondition,
+        noise_first=noise_first,
+    )
 
 
 def _one_or_each(
@@ -91,6 +104,8 @@ def annealed_langevin(
     denoise: bool = True,
     temperature: float = 1.0,
     reference_sigma: float | None = None,
+    precondition: Tensor | Callable[[float], Tensor] | None = None,
+    noise_first: bool = False,
     **options: Unpack[Options],
 ) -> Tensor:
     """Annealed Langevin dynamics (Algorithm 1 of Song and Ermon 2019, arXiv 1907.05600).
@@ -119,6 +134,10 @@ def annealed_langevin(
         reference_sigma: sigma_L of the step sizes; default: the last of sigmas.
         denoise: end with ``x + sigma_L^2 score(x, sigma_L)`` (Song and Ermon 2020, arXiv
             2006.09011).
+        precondition: G of at least 0, a part of x's shape: ``x + (alpha/2) G score + sqrt(alpha G)
+            z``; or a function that gives it for a noise level, a float. The denoising has none.
+        noise_first: add the noise of a step before its score is taken: ``x <- x + sqrt(alpha) z``,
+            then ``x <- x + (alpha/2) score(x)``, in one pass where no other option forbids it.
         options: see :class:`score_kernels.sampling.Options`.
 
     Returns:
@@ -147,8 +166,17 @@ def annealed_langevin(
     for sigma, count in zip(levels, counts, strict=True):
         alpha = step_size * (sigma / last) ** 2
         plan.append(Phase(sigma, 1.0, 0.5 * alpha, root * math.sqrt(alpha), count))
-    name = "annealed_langevin"
-    return run(name, score, shape_or_init, plan, levels[0], options, denoise=denoise)
+    return run(
+        "annealed_langevin",
+        score,
+        shape_or_init,
+        plan,
+        levels[0],
+        options,
+        denoise=denoise,
+        precondition=precondition,
+        noise_first=noise_first,
+    )
 
 
 def consistent_annealed(

@@ -13,7 +13,8 @@ from torch import Tensor
 from score_kernels import checks, ops
 from score_kernels.backends import choose
 from score_kernels.noise import NoiseKey, Purpose
-from score_kernels.sampling.engine import PLAN, Plan, Score, ScoreModel, warn_of_training_mode
+from score_kernels.sampling.engine import PLAN, Plan, warn_of_training_mode
+from score_kernels.sampling.model import Score, ScoreModel
 
 __all__ = ["Request", "stream"]
 
