@@ -40,7 +40,10 @@ def write_checkpoint(
 ) -> Path:
     """A checkpoint as train writes it, of a tiny network whose weights are random."""
     about: dict[str, Any] = {
-        "config": {"network": {"kind": "mlp", "width": 8, "depth": 2}},
+        "config": {
+            "network": {"kind": "mlp", "width": 8, "depth": 2},
+            "sampling": {"sampler": "annealed"},
+        },
         "data": {
             "shape": list(shape),
             "dtype": dtype,

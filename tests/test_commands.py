@@ -37,6 +37,7 @@ warmup_steps = 0
 save_every = 2
 [sampling]
 count = 5
+calls = 5
 """
 
 
@@ -98,7 +99,8 @@ def test_train_then_sample(
     assert torch.equal(torch.get_rng_state(), random_state), "the caller's generator was moved"
     text = capsys.readouterr().out
     assert "sigma_max" in text and "given" in text and "step 6" in text
-    pictures = ["samples.png"] if kind != "points.npy" else []
+    numbered = [f"samples-{step:08d}.png" for step in (2, 4, 6)]
+    pictures = ["samples.png", *numbered] if kind != "points.npy" else []
     names = sorted([".lock", "checkpoint.pt", "config.toml", "loss.png", *pictures])
     assert sorted(p.name for p in out.iterdir()) == names
     assert png(out / "loss.png").std() > 5
@@ -360,12 +362,13 @@ def test_defaults_of_the_commands() -> None:
     assert defaults("selfcheck") == {"command": "selfcheck", "device": "cpu", "quick": False}
     assert defaults("train") == {
         "command": "train", "data": None, "out": Path("run"), "config": None, "steps": None,
-        "seed": None, "device": None, "resume": False, "print_config": False,
+        "seed": None, "device": None, "resume": False, "start": None, "print_config": False,
     }  # fmt: skip
     assert defaults("sample", "c.pt") == {
         "command": "sample", "path": Path("c.pt"), "count": 64, "out": Path("samples"),
         "format": "npz", "shard_size": 1024, "seed": 0, "first_sample": 0, "weights": "ema",
-        "batch_size": 64, "device": "cpu", "overwrite": False,
+        "batch_size": 64, "device": "cpu", "sampler": None, "calls": None, "clamp": True,
+        "animate": False, "overwrite": False,
     }  # fmt: skip
 
 
@@ -378,12 +381,13 @@ def test_every_flag_reaches_its_command(monkeypatch: pytest.MonkeyPatch) -> None
         )
     assert run("sample", "c.pt", "--num", 5, "--out", "o", "--format", "png", "--shard-size", 7,
                "--seed", 3, "--first", 9, "--weights", "raw", "--batch-size", 2,
-               "--device", "cuda:1", "--overwrite") == 0  # fmt: skip
+               "--device", "cuda:1", "--sampler", "dpm", "--calls", 30, "--no-clamp", "--animate",
+               "--overwrite") == 0  # fmt: skip
     assert run("selfcheck", "--device", "cuda:1", "--quick") == 0
     given = {
         "path": Path("c.pt"), "count": 5, "out": Path("o"), "format": "png", "shard_size": 7,
         "seed": 3, "first_sample": 9, "weights": "raw", "batch_size": 2, "device": "cuda:1",
-        "overwrite": True,
+        "sampler": "dpm", "calls": 30, "clamp": False, "animate": True, "overwrite": True,
     }  # fmt: skip
     assert calls == [(given,), ("cuda:1", {"quick": True})]
 

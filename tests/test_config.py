@@ -57,7 +57,7 @@ def test_defaults() -> None:
             "ema_decay": 0.999, "ema_warmup": True, "precision": "float32", "seed": 0,
             "device": "cpu", "save_every": 1000,
         },
-        "sampling": {"count": 64, "every": 0},
+        "sampling": {"sampler": "consistent", "calls": None, "count": 64, "every": 0},
     }  # fmt: skip
 
 
@@ -65,7 +65,8 @@ LEAST = {
     "network.width": 1, "network.depth": 1, "noise.levels": 2, "noise.steps_per_level": 1,
     "training.steps": 0, "training.batch_size": 1, "training.accumulate": 1,
     "training.warmup_steps": 0, "training.clip_norm": 0, "training.ema_decay": 0,
-    "training.seed": 0, "training.save_every": 1, "sampling.count": 0, "sampling.every": 0,
+    "training.seed": 0, "training.save_every": 1, "sampling.calls": 3, "sampling.count": 0,
+    "sampling.every": 0,
 }  # fmt: skip
 POSITIVE = ("noise.sigma_max", "noise.sigma_min", "noise.step_size", "training.learning_rate")
 

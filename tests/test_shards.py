@@ -180,10 +180,12 @@ def test_shards_hold_the_chains_of_their_ids(tmp_path: Path, path: Path) -> None
         "device": "cpu",
         "sampler": {
             "name": "annealed_langevin",
+            "calls": 7,
             "levels": 3,
             "steps_per_level": 2,
             "step_size": 0.004,
         },
+        "clamp": True,
         "data": {"shape": [1, 6, 7], "dtype": "uint8", "low": 0.0, "high": 255.0},
         "complete": True,
     }

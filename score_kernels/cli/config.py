@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from score_kernels import checks
+from score_kernels.cli.samplers import NAMES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -84,10 +85,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The sheet of samples that a training draws."""
+    """The sampler of a training's sheets, and of `sample` where it names no other."""
 
-    count: int = _key(64, "samples on the sheet samples.png; 0 for none", least=0)
-    every: int = _key(0, "training steps between sheets; 0 for one at the end", least=0)
+    sampler: str = _key("consistent", "of the sheets and of `sample`", *NAMES)
+    calls: int | None = _key(
+        None, "of the network for a sample; unset: 100, annealed: those of [noise]", least=3
+    )
+    count: int = _key(64, "samples on a sheet; 0 for no sheets", least=0)
+    every: int = _key(0, "training steps between sheets; 0: one with each checkpoint", least=0)
 
 
 @dataclass(frozen=True)

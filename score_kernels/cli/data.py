@@ -69,16 +69,18 @@ class Data:
         """Samples by index ``[B]`` int64, in [-1, 1], float32, on the CPU."""
         return self[rows.cpu()]
 
-    def unscale(self, x: Tensor) -> Tensor:
+    def unscale(self, x: Tensor, clamp: bool = True) -> Tensor:
         """From [-1, 1] to the stored range and type, rounded and clamped.
 
         x is floating point of any shape and device, and the result has both; NaN is a ValueError.
+        Real numbers stay beyond the range where clamp is False.
         For integers with ``high - low <= 2**23`` ``unscale(scaled(rows))`` is ``values[rows]``.
         """
         if bool(x.isnan().any()):
             raise ValueError("x: got NaN, expected numbers")
         wide, middle, half = self._scaling()
-        x = (x.detach().to(wide) * half + middle).clamp_(self.low, self.high)
+        x = x.detach().to(wide) * half + middle
+        x = x.clamp_(self.low, self.high) if clamp else x
         dtype = self.values.dtype
         return x.to(dtype) if dtype.is_floating_point else x.round_().to(dtype)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import score_kernels
+from score_kernels.cli import samplers
 
 # Every environment variable the library reads.
 VARIABLES = (
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="decides everything random")
     add("--device", help="cpu, cuda, cuda:1, ...")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--from", dest="start", type=Path, help="begin with the weights of this checkpoint")
     add("--print-config", action="store_true", help="print all settings and what they mean")
 
     add = commands.add_parser("sample", help="sample a checkpoint of train").add_argument
@@ -69,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", choices=("ema", "raw"), default="ema")
     add("--batch-size", type=int, default=64, help="samples at a time, changes no noise (64)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--sampler", choices=samplers.NAMES, help="default: as the training's settings")
+    add("--calls", type=int, help="of the network for a sample, at most")
+    either = argparse.BooleanOptionalAction
+    add("--clamp", action=either, default=True, help="samples to the data's range (default)")
+    add("--animate", action="store_true", help="samples.gif, the chain from noise on")
     add("--overwrite", action="store_true", help="remove an earlier run from --out first")
     return parser
 
@@ -98,7 +105,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(config.to_toml(settings))
     else:
-        train(settings, arguments.out, resume=arguments.resume)
+        train(settings, arguments.out, resume=arguments.resume, start=arguments.start)
     return 0
 
 

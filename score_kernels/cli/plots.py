@@ -13,7 +13,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_losses", "figure", "logarithmic", "require", "save_sheet", "sheet"]
+__all__ = [
+    "draw_losses",
+    "figure",
+    "logarithmic",
+    "require",
+    "save_animation",
+    "save_sheet",
+    "sheet",
+]
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#718096"
 # Smaller sheets are enlarged by a whole factor to about this size.
@@ -55,12 +63,26 @@ def sheet(images: Tensor, columns: int | None = None) -> Tensor:
 def save_sheet(path: str | os.PathLike[str], images: Tensor, columns: int | None = None) -> None:
     """Write :func:`sheet` as a PNG, small images enlarged by a whole factor."""
     require()
+    _picture(images, columns).save(path, format="PNG")
+
+
+def save_animation(path: str | os.PathLike[str], frames: Sequence[Tensor]) -> None:
+    """Write sheets, images ``[N, C, H, W]`` each, as a GIF of five seconds and a still end."""
+    require()
+    first, *rest = [_picture(images) for images in frames]
+    # In hundredths of a second, the unit of a GIF.
+    each = max(2, 500 // len(frames))
+    times = [10 * each] * len(rest) + [3000]
+    first.save(path, format="GIF", save_all=True, append_images=rest, duration=times, loop=0)
+
+
+def _picture(images: Tensor, columns: int | None = None) -> Any:
     from PIL import Image
 
     pixels = (sheet(images, columns) * 255).round().to(torch.uint8)
     times = max(1, round(_SMALLEST_SHEET / max(pixels.shape[:2])))
     pixels = pixels.repeat_interleave(times, 0).repeat_interleave(times, 1).squeeze(2)
-    Image.fromarray(pixels.numpy()).save(path, format="PNG")
+    return Image.fromarray(pixels.numpy())
 
 
 def draw_losses(

@@ -19,7 +19,9 @@ import score_kernels
 from score_kernels import checks
 from score_kernels.bars import progress_bar
 from score_kernels.cli import data, plots, shards
-from score_kernels.cli.trained import Trained, draw_samples, load
+from score_kernels.cli.samplers import Sampler
+from score_kernels.cli.trained import Trained, draw_samples, load, sampler_of
+from score_kernels.sampling.engine import Progress
 from score_kernels.training import checkpoint
 from score_kernels.training.distributed import Ranks, joined
 
@@ -27,8 +29,9 @@ __all__ = ["sample"]
 
 # Bumped when a folder's layout or the meaning of a key of its manifest changes.
 FORMAT = 2
-# Images on a sheet.
-_ON_SHEET = 100
+# Images on a sheet, and of the animation, and the animation's frames before the last one.
+_ON_SHEET, _MOVING, _FRAMES = 100, 25, 60
+_PICTURES = ("samples.png", "samples.gif")
 _ELSE = "name another --out, or start afresh with --overwrite"
 
 
@@ -44,10 +47,14 @@ def sample(
     format: str = "npz",
     shard_size: int = 1024,
     device: str = "cpu",
+    sampler: str | None = None,
+    calls: int | None = None,
+    clamp: bool = True,
+    animate: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Sample a checkpoint of :func:`train` by annealed Langevin dynamics into a folder.
+    """Sample a checkpoint of :func:`train` into a folder.
 
     - ``shards/shard-000000.npz``, ...: ``samples`` ``[n, ...]`` in the shape, range and type of the
       training data, their ``ids`` ``[n]`` int64, and ``settings``, a checksum; or, as ``"png"``,
@@ -55,7 +62,8 @@ def sample(
       black to white over the data's range, or 16 bits where the data were 16-bit grey images;
     - ``manifest.json``: all settings and each shard's sha256 (of a folder of images, what
       ``sha256sum *.png | sha256sum`` prints in it), with ``"complete": true`` at the end;
-    - of images, ``samples.png``, a sheet of the first 100.
+    - of images, ``samples.png``, a sheet of the first 100, and with `animate` ``samples.gif``, the
+      chain of the first 25 from noise on, each state divided by ``sqrt(1 + sigma^2)``.
 
     The same call again, or with a larger count, keeps shards that have the manifest's checksum and
     makes the others. Memory holds a batch and a shard. Under torchrun each process makes every n-th
@@ -76,7 +84,12 @@ def sample(
         format: ``"npz"``, or ``"png"`` for images with 1 or 3 channels.
         shard_size: samples a shard.
         device: of the network; "cuda" is each process's own GPU.
-        overwrite: remove an earlier run's shards, manifest and sheet first.
+        sampler: one of :func:`score_kernels.cli.samplers.choose`; default: that of the settings
+            ([sampling]) of the training, with their calls.
+        calls: of the network for a sample, at most.
+        clamp: samples to the data's range; False: real numbers beyond it stay.
+        animate: draw the animation.
+        overwrite: remove an earlier run's shards, manifest and pictures first.
         progress: whether to show a progress bar (on stderr).
 
     Returns:
@@ -98,7 +111,18 @@ def sample(
     with joined(device) as ranks:
         checks.device("device", device)
         trained = load(path, weights=weights, device=ranks.device(device))
-        kept, schedule = _written_as(trained.about["data"], format), trained.about["schedule"]
+        kept, chosen = (
+            _written_as(trained.about["data"], format),
+            sampler_of(trained.about, sampler, calls),
+        )
+        if not clamp and kept["dtype"] != "float32":
+            raise ValueError(
+                f"clamp: got False for samples in {kept['dtype']}, expected True: only those in "
+                "float32 can be beyond the data's range"
+            )
+        if animate and len(kept["shape"]) != 3:
+            shape = tuple(kept["shape"])
+            raise ValueError(f"animate: got samples of shape {shape}, expected images [C, H, W]")
         settings = {
             "format_version": FORMAT,
             "score_kernels": score_kernels.__version__,
@@ -111,11 +135,8 @@ def sample(
             "batch_size": batch_size,
             "format": format,
             "device": torch.device(device).type,
-            "sampler": {
-                "name": "annealed_langevin",
-                "levels": len(schedule["sigmas"]),
-                **{key: schedule[key] for key in ("steps_per_level", "step_size")},
-            },
+            "sampler": chosen.described(),
+            "clamp": clamp,
             "data": {key: kept[key] for key in ("shape", "dtype", "low", "high")},
         }
         # Without the batch size, a shard's bytes depend on it only as far as its samples do.
@@ -142,7 +163,9 @@ def sample(
         out.mkdir(parents=True, exist_ok=True)
         with checkpoint.locked(out) if ranks.first else nullcontext():
             manifest = _on_first(ranks, _prepare, out, manifest, settings.keys(), overwrite)
-            _make(ranks, out, trained, manifest, stored, progress)
+            _make(ranks, out, trained, chosen, manifest, stored, progress)
+            if animate:
+                _on_first(ranks, _animate, out, trained, chosen, manifest)
         return manifest
 
 
@@ -150,6 +173,7 @@ def _make(
     ranks: Ranks,
     out: Path,
     trained: Trained,
+    sampler: Sampler,
     manifest: dict[str, Any],
     stored: data.Data,
     progress: bool,
@@ -174,8 +198,8 @@ def _make(
         samples = np.empty((shard["count"], *stored.shape), dtype)
         for at in range(0, len(samples), batch_size):
             part, first = samples[at : at + batch_size], shard["first"] + at
-            x = draw_samples(net, about, len(part), seed=seed, first_sample=first)
-            part[:] = stored.unscale(x).numpy()
+            x = draw_samples(net, about, len(part), sampler, seed=seed, first_sample=first)
+            part[:] = stored.unscale(x, manifest["clamp"]).numpy()
             bar.update(len(part))
         return shards.write(target, samples, shard["first"], checksum)
 
@@ -200,7 +224,8 @@ def _make(
     if ranks.first:
         by = f" by {ranks.size} processes" if ranks.size > 1 else ""
         print(
-            f"{count} samples of the {weights} weights in {len(listed)} shards: {folder}; "
+            f"{count} samples of the {weights} weights in {len(listed)} shards, "
+            f"{sampler.function.__name__} with {sampler.calls} network calls: {folder}; "
             f"{len(listed) - len(made)} were there, {len(made)} made{by}, "
             f"{sum(made) / (time.perf_counter() - started):.4g} samples/s"
         )
@@ -223,7 +248,7 @@ def _prepare(out: Path, manifest: dict[str, Any], same: Any, overwrite: bool) ->
     """Make the folder ready; the manifest with the checksums of shards from an earlier run."""
     path, folder = out / "manifest.json", out / "shards"
     if overwrite:
-        for old in (*folder.glob("shard-*"), path, out / "samples.png"):
+        for old in (*folder.glob("shard-*"), path, *(out / name for name in _PICTURES)):
             checkpoint.remove(old)
     if path.exists():
         try:
@@ -244,8 +269,10 @@ def _prepare(out: Path, manifest: dict[str, Any], same: Any, overwrite: bool) ->
                 shard["sha256"] = old["sha256"]
     elif any(folder.glob("shard-*")):
         raise FileExistsError(f"{folder}: holds shards without a manifest; {_ELSE}")
-    elif (out / "samples.png").exists() and not overwrite:
-        raise FileExistsError(f"{out / 'samples.png'}: of something else; name another --out")
+    else:
+        for picture in (out / name for name in _PICTURES):
+            if picture.exists():
+                raise FileExistsError(f"{picture}: of something else; name another --out")
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".shard-*.tmp"):
         checkpoint.remove(left)
@@ -266,6 +293,22 @@ def _draw_sheet(out: Path, listed: list[dict[str, Any]], stored: data.Data) -> N
     images = replace(stored, values=values).scaled(torch.arange(len(values)))
     with checkpoint.atomic(out / "samples.png") as temporary:
         plots.save_sheet(temporary, images)
+
+
+def _animate(out: Path, trained: Trained, sampler: Sampler, manifest: dict[str, Any]) -> None:
+    """Draw the first samples again, and write what becomes of them as an animation."""
+    every, frames = math.ceil(sampler.calls / _FRAMES), []
+
+    def note(chain: Progress) -> None:
+        if chain.step % every == 0:
+            # As large as the data, where a level's noise would be all white and black.
+            frames.append(chain.x / math.sqrt(1 + chain.sigma**2))
+
+    names = {"seed": manifest["seed"], "first_sample": manifest["first"]}
+    count = min(_MOVING, manifest["num"])
+    x = draw_samples(trained.net, trained.about, count, sampler, callback=note, **names)
+    with checkpoint.atomic(out / "samples.gif") as temporary:
+        plots.save_animation(temporary, [*frames, x])
 
 
 def _on_all(ranks: Ranks, work: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import zlib
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,9 +16,9 @@ import score_kernels
 from score_kernels import checks
 from score_kernels.cli import config, data, plots
 from score_kernels.cli.config import Config
-from score_kernels.cli.trained import draw_samples, network, read_about
+from score_kernels.cli.trained import about_of, draw_samples, network, sampler_of
 from score_kernels.diffusion.sigmas import best_step_size, suggest_schedule, variance_ratio
-from score_kernels.training import Trainer
+from score_kernels.training import Trainer, checkpoint
 from score_kernels.training.checkpoint import locked
 from score_kernels.training.distributed import joined
 
@@ -25,24 +26,39 @@ __all__ = ["train"]
 
 # Settings that a resumed training may have other values of.
 _MAY_DIFFER = (
-    *("data.path", "training.device", "training.save_every", "sampling.count", "sampling.every"),
+    *("data.path", "training.device", "training.save_every"),
+    *("sampling.sampler", "sampling.calls", "sampling.count", "sampling.every"),
     *("noise.steps_per_level", "noise.step_size"),
 )
 _REPORT_EVERY = 50
+# Steps of a training that are timed, and from how many on they are.
+_TIMED, _WORTH_TIMING = 5, 100
 
 
-def train(settings: Config, out: Path, *, resume: bool = False, progress: bool = True) -> Trainer:
+def train(
+    settings: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    start: Path | None = None,
+    progress: bool = True,
+) -> Trainer:
     """Train a network on files, and return its trainer.
 
     Written are ``checkpoint.pt``, ``config.toml`` (all settings), ``loss.png`` and, of images,
-    ``samples.png`` (a sheet of samples of the averaged weights). For the network values are scaled
-    to [-1, 1]. Under torchrun the ranks share each batch (see :class:`score_kernels.Trainer`) and
+    sheets of samples of the averaged weights: ``samples-00001000.png``, ... with each checkpoint,
+    a first one after a tenth of the steps to it, and ``samples.png`` at the end. For the network
+    values are scaled to [-1, 1]. The first steps of a copy are timed, to say how long the training
+    will take. Under torchrun the ranks share each batch (see :class:`score_kernels.Trainer`) and
     the first one writes; restarted by torchrun, training goes on from the checkpoint.
 
     Args:
         settings: see :mod:`score_kernels.cli.config`.
         out: the folder, made where it is missing.
-        resume: go on from the checkpoint in it, with the bits of a training never stopped.
+        resume: go on from the checkpoint in it, with the bits of a training never stopped. Without
+            the cosine the settings may have more steps than before.
+        start: a checkpoint whose weights, and averaged ones, the training begins with, instead of
+            random ones; optimizer, learning rate and steps begin anew, and `ema_warmup` is off.
         progress: whether to show progress bars (on stderr).
 
     Raises:
@@ -58,7 +74,8 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with joined(training.device) as ranks:
         shown = progress and ranks.first
-        about = read_about(path) if path.exists() else None
+        state = checkpoint.read(path) if path.exists() else None
+        about, done = (about_of(path, state), state["step"]) if state else (None, 0)
         if resume and not about and ranks.first:
             print(f"no checkpoint in {out}: starting at step 0")
         if about and not resume:
@@ -68,26 +85,35 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
             raise ValueError("data: got none, expected a path: --data PATH or path = in [data]")
         source = data.load(settings.data.path, key=settings.data.key, progress=shown)
         checks.device("device", training.device)
+        if about and start is not None and "from" not in about:
+            raise ValueError(f"from: got {start}, expected none: {path} was not begun with weights")
         about = about or _describe(settings, source, shown)
         _check_same(path, about, settings, source)
         _set_sampling(about, settings)
-        trainer = _trainer(settings, about, ranks.device(training.device))
-        every = math.gcd(_REPORT_EVERY, sheet.every)
+        begun = {} if start is None or state else _weights(start, about)
+        device = ranks.device(training.device)
+        trainer = _trainer(settings, about, device)
+        for name, weights in begun.items():
+            checkpoint.restore(str(start), getattr(trainer, name), weights)
+        with_sheets = sheet.count and len(source.shape) == 3
+        between = sheet.every or training.save_every
+        early = between // 10
+        every = math.gcd(_REPORT_EVERY, *((between, early) if with_sheets else ()))
         # A network that answers 0 has half a unit of denoising loss for each number of a sample.
         zero_network = math.prod(source.shape) / 2 if training.loss == "dsm" else None
 
         def numbered(step: int) -> list[str]:
-            due = sheet.every and step % sheet.every == 0
+            due = step % between == 0 or step == early
             return [f"samples-{step:08d}.png"] if due else []
 
         def draw_sheet(*names: str) -> None:
-            if names and sheet.count and len(source.shape) == 3:
-                options = {"seed": training.seed, "progress": shown}
+            if names and with_sheets:
+                options: dict[str, Any] = {"seed": training.seed, "progress": shown}
                 try:
                     x = draw_samples(trainer.ema, about, sheet.count, **options)
                 except FloatingPointError as error:
                     # The training goes on: later weights, or another step size, may do better.
-                    print(f"{names[0]} is not drawn: {error}; see [noise] step_size")
+                    print(f"{names[0]} is not drawn: {error}; see [sampling]")
                     return
                 for name in names:
                     plots.save_sheet(out / name, x)
@@ -108,7 +134,19 @@ def train(settings: Config, out: Path, *, resume: bool = False, progress: bool =
                 if trainer.warmup_steps < training.warmup_steps:
                     of_all = f"{trainer.warmup_steps} steps, a tenth of all"
                     print(f"warm-up: {of_all}, instead of {training.warmup_steps}")
+                if done:
+                    rate = "the cosine's" if training.cosine else "a constant"
+                    print(f"resumes at step {done} of {training.steps}, at {rate} learning rate")
+                if "from" in about and not done:
+                    print(f"begins with the weights and averaged weights of {about['from']}")
                 (out / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
+            if training.steps - done >= _WORTH_TIMING:
+                # Of a sheet a call of a sample takes a third of what it takes in a training step.
+                drawn = sheet.count * sampler_of(about).calls / (3 * training.batch_size)
+                steps = (training.steps - done) * (1 + (drawn / between if with_sheets else 0))
+                seconds = steps * _seconds_a_step(settings, about, source, device)
+                if ranks.first:
+                    print(f"this will take about {_duration(seconds)} on {device}", flush=True)
             trainer.fit(
                 source,
                 training.steps,
@@ -184,6 +222,45 @@ def _left(sigmas: list[float], steps: int, step_size: float) -> str:
     return f"levels end with {left:.4g} times the variance of their noise."
 
 
+def _weights(start: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The weights to begin with, by name of the trainer's network; noted in `about`."""
+    state = checkpoint.read(start)
+    before, own = about_of(start, state), about["config"]["network"]
+    differ = [
+        f"[network] {key} was {value} and is {own[key]}"
+        for key, value in before["config"]["network"].items()
+        if own[key] != value
+    ]
+    if differ:
+        raise ValueError(f"checkpoint {start}: of another network: {'; '.join(differ)}")
+    # What the network's input is scaled with.
+    about["data"]["std"] = before["data"]["std"]
+    about["from"] = f"{start}, step {state['step']}"
+    return {"net": state["net"], "ema": state["ema"]}
+
+
+def _seconds_a_step(
+    settings: Config, about: dict[str, Any], source: data.Data, device: torch.device
+) -> float:
+    """Timed on a copy of the network, which is not used; the very first steps take longer."""
+    trainer = _trainer(settings, about, device)
+    times: list[float] = []
+    trainer.fit(
+        source,
+        2 * _TIMED,
+        report_every=_TIMED,
+        callback=lambda _: times.append(time.perf_counter()),
+        progress=False,
+    )
+    return (times[1] - times[0]) / _TIMED
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def _identity(source: data.Data) -> dict[str, Any]:
     crc32 = zlib.crc32(source.values.numpy().data)
     return {"count": len(source), "shape": list(source.shape), "crc32": crc32}
@@ -202,6 +279,9 @@ def _check_same(path: Path, about: dict[str, Any], settings: Config, source: dat
         differ.append(f"the data, {source.source}, are not those it began with")
     if differ:
         words = "; expected what it began with"
+        if any(text.startswith("[training] steps ") for text in differ):
+            words += "; the cosine ends there: for more steps begin with these weights, "
+            words += f"--from {path} --out ANOTHER"
         raise ValueError(f"checkpoint {path}: cannot be resumed: {'; '.join(differ)}{words}")
 
 
@@ -217,6 +297,8 @@ def _trainer(settings: Config, about: dict[str, Any], device: torch.device) -> T
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR
     options["scheduler"] = cosine(optimizer, training.steps) if training.cosine else None
     options["clip_norm"] = training.clip_norm or None
+    # Or the averaged weights that a training began with would be forgotten at once.
+    options["ema_warmup"] = training.ema_warmup and "from" not in about
     # That of the start: a resumed training may have more steps.
     options["warmup_steps"] = about.get("warmup_steps", training.warmup_steps)
     return Trainer(net, about["schedule"]["sigmas"], optimizer, about=about, **options)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from score_kernels import checks
 from score_kernels.cli import config
 from score_kernels.cli.data import Data
+from score_kernels.cli.samplers import Sampler, choose
 from score_kernels.diffusion.sigmas import Schedule
 from score_kernels.networks import ConvScore, MLPScore
-from score_kernels.sampling import annealed_langevin
 from score_kernels.training import checkpoint
 
-__all__ = ["Trained", "draw_samples", "load", "network", "read_about"]
+__all__ = ["Trained", "about_of", "draw_samples", "load", "network", "read_about", "sampler_of"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,7 +77,7 @@ def load(
     with checkpoint.opened(path) as file:
         checksum = hashlib.sha256(file.read()).hexdigest()
         state = checkpoint.parse(path, file)
-    about = _about(path, state)
+    about = about_of(path, state)
     net = network(about)
     checkpoint.restore(path, net, checkpoint.weights_of(path, state, weights))
     found, levels = about["data"], about["schedule"]
@@ -92,10 +92,11 @@ def load(
 
 def read_about(path: Path) -> dict[str, Any]:
     """The settings (config), data and noise levels (schedule) of a training."""
-    return _about(path, checkpoint.read(path))
+    return about_of(path, checkpoint.read(path))
 
 
-def _about(path: str | os.PathLike[str], state: dict[str, Any]) -> dict[str, Any]:
+def about_of(path: str | os.PathLike[str], state: dict[str, Any]) -> dict[str, Any]:
+    """:func:`read_about` of a checkpoint that was read."""
     about = state.get("about")
     if not isinstance(about, dict) or "schedule" not in about:
         raise ValueError(
@@ -118,11 +119,28 @@ def network(about: dict[str, Any]) -> nn.Module:
     return ConvScore(shape[0], settings.width, levels=settings.depth, data_std=std)
 
 
-def draw_samples(net: nn.Module, about: dict[str, Any], count: int, **options: Any) -> Tensor:
-    """Samples of annealed Langevin dynamics, in [-1, 1] or near it, on the CPU.
+def sampler_of(
+    about: dict[str, Any], sampler: str | None = None, calls: int | None = None
+) -> Sampler:
+    """The sampler of the training's settings, or another one with its own number of calls."""
+    tables = {"sampling": about["config"].get("sampling", {})}
+    settings = config.from_dict(tables, "of the checkpoint").sampling
+    if sampler is None:
+        sampler, calls = settings.sampler, settings.calls if calls is None else calls
+    return choose(about["schedule"], sampler, calls)
 
-    Options are those of :func:`score_kernels.annealed_langevin`.
+
+def draw_samples(
+    net: nn.Module,
+    about: dict[str, Any],
+    count: int,
+    sampler: Sampler | None = None,
+    **options: Any,
+) -> Tensor:
+    """Samples in [-1, 1] or near it, on the CPU.
+
+    By the sampler of the training's settings, or the given one; options are those of all samplers.
     """
     shape, device = (count, *about["data"]["shape"]), next(net.parameters()).device
-    schedule = {key: value for key, value in about["schedule"].items() if key != "why"}
-    return annealed_langevin(net, shape, **schedule, device=device, **options).cpu()
+    sampler = sampler or sampler_of(about)
+    return sampler.draw(net, shape, device=device, **options).cpu()
