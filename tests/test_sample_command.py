@@ -206,6 +206,8 @@ def test_more_steps_than_planned(
     text = capsys.readouterr().out
     assert "resumes at step 4 of 7, at a constant learning rate" in text
     assert checkpoint.read(path)["step"] == 7
+    assert trained(images, out, "cosine = false\n", "--resume", "--steps", 6) == 1
+    assert "steps: got 6, expected at least 7, those done" in capsys.readouterr().err
     whole = tmp_path / "whole"
     assert trained(images, whole, "cosine = false\n", "--steps", 7) == 0
     assert torch.equal(

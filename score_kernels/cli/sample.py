@@ -21,7 +21,7 @@ from score_kernels.bars import progress_bar
 from score_kernels.cli import data, plots, shards
 from score_kernels.cli.samplers import Sampler
 from score_kernels.cli.trained import Trained, draw_samples, load, sampler_of
-from score_kernels.sampling.engine import Progress
+from score_kernels.sampling import Progress
 from score_kernels.training import checkpoint
 from score_kernels.training.distributed import Ranks, joined
 

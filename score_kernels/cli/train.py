@@ -89,6 +89,8 @@ def train(
             raise ValueError(f"from: got {start}, expected none: {path} was not begun with weights")
         about = about or _describe(settings, source, shown)
         _check_same(path, about, settings, source)
+        if training.steps < done:
+            raise ValueError(f"steps: got {training.steps}, expected at least {done}, those done")
         _set_sampling(about, settings)
         begun = {} if start is None or state else _weights(start, about)
         device = ranks.device(training.device)
