@@ -1012,7 +1012,7 @@ def test_levels_too_far_apart_are_judged() -> None:
 
 def test_messages_give_the_way_out() -> None:
     with pytest.raises(TypeError, match="view_as_real"):
-        sk.annealed_langevin(gaussian, torch.zeros(2, 3, dtype=torch.complex64), **ANNEAL)
+        ops.langevin_step(torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(2, 3), 0.1, KEY)
     with pytest.raises(TypeError, match=r"call \.item\(\)"):
         ops.langevin_step(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor(0.1), KEY)
     with pytest.raises(TypeError) as error:

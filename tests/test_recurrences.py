@@ -59,21 +59,32 @@ class Case:
     steps: list[Step]
     denoises: bool = True
 
-    def run(self, x: np.ndarray, denoise: bool, known: Any = None, mask: Any = False) -> np.ndarray:
+    def run(
+        self,
+        x: np.ndarray,
+        denoise: bool,
+        known: Any = None,
+        mask: Any = False,
+        *,
+        known_noise: bool = True,
+        end: Callable[[np.ndarray, float], np.ndarray] = lambda x, sigma: x,
+    ) -> np.ndarray:
         """Known parts are at the state's level at the start and after every step, exact at the
-        end (appendix B of arXiv 1907.05600)."""
+        end (appendix B of arXiv 1907.05600). A step ends with end(x, sigma)."""
         mean, std = self.start
         if known is not None:
-            x = np.where(mask, mean * known + std * noise(0, Purpose.KNOWN), x)
+            x = np.where(mask, mean * known + known_noise * std * noise(0, Purpose.KNOWN), x)
         for t, step in enumerate(self.steps):
             z = noise(t)
             mean, std = step.mean, step.std
             x = step.update(x, z)
             if known is not None:
-                x = np.where(mask, mean * known + std * z, x)
+                x = np.where(mask, mean * known + known_noise * std * z, x)
+            x = end(x, std / mean)
         if denoise:
             # Tweedie's mean of the data.
             x = x / mean + (std / mean) ** 2 * score(x / mean, std / mean)
+            x = end(x if known is None else np.where(mask, known, x), 0.0)
         return x if known is None else np.where(mask, known, x)
 
 

@@ -311,3 +311,20 @@ def test_how_long_a_training_takes_is_said_before_it(
     assert torch.equal(states[0]["losses"], states[1]["losses"])
     words = [command._duration(s) for s in (12.4, 150.0, 90 * 60.0, 2.5 * 3600)]
     assert words == ["12 s", "2 min", "90 min", "2.5 h"]
+
+
+@pytest.mark.parametrize(("loss", "zero"), [("dsm", 8.0), ("ssm", None)])
+def test_the_chart_of_losses_is_as_old_as_the_checkpoint(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, zero: float | None
+) -> None:
+    """With the loss of a network that answers 0, D / 2, where that is known."""
+    charts: list[tuple[int, float | None]] = []
+
+    def drawn(path: Path, losses: Tensor, zero_network: float | None) -> None:
+        charts.append((len(losses), zero_network))
+
+    monkeypatch.setattr(plots, "draw_losses", drawn)
+    monkeypatch.setattr(command, "_REPORT_EVERY", 5)
+    more = f"save_every = 10\nloss = '{loss}'\n[sampling]\ncount = 0\n"
+    assert trained(images, tmp_path / loss, more, "--steps", 25) == 0
+    assert charts == [(10, zero), (20, zero), (25, zero)]

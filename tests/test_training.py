@@ -658,3 +658,4 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match=f"{name}: got"):
             trainer.fit(data(), **{"steps": 3, **options})
     assert len(trainer.losses) == 0
+    trainer.fit(data(), 1, save_every=1, report_every=1)

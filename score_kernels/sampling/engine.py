@@ -416,7 +416,7 @@ def run(
             row = x.new_tensor([Phase(plan[0].sigma, mean=plan[0].mean).row()])
             row[0, 4] *= known[2]
             start = key.for_purpose(Purpose.KNOWN)
-            chain.backend.table_step(x, x, x, row, None, start, *known[:2], None, chain.end)
+            chain.backend.table_step(x, x, x, row, None, start, *known[:2])
         advance = graph.replayed(chain, first_step) if cuda_graph else chain.advance
         if isinstance(score, FusedScore):
             advance = score.chain(chain) or advance

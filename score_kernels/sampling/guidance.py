@@ -10,7 +10,7 @@ from torch import Tensor
 
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey
-from score_kernels.sampling.engine import Score
+from score_kernels.sampling.model import Score
 
 __all__ = ["classifier_free", "random_rotation", "slerp_noise"]
 

@@ -21,11 +21,11 @@ from score_kernels.sampling.engine import (
     Chain,
     Options,
     Phase,
-    Score,
     run,
     warn_of_training_mode,
 )
 from score_kernels.sampling.langevin import _one_or_each
+from score_kernels.sampling.model import Score
 
 __all__ = ["log_likelihood", "probability_flow"]
 

@@ -18,7 +18,8 @@ from score_kernels.diffusion.sde import SDE, VE, VP, DDPMSchedule, SubVP, linspa
 from score_kernels.noise import Key
 from score_kernels.ops._dispatch import check_addresses
 from score_kernels.ops._formulas import segment_sums
-from score_kernels.sampling.engine import Chain, Options, Phase, Score, run
+from score_kernels.sampling.engine import Chain, Options, Phase, run
+from score_kernels.sampling.model import Score
 
 __all__ = ["euler_maruyama", "predictor_corrector"]
 
