@@ -37,6 +37,8 @@ FLAGS = [
     "-ffp-contract=off",
     # GCC 12's own AVX-512 header trips -Wmaybe-uninitialized.
     "-fno-math-errno",
+    # Without it GCC calls floorf one by one.
+    "-fno-trapping-math",
     "-Wall",
     "-Wno-maybe-uninitialized",
 ]

@@ -17,16 +17,17 @@ SK_INLINE F affine(F a, F x, F b, F score, F c, F z) {
   return fma(c, z, affine(a, x, b, score));
 }
 
-// What a step ends with, as in TableArgs. NaN stays.
+// What a step ends with, as in TableArgs. NaN stays: in this order an instruction each.
 SK_INLINE float clamped(float x, float low, float high) {
-  return x < low ? low : x > high ? high : x;
+  const float above = low > x ? low : x;
+  return high < above ? high : above;
 }
 
-// The quotient is off by one where x is next to a multiple of the period.
+// Where x is next to a multiple of the period the quotient may be off by one: the result is then 0
+// or the last number below the period, which is as near.
 SK_INLINE float wrapped(float x, float inverse, float period) {
-  float rest = fma(-::floorf(x * inverse), period, x);
-  rest = rest < 0.0f ? rest + period : rest;
-  return rest >= period ? rest - period : rest;
+  const float rest = fma(-::floorf(x * inverse), period, x);
+  return clamped(rest, 0.0f, period * 0x1.fffffep-1f);
 }
 
 // A line of a table.

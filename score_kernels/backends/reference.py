@@ -131,6 +131,9 @@ class Reference:
         kind, low, high = end
         # Numbers enter an fp32 kernel rounded to fp32.
         low, high = rounded(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        # A wrapped number is below the period, by rounding's half at least.
+        below = 1 - 2.0 ** (-24 if x.dtype == torch.float32 else -53)
+        limits = (low, high) if kind == CLAMP else (0.0, high * below)
         elements = x.numel() // x.shape[0]
         for chunk in _chunks(x.numel(), 4 * _CHUNK):
             row = torch.arange(chunk.start, chunk.stop, device=home) // elements
@@ -139,11 +142,6 @@ class Reference:
 
             def take(values: Tensor, chunk: slice = chunk) -> Tensor:
                 return values.reshape(-1)[chunk].to(home).double()
-
-            def wrapped(value: Tensor) -> Tensor:
-                value = fma(-rounded(value * low).floor(), torch.full_like(value, high), value)
-                value = torch.where(value < 0, rounded(value + high), value)
-                return torch.where(value >= high, rounded(value - high), value)
 
             b, c = k[1], k[2]
             if precondition is not None:
@@ -157,10 +155,10 @@ class Reference:
                 if z is not None:
                     given = torch.where(k[4] == 0, given, fma(k[4], z[chunk].double(), given))
                 value = torch.where(mask.reshape(-1)[chunk].to(home), given, value)
-            if kind == CLAMP:
-                value = torch.where(value < low, low, torch.where(value > high, high, value))
-            elif kind == WRAP:
-                value = wrapped(value)
+            if kind == WRAP:
+                value = fma(-rounded(value * low).floor(), torch.full_like(value, high), value)
+            if kind != NO_END[0]:
+                value = value.clamp(*limits)
             out.view(-1)[chunk] = value.to(x.dtype).to(x.device)
 
     def perturb(self, x: Tensor, sigma: Tensor, key: Key) -> Tensor:

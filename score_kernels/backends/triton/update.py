@@ -105,13 +105,15 @@ def table_kernel(
         given = tl.load(known + offset, mask=mask, other=0.0)
         given = noisy(noise_scale, z, mul(like(given, scale), given, PACKED), PACKED)
         after = tl.where(tl.load(kept + offset, mask=mask, other=0) != 0, given, after)
-    if END == 1:
-        # NaN stays.
-        after = tl.where(after < low, low, tl.where(after > high, high, after))
-    elif END == 2:
+    if END == 2:
         rest = fma(-tl.floor(after * low), like(after, high), after, PACKED)
-        rest = tl.where(rest < 0, rest + high, rest)
-        after = tl.where(rest >= high, rest - high, rest)
+        # 1 - 2^-24: the last number below the period.
+        low, high = 0.0, high * 0.999999940395355
+        after = rest
+    if END != 0:
+        # NaN stays.
+        after = tl.where(low > after, low, after)
+        after = tl.where(high < after, high, after)
     tl.store(out + offset, after, mask=mask)
 
 
