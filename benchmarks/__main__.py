@@ -3,6 +3,7 @@
     python -m benchmarks          every op and chain; writes bench.csv and bench.png
     python -m benchmarks small    what calls on 64 elements cost
     python -m benchmarks rows     what the addresses of rows cost
+    python -m benchmarks steps    steps with clamps, wraps and preconditioners
     python -m benchmarks fused    chains whose score is fused with them
 
 Nothing is measured where ``score-kernels selfcheck`` finds a fault. All variants of a case take
@@ -21,10 +22,11 @@ from benchmarks.cases import OPS
 from benchmarks.fused import fused
 from benchmarks.rows import rows
 from benchmarks.small import small
+from benchmarks.steps import steps
 from benchmarks.table import bench
 from score_kernels.cli.selfcheck import selfcheck
 
-PARTS = {"small": small, "rows": rows, "fused": fused}
+PARTS = {"small": small, "rows": rows, "steps": steps, "fused": fused}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder to write to")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--op", action="append", choices=OPS, help="only this one; may be repeated")
-    parser.add_argument(
-        "--threads", type=int, help="default: torch's; small, rows, fused: 1, then 2"
-    )
+    parser.add_argument("--threads", type=int, help="default: torch's; of the parts: 1, then 2")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each variant")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, 5 rounds")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")

@@ -109,6 +109,7 @@ def addressed(kernel: Kernel) -> Kernel:
     return replace(kernel, name=f"{kernel.name} addressed", pointers=pointers)
 
 
+_PLAIN_TABLE = (("gain", None), ("END", 0))
 PLAIN = (
     _step(F32, "float"),
     _step(BF16, "BFloat16"),
@@ -117,22 +118,22 @@ PLAIN = (
         "step by table fp32",
         kernels.update.table_kernel,
         (("out", F32), ("x", F32), ("score", F32), ("table", F32), ("step", I64)),
-        (("known", None), ("kept", None), ("PER_ROW", False)),
-        "table_kernel<float, true, false>",
+        (*_PLAIN_TABLE, ("known", None), ("kept", None), ("PER_ROW", False)),
+        "table_kernel<float, true, 0>",
     ),
     Kernel(
         "step by lines fp32",
         kernels.update.table_kernel,
         (("out", F32), ("x", F32), ("score", F32), ("table", F32)),
-        (("step", None), ("known", None), ("kept", None), ("PER_ROW", True)),
-        "table_kernel<float, true, false>",
+        (*_PLAIN_TABLE, ("step", None), ("known", None), ("kept", None), ("PER_ROW", True)),
+        "table_kernel<float, true, 0>",
     ),
     Kernel(
         "step with known fp32",
         kernels.update.table_kernel,
         (*((p, F32) for p in ("out", "x", "score", "table", "known")), ("kept", U8)),
-        (("step", None), ("PER_ROW", False)),
-        "table_kernel<float, true, true>",
+        (*_PLAIN_TABLE, ("step", None), ("PER_ROW", False)),
+        "table_kernel<float, true, 1>",
     ),
     Kernel(
         "perturb",

@@ -17,6 +17,9 @@ SK_INLINE F affine(F a, F x, F b, F score, F c, F z) {
   return fma(c, z, affine(a, x, b, score));
 }
 
+// Of a preconditioner: 0 where the root of a GPU would be inexact or NaN.
+SK_INLINE float gain_root(float g) { return g < 0x1p-100f ? 0.0f : square_root(g); }
+
 // What a step ends with, as in TableArgs. NaN stays: in this order an instruction each.
 SK_INLINE float clamped(float x, float low, float high) {
   const float above = low > x ? low : x;

@@ -236,7 +236,7 @@ def test_a_read_past_the_end_is_caught(tmp_path: Path) -> None:
 
 
 def test_a_mask_off_its_alignment_is_caught(tmp_path: Path) -> None:
-    csrc = edited(tmp_path, "cuda/update.cu", "args.known, args.mask);", "args.known);")
+    csrc = edited(tmp_path, "cuda/update.cu", "args.known, args.mask,", "args.known,")
     done = drive(tmp_path, csrc, *SANITIZED)("forward")
     assert done.returncode != 0
     assert "misaligned address" in done.stderr

@@ -251,3 +251,57 @@ def test_wrong_inputs_are_named(
     net, x, sigmas = (arguments.pop(k) for k in ("net", "x", "sigmas"))
     with pytest.raises(error, match=match):
         dsm_loss(net, x, sigmas, **arguments)
+
+
+def test_a_level_of_each_sample(backend: str) -> None:
+    x, sigma = torch.randn(6, 5), torch.tensor([0.1, 7.3, 2.0, 0.5, 0.1, 3.3])
+    key, levels = NoiseKey(3), [7.3, 3.3, 2.0, 0.5, 0.1]
+    labels = torch.tensor([levels.index(round(s, 2)) for s in sigma.tolist()])
+
+    def net(x: Tensor, sigma: Tensor) -> Tensor:
+        return -(x - 0.3) / (1 + sigma**2)[:, None]
+
+    for options in ({}, {"weighting": torch.rand(6)}, {"weighting": 1.0}):
+        got = dsm_loss(net, x, sigma=sigma, noise=key, reduction="none", **options)
+        want = dsm_loss(net, x, levels, labels=labels, noise=key, reduction="none", **options)
+        assert torch.equal(got, want)
+
+
+def test_log_uniform_levels_bound_the_divergence() -> None:
+    """Of N(0, 1) from N(0.5, 1.44), in one dimension: times 2 log(high / low), less the floor."""
+    batch, low, high = 400_000, 1e-3, 300.0
+    key = NoiseKey(8)
+    u = ops.uniform((batch, 1), key.for_purpose(40))[:, 0]
+    sigma = low * (high / low) ** u
+    x = ops.normal((batch, 1), key.for_purpose(41))
+
+    def loss(mean: float, variance: float) -> Tensor:
+        def net(y: Tensor, s: Tensor) -> Tensor:
+            return (mean - y) / (variance + s**2)[:, None]
+
+        return dsm_loss(net, x, sigma=sigma, noise=key, reduction="none").double()
+
+    each = 2 * math.log(high / low) * (loss(0.5, 1.44) - loss(0.0, 1.0))
+    divergence = 0.5 * ((1 + 0.25) / 1.44 - 1 + math.log(1.44))
+    error = float(each.std()) / math.sqrt(batch)
+    score = (float(each.mean()) - divergence) / error
+    assert error < 0.03 * divergence
+    assert 2 * stats.norm.sf(abs(score)) > tolerances.ALPHA
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sigmas": SIGMAS}, "sigma: got it beside sigmas"),
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, "sigma: got it beside labels"),
+        ({"return_per_level": True}, "return_per_level: got True with sigma"),
+        ({"sigma": torch.tensor([0.0, 1.0])}, "sigma: got numbers of at most 0"),
+        ({"sigma": torch.tensor([math.inf, 1.0])}, "sigma: got numbers of at most 0"),
+        ({"sigma": torch.ones(3)}, r"sigma: got shape \(3,\)"),
+        ({"segments": torch.tensor([0, 0])}, "sigma: got several levels in a segment"),
+    ],
+)
+def test_levels_of_samples_that_are_wrong(given: dict[str, Any], message: str) -> None:
+    options = {"sigma": torch.tensor([0.5, 1.0])} | given
+    with pytest.raises(ValueError, match=message):
+        dsm_loss(zero, torch.zeros(2, 3), seed=1, **options)

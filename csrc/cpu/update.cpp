@@ -53,7 +53,7 @@ SK_INLINE void combine(float* out, const float* x, const float* score, const flo
   }
 #pragma omp simd
   for (uint64_t i = 0; i < count; ++i)
-    out[i] = end(affine(a, x[i], b * g[i], score[i], c * ::sqrtf(g[i]), z[i]));
+    out[i] = end(affine(a, x[i], b * g[i], score[i], c * gain_root(g[i]), z[i]));
 }
 
 // Known elements take the place of those that were computed.

@@ -17,8 +17,11 @@ __device__ __forceinline__ Quad combine(float a, const Quad& x, const Quad& b, c
   return {{low.a, low.b, high.a, high.b}};
 }
 
-// kKnown: args are TableArgs with known and mask.
-template <class Score, bool kVector, bool kNoise, bool kKnown, class Args>
+// What a step has besides its coefficients: nothing; known elements; all that TableArgs may have,
+// looked for in every quad.
+constexpr int kNothing = 0, kKnown = 1, kAll = 2;
+
+template <class Score, bool kVector, bool kNoise, int kMore, class Args>
 __device__ __forceinline__ void step_row(const Args& args, const NoiseKey& key, uint64_t row,
                                          Coefficients k) {
   struct Inputs {
@@ -29,7 +32,6 @@ __device__ __forceinline__ void step_row(const Args& args, const NoiseKey& key, 
   const Row<kVector, const float> x(args.x, place);
   const Row<kVector, const Score> scores(static_cast<const Score*>(args.score), place);
   const Row<kVector, float> out(args.out, place);
-  constexpr bool kTable = std::is_same_v<Args, TableArgs>;
   k.c = place.checked(k.c);
   k.noise_scale = place.checked(k.noise_scale);
   each_quad(
@@ -37,32 +39,33 @@ __device__ __forceinline__ void step_row(const Args& args, const NoiseKey& key, 
       [&](At at) { return Inputs{x.load(at), scores.load(at)}; },
       [&](At at, const Inputs& in) {
         Quad b = {{k.b, k.b, k.b, k.b}}, c = {{k.c, k.c, k.c, k.c}};
-        if constexpr (kTable)
+        if constexpr (kMore == kAll)
           if (args.precondition) {
             const Quad g = Row<kVector, const float>(args.precondition, place).load(at);
             for (uint32_t e = 0; e < kQuad; ++e) {
               b.v[e] *= g.v[e];
-              c.v[e] *= ::sqrtf(g.v[e]);
+              c.v[e] *= gain_root(g.v[e]);
             }
           }
         Quad next = combine(k.a, in.x, b, to_floats(in.score));
         // There may be noise for one of the known and the other elements alone.
         bool none[kQuad] = {};
-        if constexpr (kKnown) {
-          const Quad known = Row<kVector, const float>(args.known, place).load(at);
-          const auto mask = Row<kVector, const uint8_t>(args.mask, place).load(at);
-          for (uint32_t e = 0; e < kQuad; ++e) {
-            next.v[e] = mask.v[e] ? k.scale * known.v[e] : next.v[e];
-            c.v[e] = mask.v[e] ? k.noise_scale : c.v[e];
-            none[e] = (mask.v[e] ? k.noise_scale : k.c) == 0.0f;
+        if constexpr (kMore != kNothing)
+          if (kMore == kKnown || args.known) {
+            const Quad known = Row<kVector, const float>(args.known, place).load(at);
+            const auto mask = Row<kVector, const uint8_t>(args.mask, place).load(at);
+            for (uint32_t e = 0; e < kQuad; ++e) {
+              next.v[e] = mask.v[e] ? k.scale * known.v[e] : next.v[e];
+              c.v[e] = mask.v[e] ? k.noise_scale : c.v[e];
+              none[e] = (mask.v[e] ? k.noise_scale : k.c) == 0.0f;
+            }
           }
-        }
         if (kNoise) {
           const Quad z = values_of<NormalMap>(words_of(key, place.counter, at.block()));
           for (uint32_t e = 0; e < kQuad; ++e)
             next.v[e] = none[e] ? next.v[e] : fma(c.v[e], z.v[e], next.v[e]);
         }
-        if constexpr (kTable)
+        if constexpr (kMore == kAll)
           if (args.end != End::kNone)
             for (uint32_t e = 0; e < kQuad; ++e) next.v[e] = ended(args, next.v[e]);
         out.store(at, next);
@@ -77,13 +80,13 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(AffineArgs args) {
   const Coefficients k = {args.a, args.b, args.c, 0.0f, 0.0f};
   if (has_noise(k))
     each_row(args.rows,
-             [&](uint64_t row) { step_row<Score, kVector, true, false>(args, key, row, k); });
+             [&](uint64_t row) { step_row<Score, kVector, true, kNothing>(args, key, row, k); });
   else
     each_row(args.rows,
-             [&](uint64_t row) { step_row<Score, kVector, false, false>(args, key, row, k); });
+             [&](uint64_t row) { step_row<Score, kVector, false, kNothing>(args, key, row, k); });
 }
 
-template <class Score, bool kVector, bool kKnown>
+template <class Score, bool kVector, int kMore>
 __global__ void __launch_bounds__(kThreads) table_kernel(TableArgs args) {
   NoiseKey key = args.key;
   uint64_t line = 0;
@@ -95,11 +98,12 @@ __global__ void __launch_bounds__(kThreads) table_kernel(TableArgs args) {
   }
   each_row(args.rows, [&](uint64_t row) {
     const float* from = args.table + (args.per_row ? row : line) * args.columns;
-    const Coefficients k = inside ? read_line(from, kKnown) : Coefficients{NAN, NAN, NAN, NAN, NAN};
+    const Coefficients k = inside ? read_line(from, kMore != kNothing && args.known)
+                                  : Coefficients{NAN, NAN, NAN, NAN, NAN};
     if (has_noise(k))
-      step_row<Score, kVector, true, kKnown>(args, key, row, k);
+      step_row<Score, kVector, true, kMore>(args, key, row, k);
     else
-      step_row<Score, kVector, false, kKnown>(args, key, row, k);
+      step_row<Score, kVector, false, kMore>(args, key, row, k);
   });
 }
 
@@ -122,11 +126,14 @@ void cuda::table_step(const TableArgs& args, const DeviceAndStream& target) {
     using Score = ElementOf<decltype(score)>;
     const bool vector = whole_quads(args.elements, args.x, args.out, score, args.known, args.mask,
                                     args.precondition);
-    const auto kernel =
-        args.known
-            ? (vector ? table_kernel<Score, true, true> : table_kernel<Score, false, true>)
-            : (vector ? table_kernel<Score, true, false> : table_kernel<Score, false, false>);
-    launch("table_step", kernel, grid_of_quads(args, target), target, args);
+    const auto kernel = [&](auto more) {
+      return vector ? table_kernel<Score, true, more> : table_kernel<Score, false, more>;
+    };
+    const auto chosen = args.precondition || args.end != End::kNone
+                            ? kernel(std::integral_constant<int, kAll>())
+                        : args.known ? kernel(std::integral_constant<int, kKnown>())
+                                     : kernel(std::integral_constant<int, kNothing>());
+    launch("table_step", chosen, grid_of_quads(args, target), target, args);
   });
 }
 

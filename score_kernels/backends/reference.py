@@ -131,6 +131,7 @@ class Reference:
         kind, low, high = end
         # Numbers enter an fp32 kernel rounded to fp32.
         low, high = rounded(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        smallest = 2.0**-100
         # A wrapped number is below the period, by rounding's half at least.
         below = 1 - 2.0 ** (-24 if x.dtype == torch.float32 else -53)
         limits = (low, high) if kind == CLAMP else (0.0, high * below)
@@ -146,7 +147,8 @@ class Reference:
             b, c = k[1], k[2]
             if precondition is not None:
                 b = rounded(b * (gain := take(precondition)))
-                c = rounded(c * rounded(gain.sqrt()))
+                root = torch.where(gain < smallest, 0.0, rounded(gain.sqrt()))
+                c = rounded(c * root)
             value = fma(b, take(score), rounded(k[0] * take(x)))
             if z is not None:
                 value = torch.where(k[2] == 0, value, fma(c, z[chunk].double(), value))

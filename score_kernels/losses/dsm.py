@@ -28,8 +28,9 @@ _checked: tuple[weakref.ref[Tensor], int, Tensor, Tensor] | None = None
 def dsm_loss(
     net: Callable[..., Tensor],
     x: Tensor,
-    sigmas: Any,
+    sigmas: Any = None,
     *,
+    sigma: Tensor | None = None,
     noise: NoiseKey | None = None,
     seed: int | None = None,
     labels: Tensor | None = None,
@@ -53,6 +54,11 @@ def dsm_loss(
             returns x's shape in float32, bfloat16 or float16.
         x: ``[B, ...]`` clean data, float32 or float64, B at least 1.
         sigmas: the noise levels, strictly decreasing: ``[L]`` tensor or a sequence.
+        sigma: in their place the noise level of each sample, ``[B]`` float32, as of a diffusion at
+            random times: ``sde.sigma(t)``. If log sigma is uniform the default weighting is the
+            likelihood's: the mean loss times ``2 log(sigma_max / sigma_min)`` is, up to a constant,
+            a bound of the Kullback-Leibler divergence (Song et al. 2021, arXiv 2101.09258). For
+            another density q of sigma the weighting is ``1 / (sigma q(sigma))``, and the factor 2.
         noise: names the noise; give each training step its own, ``NoiseKey(seed).at(step)``. Its
             purpose is replaced by the loss's own.
         seed: shorthand for ``noise=NoiseKey(seed)``; with neither, a fresh seed is drawn from
@@ -87,26 +93,20 @@ def dsm_loss(
     if not batch:
         raise ValueError("x: got a batch of 0, expected at least one sample")
     refuse_vmap(x=x)
-    table = _table(sigmas, x.device)
-    last = table.shape[0] - 1
     noise = resolve(noise, seed, samples, draws, pieces)
     if segments is not None:
         checks.segments(segments, x)
-    if labels is None:
-        labels = draw_labels(batch, last + 1, noise, x.device)
-        if segments is not None:
-            labels = labels.index_select(0, first_rows(segments))
-        sigma = table.index_select(0, labels)
+    if sigma is not None:
+        for name, value in (("sigmas", sigmas), ("labels", labels)):
+            if value is not None:
+                raise ValueError(f"sigma: got it beside {name}, expected one of the two")
+        if return_per_level:
+            raise ValueError("return_per_level: got True with sigma, expected it with sigmas")
+        checks.per_sample("sigma", sigma, x)
+        _check_sigma(sigma, segments)
     else:
-        checks.per_sample("labels", labels, x, torch.int64)
-        if labels.is_cpu and not torch.compiler.is_compiling():
-            low, high = (int(v) for v in torch.aminmax(labels))
-            if low < 0 or high > last:
-                raise ValueError(f"labels: got values from {low} to {high}, expected 0 to {last}")
-            if segments is not None and bool((labels[first_rows(segments)] != labels).any()):
-                raise ValueError("labels: got several levels in a segment, expected one")
-        given, labels = labels, labels.clamp(0, last)
-        sigma = table.index_select(0, labels).where(labels == given, math.nan)
+        table = _table(sigmas, x.device)
+        labels, sigma = _levels_of_rows(table, labels, x, noise, segments)
     if isinstance(weighting, Tensor):
         checks.per_sample("weighting", weighting, x)
         weight: Tensor | None = weighting
@@ -121,11 +121,42 @@ def dsm_loss(
     loss = reduce_losses(each, reduction, segments)
     if not return_per_level:
         return loss
+    assert labels is not None
     sums, counts = each.new_zeros(2, len(table))
     sums.index_add_(0, labels, each.detach())
     samples_of_rows = torch.ones_like(each) if segments is None else are_first(segments).to(each)
     counts.index_add_(0, labels, samples_of_rows)
     return loss, sums / counts
+
+
+def _levels_of_rows(
+    table: Tensor, labels: Tensor | None, x: Tensor, noise: NoiseKey, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The label and the noise level of each row, drawn or checked."""
+    last = table.shape[0] - 1
+    if labels is None:
+        labels = draw_labels(x.shape[0], last + 1, noise, x.device)
+        if segments is not None:
+            labels = labels.index_select(0, first_rows(segments))
+        return labels, table.index_select(0, labels)
+    checks.per_sample("labels", labels, x, torch.int64)
+    if labels.is_cpu and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(labels))
+        if low < 0 or high > last:
+            raise ValueError(f"labels: got values from {low} to {high}, expected 0 to {last}")
+        if segments is not None and bool((labels[first_rows(segments)] != labels).any()):
+            raise ValueError("labels: got several levels in a segment, expected one")
+    given, labels = labels, labels.clamp(0, last)
+    return labels, table.index_select(0, labels).where(labels == given, math.nan)
+
+
+def _check_sigma(sigma: Tensor, segments: Tensor | None) -> None:
+    if not sigma.is_cpu or torch.compiler.is_compiling():
+        return
+    if not bool(((sigma > 0) & sigma.isfinite()).all()):
+        raise ValueError("sigma: got numbers of at most 0 or not finite, expected noise levels")
+    if segments is not None and bool((sigma[first_rows(segments)] != sigma).any()):
+        raise ValueError("sigma: got several levels in a segment, expected one")
 
 
 def draw_labels(batch: int, levels: int, noise: NoiseKey, device: torch.device) -> Tensor:

@@ -95,8 +95,10 @@ def table_kernel(
     z = noise(seed, purpose, counter, quad, addresses, "normal", PACKED)
     if gain is not None:
         g = tl.load(gain + offset, mask=mask, other=0.0)
+        # Below 2^-100 0, as everywhere.
+        root = tl.where(g < 7.888609052210118e-31, 0.0, tl.sqrt_rn(g))
         after = combine(x, score, a, like(g, b) * g, offset, mask, PACKED)
-        after = tl.where(like(g, c) == 0, after, fma(like(g, c) * tl.sqrt_rn(g), z, after, PACKED))
+        after = tl.where(like(g, c) == 0, after, fma(like(g, c) * root, z, after, PACKED))
     else:
         after = noisy(c, z, combine(x, score, a, b, offset, mask, PACKED), PACKED)
     if known is not None:
