@@ -182,6 +182,8 @@ def step_end(clamp: Any, wrap: Any) -> End:
         if not isinstance(clamp, Sequence) or len(clamp) != 2:
             raise TypeError(f"clamp: got {clamp!r}, expected two numbers (low, high)")
         low, high = clamp
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            raise TypeError(f"clamp: got tensors, {clamp!r}, expected two numbers (low, high)")
         # None of the two may be NaN.
         if not low <= high:
             raise ValueError(f"clamp: got ({low}, {high}), expected low <= high")
