@@ -8,12 +8,12 @@
 #include <tuple>
 
 #include "noise.h"
+#include "update.h"
 
 namespace sk {
 
 enum class Kind : int { kWords = 0, kNormal = 1, kUniform = 2, kRademacher = 3 };
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum class End : int { kNone = 0, kClamp = 1, kWrap = 2 };
 
 // A pointer that may not be null or any number; a pointer that may be null; 64 bits that Python
 // gives as a signed or as an unsigned integer.
@@ -189,21 +189,23 @@ struct ProbeArgs {
 };
 
 // All steps of a chain: x <- a x + b score(scale x, sigma) + c z, with (a, b, c, sigma, scale) from
-// a line of the table for each step, and the draws from the key's on. `score` is a function of
-// csrc/fused.h that was compiled for the same instruction set; on a CPU only.
+// a line of the table for each step, the draws from the key's on, and an end as TableArgs. `score`
+// is a function of csrc/fused.h that was compiled for the same instruction set; on a CPU only.
 struct ChainArgs {
   float* x;
   void* score;
   const float* params;
   const float* table;
   uint64_t rows, elements, steps;
+  End end;
+  float low, high;
   NoiseKey key;
 
   static constexpr auto fields() {
     using A = ChainArgs;
     return std::tuple_cat(SK_FIELD(x), SK_FIELD(score), SK_OPTIONAL(params), SK_FIELD(table),
-                          SK_FIELD(rows), SK_FIELD(elements), SK_FIELD(steps),
-                          key_fields<&A::key>());
+                          SK_FIELD(rows), SK_FIELD(elements), SK_FIELD(steps), SK_FIELD(end),
+                          SK_FIELD(low), SK_FIELD(high), key_fields<&A::key>());
   }
 };
 

@@ -20,7 +20,10 @@ SK_INLINE F affine(F a, F x, F b, F score, F c, F z) {
 // Of a preconditioner: 0 where the root of a GPU would be inexact or NaN.
 SK_INLINE float gain_root(float g) { return g < 0x1p-100f ? 0.0f : square_root(g); }
 
-// What a step ends with, as in TableArgs. NaN stays: in this order an instruction each.
+// What a step ends with: low and high limit x; high is the period and low 1 / high.
+enum class End : int { kNone = 0, kClamp = 1, kWrap = 2 };
+
+// NaN stays: in this order an instruction each.
 SK_INLINE float clamped(float x, float low, float high) {
   const float above = low > x ? low : x;
   return high < above ? high : above;
@@ -31,6 +34,11 @@ SK_INLINE float clamped(float x, float low, float high) {
 SK_INLINE float wrapped(float x, float inverse, float period) {
   const float rest = fma(-::floorf(x * inverse), period, x);
   return clamped(rest, 0.0f, period * 0x1.fffffep-1f);
+}
+
+SK_INLINE float ended(End end, float x, float low, float high) {
+  if (end == End::kNone) return x;
+  return end == End::kClamp ? clamped(x, low, high) : wrapped(x, low, high);
 }
 
 // A line of a table.

@@ -102,6 +102,18 @@ def numbers_of(name: str, values: Any) -> list[float]:
     return [number(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
+def limits(name: str, value: Any) -> tuple[float, float]:
+    """Two numbers, low <= high, infinite ones too."""
+    try:
+        low, high = (float(end) for end in value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {value!r}, expected two numbers (low, high)") from None
+    # None of the two may be NaN.
+    if not low <= high:
+        raise ValueError(f"{name}: got ({low:g}, {high:g}), expected low <= high")
+    return low, high
+
+
 def noise_level(name: str, value: Any) -> float:
     """A positive number within float32's range."""
     level = positive(name, value)
@@ -245,25 +257,25 @@ def identities(name: str, value: Any, like: Tensor) -> None:
         )
 
 
-def segments(value: Any, batch: Tensor | None = None) -> None:
+def segments(value: Any, batch: Tensor | None = None, name: str = "segments") -> None:
     """The segment of each row, int64 [B], numbered from 0; of a batch, if that is there."""
-    identities("segments", value, value)
+    identities(name, value, value)
     if batch is not None:
-        segments_fit(value, batch)
+        segments_fit(value, batch, name)
     if value.is_cpu and not torch.compiler.is_dynamo_compiling() and value.numel():
         low, high = (int(end) for end in value.aminmax())
         if low < 0 or high >= len(value):
             raise ValueError(
-                f"segments: got values from {low} to {high}, expected numbers from 0, at most one "
-                f"for each of {len(value)} rows"
+                f"{name}: got values from {low} to {high}, expected numbers from 0 to "
+                f"{len(value) - 1}, at most one for each of {len(value)} rows"
             )
 
 
-def segments_fit(value: Tensor, batch: Tensor) -> None:
+def segments_fit(value: Tensor, batch: Tensor, name: str = "segments") -> None:
     """A segment for each row of a batch, on its device."""
     if len(value) != len(batch) or value.device != batch.device:
         raise ValueError(
-            f"segments: got {len(value)} on {value.device}, expected one a row, {len(batch)} on "
+            f"{name}: got {len(value)} on {value.device}, expected one a row, {len(batch)} on "
             f"{batch.device}"
         )
 

@@ -246,9 +246,14 @@ def test_it_is_split_recorded_and_resumed_to_the_bit(eta: float, dtype: torch.dt
 
 
 def test_it_takes_a_schedule() -> None:
-    got = sk.dpm_solver(score, SHAPE, LINEAR, seed=2)
-    levels = LINEAR.sigmas.flip(0)
-    assert torch.equal(got, sk.dpm_solver(score, SHAPE, levels, seed=2))
+    """Its prior is DDPM's, N(0, 1) in x = m y; that of levels N(0, sigma_1^2)."""
+    got, levels = sk.dpm_solver(score, SHAPE, LINEAR, seed=2), LINEAR.sigmas.flip(0)
+    z = sk.ops.normal(SHAPE, sk.NoiseKey(2, purpose=sk.Purpose.PRIOR))
+    first = levels[0].item()
+    start = z * math.sqrt(1 + first**2)
+    assert torch.equal(got, sk.dpm_solver(score, start, levels, seed=2))
+    got = sk.dpm_solver(score, SHAPE, levels, seed=2)
+    assert torch.equal(got, sk.dpm_solver(score, z * first, levels, seed=2))
     timesteps = torch.tensor([25, 12, 0])
     assert sk.dpm_solver(score, SHAPE, LINEAR.sigmas[timesteps], seed=2).isfinite().all()
 

@@ -59,8 +59,10 @@ ENDS: dict[str, tuple[dict[str, Any], End]] = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("name", NAMES)
+PAIRS = [(name, end) for name in NAMES for end in ENDS if (name, end) != ("dpm 0.4", "wrap")]
+
+
+@pytest.mark.parametrize(("name", "end"), PAIRS)
 def test_what_every_step_ends_with(name: str, end: str) -> None:
     """With denoising and known elements, clean and noisy, which come before it."""
     case, (options, apply) = CASES[name], ENDS[end]
@@ -98,7 +100,7 @@ def with_estimate(limit: Callable[[np.ndarray], np.ndarray]) -> Any:
 
 
 LIMITS: dict[str, tuple[dict[str, Any], Any]] = {
-    "sample": (
+    "row": (
         {"clip_score": 0.9},
         lambda y, s, sigma: shortened(s, np.sqrt((s**2).sum(1, keepdims=True)), 0.9),
     ),
@@ -118,7 +120,7 @@ LIMITS: dict[str, tuple[dict[str, Any], Any]] = {
         lambda y, s, sigma: 1.3 * s + 0.1 * y,
     ),
 }
-LIMITS["last"] = LIMITS["last"][0], LIMITS["sample"][1]
+LIMITS["last"] = LIMITS["last"][0], LIMITS["row"][1]
 
 
 @pytest.mark.parametrize("limit", LIMITS)
@@ -143,6 +145,41 @@ def test_the_last_dimension_is_that_of_atoms() -> None:
     torch.testing.assert_close(got, x - 0.25 * x * (0.4 / norm).clamp(max=1))
     zero = sk.langevin(lambda y: 0 * y, x, step_size=1, steps=1, temperature=0, clip_score=1)
     assert torch.equal(zero, x)
+
+
+@pytest.mark.parametrize("options", [{"clip_score": 0.5}, {"clip_x0": 0.8}, {"clip_x0": (0, 0.2)}])
+def test_states_of_numbers_and_of_no_rows(options: dict[str, Any]) -> None:
+    def run(x: Any, **more: Any) -> Tensor:
+        return sk.annealed_langevin(
+            lambda y, sigma: -y / sigma.view(-1, *[1] * (y.dim() - 1)), x, LEVELS, seed=1,
+            steps_per_level=1, step_size=0.1, **options, **more,
+        )  # fmt: skip
+
+    torch.testing.assert_close(run((5,)), run((5, 1))[:, 0])
+    assert run((0, 3)).shape == (0, 3)
+
+
+def test_a_score_beyond_float32_s_squares_is_shortened() -> None:
+    x = torch.full((2, 4), 1e25)
+    got = sk.langevin(lambda y: y, x, step_size=2, steps=1, temperature=0, clip_score=2e25)
+    torch.testing.assert_close(got, 2 * x)
+    got = sk.langevin(lambda y: 3 * y, x, step_size=2, steps=1, temperature=0, clip_score=2e25)
+    torch.testing.assert_close(got, 2 * x)
+
+
+def test_clean_known_elements_stay_where_noise_comes_first() -> None:
+    known, mask, seen = torch.full((5,), 0.3), torch.arange(5) < 2, []
+
+    def net(y: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(y[:, :2].clone())
+        return -y / (1 + sigma[:, None] ** 2)
+
+    options: dict[str, Any] = {"known": known, "mask": mask, "known_noise": False, "seed": 1}
+    sk.annealed_langevin(
+        net, SHAPE, LEVELS, steps_per_level=2, step_size=0.1, noise_first=True, **options
+    )
+    sk.probability_flow(net, SHAPE, LEVELS, method="euler", churn=5, **options)
+    assert len(seen) == 10 and all((y == 0.3).all() for y in seen)
 
 
 def test_a_half_precision_score_is_clipped_in_float32() -> None:
@@ -254,7 +291,8 @@ def test_split_resumed_and_recorded_to_the_bit(name: str, option: str) -> None:
     assert torch.equal(resumed, whole)
 
 
-def test_complex_states_are_pairs() -> None:
+@pytest.mark.parametrize("over", ["row", "last", "element"])
+def test_complex_states_are_pairs(over: str) -> None:
     x = torch.randn(6, 3, dtype=torch.complex128)
     centre = torch.tensor([1 + 2j, 0.5, -1j], dtype=torch.complex128)
     known, mask = torch.tensor(2 - 1j), torch.tensor([True, False, False])
@@ -272,6 +310,7 @@ def test_complex_states_are_pairs() -> None:
 
     options: dict[str, Any] = {"guidance": half, "project": project, "precondition": GAIN[:3]}
     options |= {"known": known, "mask": mask, "denoise": False, "clip_score": 0.8}
+    options |= {"clip_over": over}
     got = sk.annealed_langevin(drift, x, [2.0, 1.0], steps_per_level=2, step_size=0.1, seed=5,
                                record_every=2, callback=lambda p: seen.append(p.x.dtype),
                                **options)  # fmt: skip
@@ -286,7 +325,8 @@ def test_complex_states_are_pairs() -> None:
     want = np.where(where, 2 - 1j + 2 * z(0, sk.Purpose.KNOWN), want)
     for t, sigma in enumerate((2.0, 2.0, 1.0, 1.0)):
         s = 1.5 * (centre.numpy() - want) / (1 + sigma**2)
-        s = s * np.minimum(1, 0.8 / np.sqrt((abs(s) ** 2).sum(1, keepdims=True)))
+        norm = abs(s) if over == "element" else np.sqrt((abs(s) ** 2).sum(1, keepdims=True))
+        s = s * np.minimum(1, 0.8 / norm)
         alpha, g, noise_of_step = 0.1 * sigma**2, GAIN[:3].numpy(), z(t, sk.Purpose.LANGEVIN)
         want = want + alpha / 2 * g * s + np.sqrt(alpha * g) * noise_of_step
         want = 1j * np.where(where, 2 - 1j + sigma * noise_of_step, want)
@@ -315,7 +355,11 @@ def test_a_callback_that_returns_true_ends_the_chain() -> None:
     assert torch.equal(short, states[[1, 2]])
     short = annealed(SHAPE, callback=lambda p: p.step == 3, record_every=2)
     assert torch.equal(short, states[[1, 3]])
-    # Others than True do not.
+    short = annealed(SHAPE, callback=lambda p: np.bool_(p.step == 2))
+    assert torch.equal(short, states[2])
+    # Others than True do not; the state that a callback has changed may be returned.
+    got = annealed(SHAPE, callback=lambda p: p.x[:2].mul_(1), project=lambda x, _: x.mul_(1))
+    assert torch.equal(got, annealed(SHAPE))
     assert torch.equal(annealed(SHAPE, callback=lambda p: 1, denoise=False), states[-1])
 
 
@@ -338,17 +382,19 @@ def test_a_divergence_is_repeated_with_the_limits() -> None:
     ("given", "message"),
     [
         ({"clip_over": "last"}, "clip_over: got it without clip_score"),
-        ({"clip_score": 1.0, "clip_over": "row"}, "clip_over: got 'row', expected"),
+        ({"clip_score": 1.0, "clip_over": "sample"}, "clip_over: got 'sample', expected"),
         ({"clip_score": 0.0}, "clip_score: got 0"),
         ({"clip_x0": (1, -1)}, r"clip_x0: got \(1, -1\), expected"),
-        ({"clip_x0": 1.5}, "clip_x0: got 1.5, expected a quantile"),
+        ({"clip_x0": 1.5}, "clip_x0: got 1.5, expected .low, high., or a quantile"),
         ({"known_noise": False}, "known_noise: got it without known"),
         ({"noise_first": True, "precondition": GAIN}, "noise_first: got True beside"),
         ({"precondition": -GAIN}, "precondition: got numbers below 0"),
         ({"precondition": torch.ones(7)}, r"precondition: got shape \(7,\)"),
         ({"generator": torch.Generator()}, "generator: got one beside a seed"),
         ({"generator": 3}, "generator: got int"),
-        ({"center": torch.zeros(2, dtype=torch.int64)}, "segments: got 2"),
+        ({"center": torch.zeros(2, dtype=torch.int64)}, "center: got 2"),
+        ({"clamp": (-1, None)}, r"clamp: got \(-1, None\), expected two numbers"),
+        ({"precondition": [1.0]}, "precondition: got list"),
         ({"project": lambda x, sigma: x + 1}, "project: returned a new tensor"),
         ({"max_step": 1.0}, "got an unexpected keyword argument 'max_step', which predictor_corr"),
     ],
@@ -361,6 +407,13 @@ def test_options_that_are_wrong(given: dict[str, Any], message: str) -> None:
 def test_an_estimate_needs_a_level() -> None:
     with pytest.raises(ValueError, match="clip_x0: got it for a chain without sigma"):
         sk.langevin(lambda y: -y, SHAPE, step_size=0.1, steps=1, clip_x0=(0, 1))
+
+
+def test_options_that_a_sampler_cannot_take() -> None:
+    with pytest.raises(ValueError, match="wrap: got it with dpm_solver"):
+        sk.dpm_solver(score, SHAPE, LEVELS, wrap=1.0)
+    with pytest.raises(TypeError, match="precondition: got function .*, expected a tensor"):
+        sk.langevin(lambda y: -y, SHAPE, step_size=0.1, steps=1, precondition=lambda s: GAIN)
 
 
 def test_a_plan_has_steps_of_one_kernel() -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tolerances
@@ -83,6 +84,20 @@ def test_noise_and_updates_are_the_steps_to_the_bit(isa: str, rows: int) -> None
         score = fused.score(gaussian, 3)
         got, want = both(7 * torch.randn(rows, 3), score)
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("isa", NATIVE)
+@pytest.mark.parametrize("end", [{"clamp": (-0.5, 1.5)}, {"wrap": 0.7}])
+def test_steps_that_end_in_a_box(
+    isa: str, end: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the one call for all steps."""
+    with on_backend(isa):
+        score, x, steps = fused.score(gaussian, 3), 7 * torch.randn(37, 3), []
+        run = fused.FusedScore._run
+        monkeypatch.setattr(fused.FusedScore, "_run", lambda *a: [steps.append(len(a[3])), run(*a)])
+        got, want = both(x, score, **end)
+        assert torch.equal(got, want) and steps[0] == 12
 
 
 @pytest.mark.parametrize("isa", NATIVE)
@@ -365,6 +380,7 @@ def test_options_that_are_no_affine_steps_go_step_by_step() -> None:
         {"guidance": lambda x, sigma: 0.1 * x},
         {"callback": lambda progress: seen.append(progress.step)},
         {"denoise": False},
+        {"clamp": (-0.5, 2.0), "callback": lambda progress: None},
     ):
         got, want = both(x, score, **options)
         assert torch.equal(got, want)

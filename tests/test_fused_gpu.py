@@ -36,7 +36,8 @@ extern "C" __attribute__((visibility("default"))) int launch(
     const long long* addresses, const int* rest) {
   const cudaLaunchConfig_t config = {*grid, *block, 0, nullptr};
   return cudaLaunchKernelEx(&config, sk_chain, x, table, params, addresses, rest[0], rest[1],
-                            rest[2], rest[3], rest[4], rest[5], rest[6], rest[7], rest[8]);
+                            rest[2], rest[3], rest[4], rest[5], rest[6], rest[7], rest[8],
+                            rest[9], rest[10], rest[11]);
 }
 """
 WELLS = """
@@ -79,7 +80,7 @@ def fibers(source: str, folder: Path) -> Launched:
     def run(grid: Any, block: Any, tensors: list[Tensor], numbers: list[int]) -> None:
         dims = [(ctypes.c_uint32 * 3)(*of) for of in (grid, block)]
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-        assert launch(*dims, *pointers, (ctypes.c_int * 9)(*numbers)) == 0
+        assert launch(*dims, *pointers, (ctypes.c_int * 12)(*numbers)) == 0
 
     return Launched(run)
 
@@ -145,7 +146,8 @@ def check(kernel: Launched, score: fused.FusedScore, rows: int) -> None:
     for sample, options in (
         (annealed, {}),
         (annealed, {"samples": ids, "pieces": ids % 5, "draws": ids % 7}),
-        (annealed, {"first_sample": 2**40 + 1, "record_every": 5}),
+        (annealed, {"first_sample": 2**40 + 1, "record_every": 5, "clamp": (-0.5, 1.5)}),
+        (annealed, {"wrap": 0.7}),
         (sde, {"seed": 2**63 - 1}),
     ):
         given = {"seed": 5, **options}

@@ -112,7 +112,7 @@ def test_a_clamp_keeps_what_is_not_a_number(backend: str) -> None:
     ("given", "message"),
     [
         ({"clamp": 3.0}, r"clamp: got 3.0, expected two numbers"),
-        ({"clamp": (torch.zeros(2), torch.ones(2))}, r"clamp: got tensors, .*expected two numbers"),
+        ({"clamp": (torch.zeros(2), torch.ones(2))}, r"clamp: got \(tensor.*expected two numbers"),
         ({"clamp": (2, 1)}, r"clamp: got \(2, 1\), expected low <= high"),
         ({"clamp": (math.nan, 1)}, r"clamp: got \(nan, 1\), expected low <= high"),
         ({"wrap": 0.0}, "wrap: got 0.0, expected"),

@@ -251,11 +251,16 @@ def test_a_schedule_is_its_levels() -> None:
     schedule, x = sk.DDPMSchedule.linear(9, 0.02, 0.4), torch.randn(SHAPE)
     levels = schedule.sigmas.flip(0)
     for sigmas in (schedule, levels):
-        flows = [sk.probability_flow(score, start, sigmas, seed=1) for start in (x, SHAPE)]
+        flows = [sk.probability_flow(score, x, sigmas, seed=1)]
         flows.append(sk.log_likelihood(score, x, sigmas, seed=1))
         if sigmas is schedule:
             want = flows
     assert all(map(torch.equal, flows, want))
+    # The prior of a schedule is N(0, 1) in x = m y.
+    z = sk.ops.normal(SHAPE, NoiseKey(1, purpose=sk.Purpose.PRIOR))
+    start = z * math.sqrt(1 + levels[0].item() ** 2)
+    got = sk.probability_flow(score, SHAPE, schedule, seed=1)
+    assert torch.equal(got, sk.probability_flow(score, start, levels, seed=1))
 
 
 def test_random_rotations() -> None:

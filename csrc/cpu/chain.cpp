@@ -142,6 +142,17 @@ struct Memory {
   }
 };
 
+SK_INLINE void end_step(const ChainArgs& args, float* x, uint64_t size) {
+  const float low = args.low, high = args.high;
+  if (args.end == End::kClamp) {
+#pragma omp simd
+    for (uint64_t i = 0; i < size; ++i) x[i] = clamped(x[i], low, high);
+  } else if (args.end == End::kWrap) {
+#pragma omp simd
+    for (uint64_t i = 0; i < size; ++i) x[i] = wrapped(x[i], low, high);
+  }
+}
+
 // `groups` times kWidth rows through all steps.
 void run_block(const ChainArgs& args, uint64_t row, uint64_t groups) {
   const uint64_t elements = args.elements, group = elements * kWidth, size = groups * group;
@@ -169,6 +180,7 @@ void run_block(const ChainArgs& args, uint64_t row, uint64_t groups) {
 #pragma omp simd
       for (uint64_t i = 0; i < size; ++i) m.x[i] = affine(line.a, m.x[i], line.b, m.s[i]);
     }
+    end_step(args, m.x, size);
   }
   for (uint64_t r = 0; r < rows; ++r)
     for (uint64_t e = 0; e < elements; ++e) args.x[(row + r) * elements + e] = m.x[at(r, e)];

@@ -5,11 +5,6 @@
 namespace sk {
 namespace {
 
-__device__ __forceinline__ float ended(const TableArgs& args, float x) {
-  return args.end == End::kClamp ? clamped(x, args.low, args.high)
-                                 : wrapped(x, args.low, args.high);
-}
-
 __device__ __forceinline__ Quad combine(float a, const Quad& x, const Quad& b, const Quad& score) {
   const Pair factor(a);
   const Pair low = affine(factor, {x.v[0], x.v[1]}, {b.v[0], b.v[1]}, {score.v[0], score.v[1]});
@@ -67,7 +62,8 @@ __device__ __forceinline__ void step_row(const Args& args, const NoiseKey& key, 
         }
         if constexpr (kMore == kAll)
           if (args.end != End::kNone)
-            for (uint32_t e = 0; e < kQuad; ++e) next.v[e] = ended(args, next.v[e]);
+            for (uint32_t e = 0; e < kQuad; ++e)
+              next.v[e] = ended(args.end, next.v[e], args.low, args.high);
         out.store(at, next);
       });
 }

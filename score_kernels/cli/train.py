@@ -282,8 +282,8 @@ def _check_same(path: Path, about: dict[str, Any], settings: Config, source: dat
     if differ:
         words = "; expected what it began with"
         if any(text.startswith("[training] steps ") for text in differ):
-            words += "; the cosine ends there: for more steps begin with these weights, "
-            words += f"--from {path} --out ANOTHER"
+            words += "; give --steps to go on as planned. The cosine ends there: for more steps "
+            words += f"begin with these weights, --from {path} --out ANOTHER"
         raise ValueError(f"checkpoint {path}: cannot be resumed: {'; '.join(differ)}{words}")
 
 

@@ -196,6 +196,11 @@ class DDPMSchedule:
         return torch.searchsorted(self._middles, sigma.double().log().contiguous())
 
 
+def prior_of(sigmas: Any, first: float) -> float:
+    """Deviation of y at the first level: of a schedule's x = m y, that is standard normal."""
+    return math.sqrt(1 + first**2) if isinstance(sigmas, DDPMSchedule) else first
+
+
 def levels_of(sigmas: Any, name: str = "sigmas") -> list[float]:
     """Strictly decreasing noise levels: those given, or all of a `DDPMSchedule`."""
     if isinstance(sigmas, str) or not hasattr(sigmas, "__iter__"):

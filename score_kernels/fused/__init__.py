@@ -21,6 +21,7 @@ from torch import Tensor
 from score_kernels import checks
 from score_kernels.backends import reference
 from score_kernels.backends.compiled import native
+from score_kernels.backends.reference import NO_END, End
 from score_kernels.diffusion.prediction import as_score
 from score_kernels.fused import build
 
@@ -144,7 +145,7 @@ class FusedScore:
             raise TypeError("score: takes sigma, expected a function of x for a chain without one")
         more = model.guidance, model.conditions, model.limits, *(p.pre_step for p in plan)
         fits = chain.backend is native if x.is_cpu else chain.backend is not reference.backend
-        fits = fits and chain.plain and not model.pairs
+        fits = fits and chain.affine and not model.pairs
         run = self._runner(x) if fits and len(x) and not any(more) else None
         if run is None:
             return None
@@ -153,7 +154,7 @@ class FusedScore:
         table = torch.tensor(lines, dtype=torch.float32).repeat_interleave(repeats, 0)
 
         def advance(t: int, stop: int) -> None:
-            run(x, table[t:stop], (*chain.key[:2], t, *chain.key[3:]))
+            run(x, table[t:stop], (*chain.key[:2], t, *chain.key[3:]), chain.end)
 
         return advance
 
@@ -170,7 +171,12 @@ class FusedScore:
         return None if address is None else functools.partial(self._run, address)
 
     def _launch(
-        self, kernel: Callable[..., None], x: Tensor, table: Tensor, key: tuple[Any, ...]
+        self,
+        kernel: Callable[..., None],
+        x: Tensor,
+        table: Tensor,
+        key: tuple[Any, ...],
+        end: End = NO_END,
     ) -> None:
         seed, purpose, draw, first, addresses = key
         table = table.to(x.device)
@@ -178,18 +184,22 @@ class FusedScore:
         params = table if self.params is None else self.params.detach().to(x.device)
         tensors = [x, table, params, table if addresses is None else addresses]
         numbers = [len(x), len(table), seed, seed >> 32, first, first >> 32, draw, purpose]
-        numbers = [*(n & 0xFFFFFFFF for n in numbers), int(addresses is not None)]
+        low, high = torch.tensor(end[1:], dtype=torch.float32).view(torch.int32).tolist()
+        numbers = [*(n & 0xFFFFFFFF for n in numbers), int(addresses is not None), end[0]]
+        numbers += [low & 0xFFFFFFFF, high & 0xFFFFFFFF]
         with torch.cuda.device_of(x):
             kernel((-(-len(x) // _THREADS), 1, 1), (_THREADS, 1, 1), [*tensors, *numbers])
         torch.autograd.graph.increment_version(x)
 
-    def _run(self, address: int, x: Tensor, table: Tensor, key: tuple[Any, ...]) -> None:
+    def _run(
+        self, address: int, x: Tensor, table: Tensor, key: tuple[Any, ...], end: End = NO_END
+    ) -> None:
         # Of a GPU a copy, which is held here until the chain ends.
         held = None if self.params is None else self.params.detach().to(x.device)
         params = 0 if held is None else held.data_ptr()
         addresses = 0 if key[4] is None else key[4].data_ptr()
         where = x.data_ptr(), address, params, table.data_ptr(), len(x), self.dim, len(table)
-        native.kernels.chain(*where, *key[:4], addresses)
+        native.kernels.chain(*where, *end, *key[:4], addresses)
         torch.autograd.graph.increment_version(x)
 
     def _address(self) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -179,15 +178,7 @@ def step_end(clamp: Any, wrap: Any) -> End:
     if clamp is not None and wrap is not None:
         raise ValueError("wrap: got one beside clamp, expected one of the two")
     if clamp is not None:
-        if not isinstance(clamp, Sequence) or len(clamp) != 2:
-            raise TypeError(f"clamp: got {clamp!r}, expected two numbers (low, high)")
-        low, high = clamp
-        if isinstance(low, Tensor) or isinstance(high, Tensor):
-            raise TypeError(f"clamp: got tensors, {clamp!r}, expected two numbers (low, high)")
-        # None of the two may be NaN.
-        if not low <= high:
-            raise ValueError(f"clamp: got ({low}, {high}), expected low <= high")
-        return CLAMP, float(low), float(high)
+        return CLAMP, *checks.limits("clamp", clamp)
     if wrap is not None:
         period = checks.within_float32("wrap", checks.positive("wrap", wrap))
         checks.within_float32("1 / wrap", 1 / period)

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from score_kernels import checks
-from score_kernels.diffusion.sde import levels_of
+from score_kernels.diffusion.sde import levels_of, prior_of
 from score_kernels.noise import Key, NoiseKey
 from score_kernels.sampling.engine import Chain, Options, Phase, run
 from score_kernels.sampling.model import Score
@@ -41,8 +41,9 @@ def dpm_solver(
 
     Args as in :func:`annealed_langevin`, except:
         sigmas: noise levels, strictly decreasing, or all of a
-            :class:`score_kernels.diffusion.sde.DDPMSchedule`, of which
-            ``schedule.sigmas[timesteps]`` has some. Those of :func:`geometric_sigmas` have equal h.
+            :class:`score_kernels.diffusion.sde.DDPMSchedule`. Steps h of one length are best:
+            those of ``geometric_sigmas(schedule.sigmas[-1].item(), 0.02, 20)``. The last timesteps
+            of a schedule, evenly spaced, are several times as far apart.
         eta: 0 solves the probability flow, without noise but the start's; 1 the reverse diffusion
             (SDE-DPM-Solver++(2M), with noise), others one between or beyond.
 
@@ -61,7 +62,13 @@ def dpm_solver(
         h_before = h
     last = partial(_predict, levels[-1], 0.0)
     plan.append(Phase(levels[-1], 0.0, 1.0, next_level=(0.0, 1.0), pre_step=last))
-    return run("dpm_solver", score, shape_or_init, plan, levels[0], options, init_aux=_init_aux)
+    if options.get("wrap") is not None:
+        raise ValueError(
+            "wrap: got it with dpm_solver, whose estimates of two steps may be periods apart; "
+            "expected another sampler, such as ddim or probability_flow"
+        )
+    prior = prior_of(sigmas, levels[0])
+    return run("dpm_solver", score, shape_or_init, plan, prior, options, init_aux=_init_aux)
 
 
 def _init_aux(x: Tensor, key: NoiseKey) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -52,7 +53,8 @@ class Options(TypedDict, total=False):
             batches, if score treats rows independently.
         samples, draws, pieces: what rows are instead, int64 ``[B]`` on x's device: row r is the
             ``pieces[r]``-th run of sample ``samples[r]``, with draws moved on by ``draws[r]``; see
-            :meth:`score_kernels.NoiseKey.rows`. Any of them may be left out.
+            :meth:`score_kernels.NoiseKey.rows`. Any of them may be left out; rows of one sample and
+            piece have the same noise, so that packed atoms need pieces.
         init: how a shape is filled: "normal", with the standard deviation of the largest noise
             level, or "uniform" on [0, 1], as the authors' code of NCSN does.
         first_step: resume: the index of the first step to do, when shape_or_init is the state after
@@ -60,7 +62,7 @@ class Options(TypedDict, total=False):
         aux: resume a sampler that has auxiliary tensors: those of `Progress` after that step.
         callback: called with a `Progress` after each update step. It may change the state, with
             operations of torch in place: ``progress.x.clamp_(-1, 1)``; those of ``.data`` and of
-            NumPy are not seen by `on_nan`. The chain ends where it returns True.
+            NumPy are not seen by `on_nan`. The chain ends where it returns True, without denoising.
         record_every: return the trajectory, on the CPU, ``[n, B, ...]``: x after every so many
             steps and, last, the result, once.
         progress: show a progress bar.
@@ -74,8 +76,9 @@ class Options(TypedDict, total=False):
             to every score: the gradient of a log likelihood of what was observed, say. The denoised
             estimate is ``x + sigma^2 score``. Enable gradients inside where it needs them.
         clip_score: the largest norm of the score (guidance included); a longer one is shortened.
-        clip_over: what the norm is of: "sample" (default), "last" (the last dimension: atoms of
-            ``[B, N, 3]``), "element", or int64 ``[B]``, the segments of packed rows as in `center`.
+        clip_over: what the norm is of: "row" of the batch (default; packed atoms are rows), "last"
+            (the last dimension: atoms of ``[B, N, 3]``), "element", or int64 ``[B]``, the segments
+            of packed rows as in `center`.
         clip_x0: the score's estimate of the data, ``x + sigma^2 score``, is limited to (low, high);
             or one number below 1, a quantile: that of each sample's absolute values, at least 1,
             limits it and is scaled to 1 (dynamic thresholding, Saharia et al. 2022, arXiv
@@ -85,11 +88,13 @@ class Options(TypedDict, total=False):
         center: int64 ``[B]``, rows of one number, 0 to B - 1, are one segment (the atoms of one
             molecule): after every step its mean over them is subtracted.
         project: ``project(x, sigma)`` changes the state in place after every step, last of all;
-            sigma ``[B]`` is the noise level after the step.
+            sigma ``[B]`` is the noise level after the step. x is the state itself, which a
+            diffusion with a mean scales; score and guidance see it divided by that.
         known, mask: inpainting (Song and Ermon 2019, arXiv 1907.05600, appendix B): where mask is
             true, x is known plus noise of the chain's current level, and exactly known at the end.
             Both are broadcast to the state's shape; mask is bool.
-        known_noise: False: known without noise, at every level.
+        known_noise: False: known without noise, at every level, also where a sampler adds noise
+            before its score.
         on_nan: what to do when the state is not finite, which is checked every 50 steps and at the
             end: "raise" (the default) a FloatingPointError that names level, step and the first
             such sample; "stop" there with a warning, and return the last finite state; or "ignore"
@@ -98,8 +103,9 @@ class Options(TypedDict, total=False):
             checked and copied at once.
 
     A network is called in the mode, train or eval, that it is in. A complex state is sampled as its
-    real and imaginary parts, each with noise of its own; scores, known elements and functions take
-    and give complex numbers.
+    real and imaginary parts, each with noise of its own of the level's deviation (that of
+    torch.randn has 0.7 a part); scores, known elements and functions take and give complex numbers,
+    `clip_score` is for their absolute values, `clamp`, `wrap` and `clip_x0` for each part.
     """
 
     seed: int | None
@@ -251,14 +257,10 @@ class Chain:
         self.lines: Tensor | None = None
 
     @property
-    def plain(self) -> bool:
-        """Whether its steps are affine steps and nothing else."""
-        return not (self.by_table or self.noise_first or self.project is not None)
-
-    @property
-    def by_table(self) -> bool:
-        """Whether its kernels do more than affine steps."""
-        return self.known is not None or self.gain is not None or self.end != NO_END
+    def affine(self) -> bool:
+        """Whether its steps are affine steps with an end, and nothing else."""
+        more = self.known, self.gain, self.project
+        return not self.noise_first and all(part is None for part in more)
 
     @cached_property
     def rows(self) -> tuple[Tensor, ...]:
@@ -281,7 +283,7 @@ class Chain:
         seed, purpose, _, first_sample, addresses = self.key
         known, mask, _ = self.known or (None, None, False)
         first, gain, end = self.noise_first, self.gain, self.end
-        by_table = self.by_table
+        by_table = known is not None or gain is not None or end != NO_END
         # Noise that comes first is added by the kernel of the step before, where there is one and
         # nothing else comes between.
         ahead = first and not by_table and self.project is None
@@ -294,7 +296,7 @@ class Chain:
                 key = (seed, purpose, t, first_sample, addresses)
                 if first:
                     if not noisy and phase.c:
-                        step(x, x, x, 1.0, 0.0, phase.c, key)
+                        self.add_noise(phase.c, key)
                     noisy = ahead and t + 1 < stop
                     c = self.plan[self.phase_of(t + 1)].c if noisy else 0.0
                     key = (seed, purpose, t + noisy, first_sample, addresses)
@@ -319,6 +321,13 @@ class Chain:
                     self.project(torch.full_like(model.sigma, after) if sigma is None else sigma)
                 t += 1
             index += 1
+
+    def add_noise(self, scale: float, key: Key) -> None:
+        """``x <- x + scale z``, before a score is taken; clean known elements stay."""
+        x = self.x
+        self.backend.affine_step(x, x, x, 1.0, 0.0, scale, key)
+        if self.known is not None and not self.known[2]:
+            torch.where(self.known[1], self.known[0], x, out=x)
 
     def _scaled(self, row: Tensor, factors: Tensor) -> Tensor:
         """The row for each sample, with the factors of its step size."""
@@ -406,7 +415,7 @@ def run(
         aux = {} if init_aux is None else init_aux(x, key)
         _resume(aux, options.get("aux"), first_step)
         model = ScoreModel(score, x, options.get("conditions"), options.get("guidance"), paired)
-        model.clip(options.get("clip_score"), options.get("clip_over", "sample"))
+        model.clip(options.get("clip_score"), options.get("clip_over", "row"))
         model.clip_estimate(options.get("clip_x0"))
         chain = Chain(model, x, aux, plan, key, denoise)
         _bind(chain, shown, options, precondition, checks.flag("noise_first", noise_first))
@@ -452,16 +461,16 @@ def run(
                 seen.sigma = plan[seen.level].sigma
                 versions = [value._version for value in chain.tensors]
                 result = callback(seen)
-                if isinstance(result, Tensor) or seen.x is not shown:
+                if _is_new(result, x) or seen.x is not shown:
                     raise TypeError(
-                        "callback: returned a tensor or set progress.x, which changes nothing; "
-                        "expected changes in place: progress.x.clamp_(-1, 1)"
+                        "callback: returned a new tensor or set progress.x, which changes nothing; "
+                        "expected changes in place: progress.x.clamp_(-1, 1), and True to end"
                     )
                 changed = versions != [value._version for value in chain.tensors]
                 if changed and monitor is not None and not monitor.finite(t, by_callback=True):
                     t = monitor.done
                     break
-                if result is True:
+                if result is True or (isinstance(result, np.bool_) and result):
                     ended = True
                     break
             if t % every == 0:
@@ -529,7 +538,7 @@ def _bind(
     parts: list[Callable[[Tensor], object]] = []
     segments, project = options.get("center"), options.get("project")
     if segments is not None:
-        checks.segments(segments, x)
+        checks.segments(segments, x, "center")
         counts = segment_sums(x.new_ones(len(x)), segments).clamp_(min=1)
 
         def subtract_means(_: Tensor) -> None:
@@ -543,7 +552,7 @@ def _bind(
 
         def projected(sigma: Tensor) -> None:
             result = project(shown, sigma)
-            if isinstance(result, Tensor) and result is not shown:
+            if _is_new(result, x):
                 raise TypeError(
                     "project: returned a new tensor, which changes nothing; expected changes in "
                     "place: x.copy_(...)"
@@ -554,13 +563,22 @@ def _bind(
         chain.project = lambda sigma: [part(sigma) for part in parts]
 
 
+def _is_new(result: Any, x: Tensor) -> bool:
+    """Whether a function has returned a tensor that is not in the state's memory."""
+    if not isinstance(result, Tensor):
+        return False
+    return result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
 def _preconditioner(
     given: Tensor | Callable[[float], Tensor], x: Tensor, pairs: bool
 ) -> Tensor | Callable[[float], Tensor]:
     """A preconditioner, checked, in the shape of x; of a function's the last one is kept."""
 
     def checked(value: Any) -> Tensor:
-        checks.instance("precondition", value, Tensor, "a tensor")
+        if isinstance(value, (float, int)):
+            value = x.new_tensor([value])
+        checks.instance("precondition", value, Tensor, "a tensor, or a function of sigma")
         value = value.unsqueeze(-1) if pairs else value
         try:
             gain = torch.empty_like(x).copy_(value)
@@ -571,9 +589,8 @@ def _preconditioner(
             raise ValueError("precondition: got numbers below 0 or not finite, expected at least 0")
         return gain
 
-    if isinstance(given, Tensor):
+    if not callable(given):
         return checked(given)
-    checks.function("precondition", given)
     last: dict[float, Tensor] = {}
 
     def at(sigma: float) -> Tensor:

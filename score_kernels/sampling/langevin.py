@@ -53,6 +53,8 @@ def langevin(
         precondition: see there; a tensor here.
     """
     level = math.nan if sigma is None else checks.noise_level("sigma", sigma)
+    if precondition is not None:
+        checks.instance("precondition", precondition, Tensor, "a tensor")
     steps = checks.count("steps", steps, least=0)
     sizes = _one_or_each("step_size", step_size, steps, checks.positive)
     root = math.sqrt(checks.not_negative("temperature", temperature))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -117,55 +118,72 @@ class ScoreModel:
     def clip(self, most: Any, over: Any) -> None:
         """Shorten scores whose norm is above `most`; see `Options`."""
         if most is None:
-            if over != "sample":
+            if over != "row":
                 raise ValueError("clip_over: got it without clip_score, expected it beside it")
             return
         most = checks.positive("clip_score", most)
         if isinstance(over, Tensor):
-            checks.segments(over, self.sigma)
+            checks.segments(over, self.sigma, "clip_over")
         else:
-            checks.choice("clip_over", over, ("sample", "last", "element"), ", or segments [B]")
-        self.limits.append(lambda _, score: _clipped(score, most, over))
+            checks.choice("clip_over", over, ("row", "last", "element"), ", or segments [B]")
+        self.limits.append(lambda _, score: _clipped(score, most, over, self.pairs))
 
     def clip_estimate(self, limits: Any) -> None:
         """Limit the estimate of the data, x + sigma^2 score; see `Options`."""
         if limits is None:
             return
-        if isinstance(limits, Sequence):
-            if len(limits) != 2 or not limits[0] <= limits[1]:
-                raise ValueError(f"clip_x0: got {limits!r}, expected (low, high), or one quantile")
+        if isinstance(limits, (Sequence, Tensor, np.ndarray)):
+            limits = checks.limits("clip_x0", limits)
         elif not 0 < checks.number("clip_x0", limits) < 1:
-            raise ValueError(f"clip_x0: got {limits!r}, expected a quantile inside (0, 1)")
+            raise ValueError(
+                f"clip_x0: got {limits!r}, expected (low, high), or a quantile inside (0, 1)"
+            )
 
         def limited(x: Tensor, score: Tensor) -> Tensor:
             if not self.pass_sigma:
                 raise ValueError("clip_x0: got it for a chain without sigma, expected one with it")
             sigma = expand_like(self.sigma, x).to(x.dtype)
             estimate = x + sigma * (sigma * score)
-            if isinstance(limits, Sequence):
+            if isinstance(limits, tuple):
                 estimate = estimate.clamp(*limits)
-            else:
-                most = estimate.flatten(1).abs().quantile(limits, dim=1).clamp(min=1)
-                most = expand_like(most, x)
+            elif x.numel():
+                most = expand_like(_quantile(_rows(estimate).abs(), limits).clamp(min=1), x)
                 estimate = estimate.clamp(-most, most) / most
             return (estimate - x) / sigma / sigma
 
         self.limits.append(limited)
 
 
-def _clipped(score: Tensor, most: float, over: str | Tensor) -> Tensor:
-    if isinstance(over, str) and over == "element":
-        return score.clamp(-most, most)
-    # In float32: squares of half precision overflow.
-    score = score.to(torch.promote_types(score.dtype, torch.float32))
-    if isinstance(over, str) and over == "last":
-        norm = score.norm(dim=-1, keepdim=True)
-    elif isinstance(over, str):
-        norm = expand_like(score.flatten(1).norm(dim=1), score)
+def _rows(x: Tensor) -> Tensor:
+    """``[B, D]``, of a state ``[B]`` too."""
+    return x.flatten(1) if x.dim() > 1 else x[:, None]
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """As torch.quantile of each row, which has a largest size."""
+    at = q * (x.shape[1] - 1)
+    low = x.kthvalue(math.floor(at) + 1, dim=1).values
+    high = x.kthvalue(math.ceil(at) + 1, dim=1).values
+    return low.lerp(high, at - math.floor(at))
+
+
+def _clipped(score: Tensor, most: float, over: str | Tensor, pairs: bool) -> Tensor:
+    # In float64: squares of large numbers leave the range of others.
+    def norm(x: Tensor, dim: Any) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+
+    if isinstance(over, Tensor):
+        squares = segment_sums(norm(_rows(score), 1)[:, 0].square(), over)
+        length = expand_like(squares.index_select(0, over).sqrt(), score.double())
+    elif over == "row":
+        length = expand_like(norm(_rows(score), 1)[:, 0], score.double())
     else:
-        squares = segment_sums(score.reshape(len(score), -1).square().sum(1), over)
-        norm = expand_like(squares.sqrt().index_select(0, over), score)
-    return score * (most / norm).clamp(max=1)
+        # Pairs are one number.
+        dims = {"element": (-1,) if pairs else (), "last": (-2, -1) if pairs else (-1,)}[over]
+        length = norm(score, dims) if dims else score.double().abs()
+    return (score * (most / length).clamp(max=1)).to(
+        torch.promote_types(score.dtype, torch.float32)
+    )
 
 
 def _required(function: Callable[..., Any]) -> int:

@@ -79,8 +79,8 @@ class DivergenceMonitor:
             return value
 
         _copy(chain.tensors, self.last)
-        chain.model.score = watched
-        for t in range(self.done, done):
+        chain.model.score, first = watched, self.done
+        for t in range(first, done):
             finite = True
             chain.advance(t, t + 1)
             row = _first_bad_row(chain.tensors)
@@ -94,7 +94,7 @@ class DivergenceMonitor:
                 sample = chain.key.name_of(changed)
                 return f"x: {sample} is not finite after the callback of step {done - 1}"
             return (
-                f"x: not finite after steps {self.done} to {min(done, chain.steps) - 1}, but "
+                f"x: not finite after steps {first} to {min(done, chain.steps) - 1}, but "
                 "finite when they were repeated with the same noise: score is not deterministic"
             )
         where = f"step {t}" if t < chain.steps else "the denoising at the end"

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from score_kernels import checks, ops
 from score_kernels.bars import progress_bar
-from score_kernels.diffusion.sde import levels_of
+from score_kernels.diffusion.sde import levels_of, prior_of
 from score_kernels.losses.sliced import refuse_inference, score_at, vector_jacobian
 from score_kernels.noise import Key, NoiseKey, Purpose, addressed, fresh_seed
 from score_kernels.sampling.engine import (
@@ -86,7 +86,8 @@ def probability_flow(
         b = drop * (following / 2 if heun else raised)
         flow = partial(_flow, raised, following, drop, noise, heun)
         plan.append(Phase(sigma, 1.0, b, next_level=(following, 1.0), pre_step=flow))
-    return run("probability_flow", score, shape_or_init, plan, levels[0], options)
+    prior = prior_of(sigmas, levels[0])
+    return run("probability_flow", score, shape_or_init, plan, prior, options)
 
 
 def _flow(
@@ -95,7 +96,7 @@ def _flow(
     """Add noise up to sigma and, for Heun's method, do half of the step to the following level."""
     x, model, step = chain.x, chain.model, chain.backend.affine_step
     if noise:
-        step(x, x, x, 1.0, 0.0, noise, key)
+        chain.add_noise(noise, key)
         model.set_level(sigma)
     score = model(x)
     if not heun:

@@ -125,7 +125,7 @@ void run(const sk::Isa& isa, uint64_t rows, uint64_t elements, uint64_t shift,
   Buffer chained = floats(count, shift), table = lines(5, 5);
   const float group = float(elements * lanes);
   isa.chain({chained.at<float>(), reinterpret_cast<void*>(halve), &group, table.at<float>(), rows,
-             elements, 5, key});
+             elements, 5, sk::End::kWrap, 0.5f, 2.0f, key});
   report("chain", 0, chained);
   for (const Kind kind : {Kind::kNormal, Kind::kRademacher})
     for (const bool pair : {false, true}) {

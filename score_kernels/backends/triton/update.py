@@ -39,7 +39,7 @@ def step_kernel(
     PACKED: tl.constexpr,
 ):
     row, quad, offset, mask = tile(rows, elements, piece_of_grid(), R, Q, WHOLE)
-    after = combine(x, score, a, b, offset, mask, PACKED)
+    after = combine(x, score, a, b, None, offset, mask, PACKED)
     if NOISE:
         counter = counters(first_sample, draw, addresses, row, rows, elements)
         z = noise(seed, purpose, counter, quad, addresses, "normal", PACKED)
@@ -97,10 +97,10 @@ def table_kernel(
         g = tl.load(gain + offset, mask=mask, other=0.0)
         # Below 2^-100 0, as everywhere.
         root = tl.where(g < 7.888609052210118e-31, 0.0, tl.sqrt_rn(g))
-        after = combine(x, score, a, like(g, b) * g, offset, mask, PACKED)
+        after = combine(x, score, a, b, g, offset, mask, PACKED)
         after = tl.where(like(g, c) == 0, after, fma(like(g, c) * root, z, after, PACKED))
     else:
-        after = noisy(c, z, combine(x, score, a, b, offset, mask, PACKED), PACKED)
+        after = noisy(c, z, combine(x, score, a, b, None, offset, mask, PACKED), PACKED)
     if known is not None:
         scale = tl.load(line + 3, mask=inside, other=float("nan"))
         noise_scale = tl.load(line + 4, mask=inside, other=float("nan"))
@@ -108,7 +108,11 @@ def table_kernel(
         given = noisy(noise_scale, z, mul(like(given, scale), given, PACKED), PACKED)
         after = tl.where(tl.load(kept + offset, mask=mask, other=0) != 0, given, after)
     if END == 2:
-        rest = fma(-tl.floor(after * low), like(after, high), after, PACKED)
+        periods = after * low
+        # Triton's floor of a subnormal number is 0, below 0 too.
+        whole = tl.floor(periods)
+        whole = tl.where((periods < 0) & (whole == 0), -1.0, whole)
+        rest = fma(-whole, like(after, high), after, PACKED)
         # 1 - 2^-24: the last number below the period.
         low, high = 0.0, high * 0.999999940395355
         after = rest
@@ -120,10 +124,13 @@ def table_kernel(
 
 
 @triton.jit
-def combine(x, score, a, b, offset, mask, PACKED: tl.constexpr):
+def combine(x, score, a, b, gain, offset, mask, PACKED: tl.constexpr):
     before = tl.load(x + offset, mask=mask, other=0.0)
     grad = tl.load(score + offset, mask=mask, other=0.0).to(tl.float32)
-    return fma(like(grad, b), grad, mul(like(before, a), before, PACKED), PACKED)
+    factor = like(grad, b)
+    if gain is not None:
+        factor *= gain
+    return fma(factor, grad, mul(like(before, a), before, PACKED), PACKED)
 
 
 @triton.jit
