@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import test_recurrences
 import torch
+from scipy import stats
 from test_recurrences import CASES, FIRST, SEED, SHAPE, noise, score
+from tolerances import ALPHA
 from tolerances import FLOAT32_SIGMA as ERROR
 from torch import Tensor
 
@@ -217,6 +219,21 @@ def test_a_preconditioner(by_level: bool) -> None:
     g = GAIN.numpy()
     want = x.numpy() + 0.15 * g * score(x.numpy(), 2.0) + np.sqrt(0.3 * g) * noise(0)
     np.testing.assert_allclose(plain, want, rtol=1e-6, atol=1e-6)
+
+
+def test_the_variance_where_a_chain_settles() -> None:
+    """Of N(0, v): temperature v / (1 - alpha G / (4 v)), which the chain starts with and keeps."""
+    v, alpha, temperature, count = 0.5, 0.3, 0.6, 40_000
+    gain = torch.tensor([0.2, 0.5, 1.0, 2.0, 5.0])
+    want = temperature * v / (1 - alpha * gain / (4 * v))
+    start = want.sqrt() * sk.ops.normal((count, 5), NoiseKey(3))
+    x = sk.langevin(
+        lambda y: -y / v, start, step_size=alpha, steps=60, temperature=temperature,
+        precondition=gain, seed=4,
+    )  # fmt: skip
+    sums = (x.double().square() / want).sum(0)
+    p = 2 * np.minimum(stats.chi2.cdf(sums, count), stats.chi2.sf(sums, count))
+    assert p.min() > ALPHA / len(gain)
 
 
 def test_noise_first() -> None:

@@ -683,7 +683,7 @@ def test_callbacks_that_change_nothing_are_refused() -> None:
         progress.x = progress.x.clamp(-1, 1)
 
     for callback in (lambda p: p.x.clamp(-1, 1), assign):
-        with pytest.raises(TypeError, match="callback: returned a tensor or set progress.x"):
+        with pytest.raises(TypeError, match="callback: returned a new tensor or set progress.x"):
             sk.annealed_langevin(gaussian, (2, 3), seed=1, callback=callback, **ANNEAL)
     # As list.append, or a number for a log.
     sk.annealed_langevin(gaussian, (2, 3), seed=1, callback=lambda p: float(p.x[0, 0]), **ANNEAL)
