@@ -19,8 +19,9 @@ from typing_extensions import Unpack
 
 from score_kernels import checks
 from score_kernels.diffusion.sde import DDPMSchedule, levels_of, linspace
-from score_kernels.sampling.engine import Options, Phase, run
+from score_kernels.sampling.engine import Phase, run
 from score_kernels.sampling.model import Score
+from score_kernels.sampling.options import Options
 
 __all__ = ["ddim", "ddpm"]
 

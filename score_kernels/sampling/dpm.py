@@ -15,8 +15,9 @@ from typing_extensions import Unpack
 from score_kernels import checks
 from score_kernels.diffusion.sde import levels_of, prior_of
 from score_kernels.noise import Key, NoiseKey
-from score_kernels.sampling.engine import Chain, Options, Phase, run
+from score_kernels.sampling.engine import Chain, Phase, run
 from score_kernels.sampling.model import Score
+from score_kernels.sampling.options import Options
 
 __all__ = ["dpm_solver"]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from score_kernels import checks
-from score_kernels.sampling.engine import Options, Phase, run
+from score_kernels.sampling.engine import Phase, run
 from score_kernels.sampling.model import Score
+from score_kernels.sampling.options import Options
 
 __all__ = ["annealed_langevin", "consistent_annealed", "langevin"]
 

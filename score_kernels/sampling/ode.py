@@ -17,15 +17,10 @@ from score_kernels.bars import progress_bar
 from score_kernels.diffusion.sde import levels_of, prior_of
 from score_kernels.losses.sliced import refuse_inference, score_at, vector_jacobian
 from score_kernels.noise import Key, NoiseKey, Purpose, addressed, fresh_seed
-from score_kernels.sampling.engine import (
-    Chain,
-    Options,
-    Phase,
-    run,
-    warn_of_training_mode,
-)
+from score_kernels.sampling.engine import Chain, Phase, run, warn_of_training_mode
 from score_kernels.sampling.langevin import _one_or_each
 from score_kernels.sampling.model import Score
+from score_kernels.sampling.options import Options
 
 __all__ = ["log_likelihood", "probability_flow"]
 

@@ -18,8 +18,9 @@ from score_kernels.diffusion.sde import SDE, VE, VP, DDPMSchedule, SubVP, linspa
 from score_kernels.noise import Key
 from score_kernels.ops._dispatch import check_addresses
 from score_kernels.ops._formulas import segment_sums
-from score_kernels.sampling.engine import Chain, Options, Phase, run
+from score_kernels.sampling.engine import Chain, Phase, run
 from score_kernels.sampling.model import Score
+from score_kernels.sampling.options import Options
 
 __all__ = ["euler_maruyama", "predictor_corrector"]
 
