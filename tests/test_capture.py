@@ -145,6 +145,41 @@ def test_replayed_chains_keep_what_is_known_and_scale_the_data(
             score_kernels.probability_flow(lambda x, _: -x, (5, 2), SIGMAS, cuda_graph=True)
 
 
+@pytest.mark.skipif(not FIBERS, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clamp": (-0.5, 1.0), "clip_score": 0.3},
+        {"wrap": 0.7, "known_noise": False},
+        {"precondition": torch.tensor([[0.5, 2.0]]), "temperature": 0.3},
+    ],
+)
+def test_replayed_chains_end_as_others(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("score_kernels.sampling.graph.captured", eagerly)
+    settings: dict[str, Any] = {"steps_per_level": 3, "step_size": 0.05, "seed": 4, **options}
+    settings |= {"known": torch.randn(5, 2), "mask": torch.tensor([True, False])}
+    with on_backend("fibers"):
+        want, got = (
+            score_kernels.annealed_langevin(
+                lambda x, _: -x, (5, 2), SIGMAS, cuda_graph=graph, **settings
+            )
+            for graph in (False, True)
+        )
+        assert torch.equal(got, want)
+        settings = {"steps_per_level": 1, "step_size": 0.05, "cuda_graph": True}
+        for name, value in (
+            ("project", lambda x, sigma: None),
+            ("noise_first", True),
+            ("precondition", lambda sigma: torch.ones(2)),
+        ):
+            with pytest.raises(ValueError, match="cuda_graph: got True beside project"):
+                score_kernels.annealed_langevin(
+                    lambda x, _: -x, (5, 2), SIGMAS, **{**settings, name: value}
+                )
+
+
 def test_a_graph_needs_a_device_with_kernels() -> None:
     message = "cuda_graph: got True with a state of torch.float32 on cpu, which the backend"
     with pytest.raises(ValueError, match=message):

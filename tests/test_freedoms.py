@@ -421,6 +421,14 @@ def test_options_that_are_wrong(given: dict[str, Any], message: str) -> None:
         annealed(SHAPE, **given)
 
 
+def test_a_score_that_is_a_gradient_is_told_how() -> None:
+    def gradient(x: Tensor) -> Tensor:
+        return torch.autograd.grad(-x.requires_grad_().square().sum(), x)[0]
+
+    with pytest.raises(RuntimeError, match=r"score: .*torch.enable_grad\(\), or give the energy"):
+        sk.langevin(gradient, SHAPE, step_size=0.1, steps=1)
+
+
 def test_an_estimate_needs_a_level() -> None:
     with pytest.raises(ValueError, match="clip_x0: got it for a chain without sigma"):
         sk.langevin(lambda y: -y, SHAPE, step_size=0.1, steps=1, clip_x0=(0, 1))

@@ -66,18 +66,25 @@ class ScoreModel:
         if self.pairs:
             seen = torch.view_as_complex(scaled)
         version, level = seen._version, self.sigma._version
-        if self.pass_sigma:
-            try:
-                value = self.score(seen, self.sigma, **self.conditions)
-            except TypeError as error:
+        given = (seen, self.sigma) if self.pass_sigma else (seen,)
+        try:
+            value = self.score(*given, **self.conditions)
+        except TypeError as error:
+            if self.pass_sigma:
                 checks.takes_sigma("score", self.score, error)
-                raise
-        else:
-            value = self.score(seen, **self.conditions)
+            raise
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                raise RuntimeError(
+                    f"score: {error}; samplers call it without gradients: enable them inside, by "
+                    "torch.enable_grad(), or give the energy: score_kernels.as_score(E, "
+                    "kind='energy')"
+                ) from error
+            raise
         if self.guidance is not None:
             self._check(seen, value)
-            given = (seen, self.sigma, value) if self.sees_score else (seen, self.sigma)
-            added = self.guidance(*given)
+            more = (value,) if self.sees_score else ()
+            added = self.guidance(seen, self.sigma, *more)
             self._check(seen, added, "guidance")
             value = value + added
         if self.sigma._version != level:
