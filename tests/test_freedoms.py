@@ -402,6 +402,7 @@ def test_a_divergence_is_repeated_with_the_limits() -> None:
         ({"clip_score": 1.0, "clip_over": "sample"}, "clip_over: got 'sample', expected"),
         ({"clip_score": 0.0}, "clip_score: got 0"),
         ({"clip_x0": (1, -1)}, r"clip_x0: got \(1, -1\), expected"),
+        ({"clip_x0": 0.0}, "clip_x0: got 0.0, expected"),
         ({"clip_x0": 1.5}, "clip_x0: got 1.5, expected .low, high., or a quantile"),
         ({"known_noise": False}, "known_noise: got it without known"),
         ({"noise_first": True, "precondition": GAIN}, "noise_first: got True beside"),

@@ -144,8 +144,8 @@ def test_an_arm_processor_gives_the_same_bits(tmp_path: Path, right: str) -> Non
 DEFECTS = [
     pytest.param(
         "update.cpp",
-        "i < count; ++i) out[i] = affine(a, x[i], b, score[i]);",
-        "i <= count; ++i) out[i] = affine(a, x[i], b, score[i]);",
+        "i < count; ++i) out[i] = end(affine(a, x[i], b, score[i]));",
+        "i <= count; ++i) out[i] = end(affine(a, x[i], b, score[i]));",
         "heap-buffer-overflow",
         id="an element past the end",
     ),
