@@ -403,6 +403,7 @@ def test_a_divergence_is_repeated_with_the_limits() -> None:
         ({"clip_score": 0.0}, "clip_score: got 0"),
         ({"clip_x0": (1, -1)}, r"clip_x0: got \(1, -1\), expected"),
         ({"clip_x0": 0.0}, "clip_x0: got 0.0, expected"),
+        ({"clip_x0": 1.0}, "clip_x0: got 1.0, expected"),
         ({"clip_x0": 1.5}, "clip_x0: got 1.5, expected .low, high., or a quantile"),
         ({"known_noise": False}, "known_noise: got it without known"),
         ({"noise_first": True, "precondition": GAIN}, "noise_first: got True beside"),
@@ -420,6 +421,15 @@ def test_a_divergence_is_repeated_with_the_limits() -> None:
 def test_options_that_are_wrong(given: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         annealed(SHAPE, **given)
+
+
+def test_guidance_of_two_arguments_and_more_by_name_gets_two() -> None:
+    def named(x: Tensor, sigma: Tensor, scale: float = 2.0, *rest: Any, **more: Any) -> Tensor:
+        assert scale == 2.0 and not rest and not more
+        return 0.1 * x
+
+    plain = annealed(SHAPE, guidance=lambda x, sigma: 0.1 * x)
+    assert torch.equal(annealed(SHAPE, guidance=named), plain)
 
 
 def test_a_score_that_is_a_gradient_is_told_how() -> None:
