@@ -335,6 +335,20 @@ def test_losses_of_packed_rows(segmented: bool) -> None:
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["draws", "pieces"])
+def test_losses_take_the_numbers_of_their_rows(name: str) -> None:
+    """0 is the row without one; other numbers have other noise."""
+    x, numbers = torch.randn(3, 4), torch.tensor([0, 5, 2])
+    label, level = torch.zeros(3, dtype=torch.int64), torch.ones(3)
+    for loss in (
+        partial(sk.dsm_loss, score, x, SIGMAS, labels=label),
+        partial(sk.sliced_score_loss, score, x, level, probe="gaussian"),
+    ):
+        given = {"samples": torch.arange(3), "seed": 4, "reduction": "none"}
+        same = loss(**given, **{name: numbers}) == loss(**given)
+        assert same.tolist() == [True, False, False]
+
+
 def test_losses_at_draws_of_their_own() -> None:
     x, draws = torch.randn(3, 4), torch.tensor([0, 5, 2])
     for loss in (
