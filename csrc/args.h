@@ -189,8 +189,9 @@ struct ProbeArgs {
 };
 
 // All steps of a chain: x <- a x + b score(scale x, sigma) + c z, with (a, b, c, sigma, scale) from
-// a line of the table for each step, the draws from the key's on, and an end as TableArgs. `score`
-// is a function of csrc/fused.h that was compiled for the same instruction set; on a CPU only.
+// a line of the table for each step, the draws from the key's on, each step ended as in TableArgs.
+// `score` is a function of csrc/fused.h that was compiled for the same instruction set; on a CPU
+// only.
 struct ChainArgs {
   float* x;
   void* score;

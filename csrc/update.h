@@ -20,7 +20,8 @@ SK_INLINE F affine(F a, F x, F b, F score, F c, F z) {
 // Of a preconditioner: 0 where the root of a GPU would be inexact or NaN.
 SK_INLINE float gain_root(float g) { return g < 0x1p-100f ? 0.0f : square_root(g); }
 
-// What a step ends with: low and high limit x; high is the period and low 1 / high.
+// The last operation of a step: x limited to [low, high]; or wrapped into [0, high), low = 1 /
+// high.
 enum class End : int { kNone = 0, kClamp = 1, kWrap = 2 };
 
 // NaN stays: in this order an instruction each.

@@ -7,12 +7,14 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Number = TypeVar("Number", int, float)
 
 _FLOAT32 = torch.float32
 LARGEST = torch.finfo(torch.float32).max
@@ -100,6 +102,19 @@ def numbers_of(name: str, values: Any) -> list[float]:
     elif isinstance(values, str) or not hasattr(values, "__iter__"):
         raise TypeError(f"{name}: got {_kind(values)}, expected a tensor or a sequence of numbers")
     return [number(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def one_or_each(
+    name: str, value: Any, count: int, check: Callable[[str, Any], Number]
+) -> list[Number]:
+    """A number, or one for each of `count` steps or levels, checked."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1:
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [check(name, value)]
+    if len(value) != count or not count:
+        raise ValueError(f"{name}: got {len(value)} numbers, expected one, or {count}")
+    return [check(f"{name}[{i}]", v) for i, v in enumerate(value)]
 
 
 def limits(name: str, value: Any) -> tuple[float, float]:

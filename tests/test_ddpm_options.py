@@ -101,22 +101,20 @@ def check(sampler: Any, levels: list[float], update: Update) -> None:
 
 @each_schedule
 @each_choice
-@pytest.mark.parametrize("variance", ["small", "large"])
-def test_ddpm_over_levels_and_timesteps(name: str, timesteps: Any, variance: str) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "update"),
+    [
+        (partial(sk.ddpm, variance="small"), partial(ancestral, "small")),
+        (partial(sk.ddpm, variance="large"), partial(ancestral, "large")),
+        (partial(sk.ddim, eta=0.0), partial(implicit, 0.0)),
+        (partial(sk.ddim, eta=0.6), partial(implicit, 0.6)),
+    ],
+)
+def test_over_levels_and_timesteps(name: str, timesteps: Any, sampler: Any, update: Any) -> None:
     schedule, levels = SCHEDULES[name]
     chosen = range(len(levels))[::-1] if timesteps is None else timesteps
-    sampler = partial(sk.ddpm, schedule=schedule, timesteps=timesteps, variance=variance)
-    check(sampler, [levels[t] for t in chosen], partial(ancestral, variance))
-
-
-@each_schedule
-@each_choice
-@pytest.mark.parametrize("eta", [0.0, 0.6])
-def test_ddim_over_levels_and_timesteps(name: str, timesteps: Any, eta: float) -> None:
-    schedule, levels = SCHEDULES[name]
-    chosen = range(len(levels))[::-1] if timesteps is None else timesteps
-    sampler = partial(sk.ddim, schedule=schedule, timesteps=timesteps, eta=eta)
-    check(sampler, [levels[t] for t in chosen], partial(implicit, eta))
+    over = partial(sampler, schedule=schedule, timesteps=timesteps)
+    check(over, [levels[t] for t in chosen], update)
 
 
 @each_schedule

@@ -80,7 +80,7 @@ struct At {
 template <int kCount, class Load, class Body>
 __device__ __forceinline__ void iterate(uint32_t quad, const Load& load, const Body& body) {
   decltype(load(At{})) loaded[kCount];
-  // Said, for what is not unrolled is indexed, and lies in memory.
+  // An array indexed by a loop that is not unrolled would lie in local memory.
 #pragma unroll
   for (uint32_t i = 0; i < kCount; ++i) loaded[i] = load(At{quad, i * kWarp});
 #pragma unroll

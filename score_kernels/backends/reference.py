@@ -38,6 +38,8 @@ TWO_LN2 = float.fromhex("-0x1.62e43p-23")
 End = tuple[int, float, float]
 NO_END: End = (0, 0.0, 0.0)
 CLAMP, WRAP = 1, 2
+# A preconditioner's root is 0 below it: see gain_root in csrc/update.h.
+SMALLEST_GAIN = 2.0**-100
 
 # Blocks of four elements a chunk: some megabytes of temporaries.
 _CHUNK = 1 << 15
@@ -131,8 +133,7 @@ class Reference:
         kind, low, high = end
         # Numbers enter an fp32 kernel rounded to fp32.
         low, high = rounded(torch.tensor([low, high], dtype=torch.float64)).tolist()
-        smallest = 2.0**-100
-        # A wrapped number is below the period, by rounding's half at least.
+        # What is wrapped is at most the last number below the period.
         below = 1 - 2.0 ** (-24 if x.dtype == torch.float32 else -53)
         limits = (low, high) if kind == CLAMP else (0.0, high * below)
         elements = x.numel() // x.shape[0]
@@ -144,18 +145,20 @@ class Reference:
             def take(values: Tensor, chunk: slice = chunk) -> Tensor:
                 return values.reshape(-1)[chunk].to(home).double()
 
+            def noisy(value: Tensor, given: Tensor, scale: Tensor, chunk: slice = chunk) -> Tensor:
+                # None where the given coefficient is 0, as in update.h.
+                if z is None:
+                    return value
+                return torch.where(given == 0, value, fma(scale, z[chunk].double(), value))
+
             b, c = k[1], k[2]
             if precondition is not None:
                 b = rounded(b * (gain := take(precondition)))
-                root = torch.where(gain < smallest, 0.0, rounded(gain.sqrt()))
+                root = torch.where(gain < SMALLEST_GAIN, 0.0, rounded(gain.sqrt()))
                 c = rounded(c * root)
-            value = fma(b, take(score), rounded(k[0] * take(x)))
-            if z is not None:
-                value = torch.where(k[2] == 0, value, fma(c, z[chunk].double(), value))
+            value = noisy(fma(b, take(score), rounded(k[0] * take(x))), k[2], c)
             if known is not None and mask is not None:
-                given = rounded(k[3] * take(known))
-                if z is not None:
-                    given = torch.where(k[4] == 0, given, fma(k[4], z[chunk].double(), given))
+                given = noisy(rounded(k[3] * take(known)), k[4], k[4])
                 value = torch.where(mask.reshape(-1)[chunk].to(home), given, value)
             if kind == WRAP:
                 value = fma(-rounded(value * low).floor(), torch.full_like(value, high), value)

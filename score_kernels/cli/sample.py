@@ -111,10 +111,8 @@ def sample(
     with joined(device) as ranks:
         checks.device("device", device)
         trained = load(path, weights=weights, device=ranks.device(device))
-        kept, chosen = (
-            _written_as(trained.about["data"], format),
-            sampler_of(trained.about, sampler, calls),
-        )
+        kept = _written_as(trained.about["data"], format)
+        chosen = sampler_of(trained.about, sampler, calls)
         if not clamp and kept["dtype"] != "float32":
             raise ValueError(
                 f"clamp: got False for samples in {kept['dtype']}, expected True: only those in "

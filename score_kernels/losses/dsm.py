@@ -144,8 +144,7 @@ def _levels_of_rows(
         low, high = (int(v) for v in torch.aminmax(labels))
         if low < 0 or high > last:
             raise ValueError(f"labels: got values from {low} to {high}, expected 0 to {last}")
-        if segments is not None and bool((labels[first_rows(segments)] != labels).any()):
-            raise ValueError("labels: got several levels in a segment, expected one")
+        _check_segments("labels", labels, segments)
     given, labels = labels, labels.clamp(0, last)
     return labels, table.index_select(0, labels).where(labels == given, math.nan)
 
@@ -155,8 +154,12 @@ def _check_sigma(sigma: Tensor, segments: Tensor | None) -> None:
         return
     if not bool(((sigma > 0) & sigma.isfinite()).all()):
         raise ValueError("sigma: got numbers of at most 0 or not finite, expected noise levels")
-    if segments is not None and bool((sigma[first_rows(segments)] != sigma).any()):
-        raise ValueError("sigma: got several levels in a segment, expected one")
+    _check_segments("sigma", sigma, segments)
+
+
+def _check_segments(name: str, values: Tensor, segments: Tensor | None) -> None:
+    if segments is not None and bool((values[first_rows(segments)] != values).any()):
+        raise ValueError(f"{name}: got several levels in a segment, expected one")
 
 
 def draw_labels(batch: int, levels: int, noise: NoiseKey, device: torch.device) -> Tensor:

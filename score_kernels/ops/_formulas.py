@@ -20,6 +20,11 @@ def expand_like(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """``[B, D]``, of ``[B]`` too."""
+    return x.flatten(1) if x.dim() > 1 else x[:, None]
+
+
 def wide(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x.to(state_dtype(x))

@@ -200,9 +200,7 @@ class Chain:
                 # A score that is itself a gradient may have saved x: let autograd notice.
                 increment_version(changed)
                 if self.project is not None:
-                    after = phase.level_after()[0]
-                    sigma = model.sigmas.get(after)
-                    self.project(torch.full_like(model.sigma, after) if sigma is None else sigma)
+                    self.project(model.level_of(phase.level_after()[0]))
                 t += 1
             index += 1
 

@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -18,8 +17,6 @@ from score_kernels.sampling.model import Score
 from score_kernels.sampling.options import Options
 
 __all__ = ["annealed_langevin", "consistent_annealed", "langevin"]
-
-Number = TypeVar("Number", int, float)
 
 
 def langevin(
@@ -57,12 +54,12 @@ def langevin(
     if precondition is not None:
         checks.instance("precondition", precondition, Tensor, "a tensor")
     steps = checks.count("steps", steps, least=0)
-    sizes = _one_or_each("step_size", step_size, steps, checks.positive)
+    sizes = checks.one_or_each("step_size", step_size, steps, checks.positive)
     root = math.sqrt(checks.not_negative("temperature", temperature))
     if noise_scale is None:
         scales = [math.sqrt(size) for size in sizes]
     else:
-        scales = _one_or_each("noise_scale", noise_scale, steps, checks.not_negative)
+        scales = checks.one_or_each("noise_scale", noise_scale, steps, checks.not_negative)
     # Steps that are all alike are one phase.
     phases = max(len(sizes), len(scales))
     if len(sizes) < phases:
@@ -82,19 +79,6 @@ def langevin(
         precondition=precondition,
         noise_first=noise_first,
     )
-
-
-def _one_or_each(
-    name: str, value: Any, count: int, check: Callable[[str, Any], Number]
-) -> list[Number]:
-    """A number, or one for each of `count` steps or levels, checked."""
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1:
-        value = value.tolist()
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return [check(name, value)]
-    if len(value) != count or not count:
-        raise ValueError(f"{name}: got {len(value)} numbers, expected one, or {count}")
-    return [check(f"{name}[{i}]", v) for i, v in enumerate(value)]
 
 
 def annealed_langevin(
@@ -153,7 +137,7 @@ def annealed_langevin(
         RuntimeError: cuda_graph is asked for and score cannot be captured.
     """
     levels = checks.noise_levels(sigmas)
-    counts = _one_or_each(
+    counts = checks.one_or_each(
         "steps_per_level", steps_per_level, len(levels), partial(checks.count, least=0)
     )
     if not any(counts):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from score_kernels import checks
-from score_kernels.ops._formulas import expand_like, segment_sums
+from score_kernels.ops._formulas import expand_like, rows_of, segment_sums
 
 __all__ = ["Score", "ScoreModel"]
 
@@ -56,9 +56,13 @@ class ScoreModel:
         if self.level != (sigma, mean):
             self.level = sigma, mean
             self.pass_sigma = not math.isnan(sigma)
-            level = self.sigmas.get(sigma)
-            self.sigma = torch.full_like(self.sigma, sigma) if level is None else level
+            self.sigma = self.level_of(sigma)
             self.scale = None if mean == 1.0 else 1 / mean
+
+    def level_of(self, sigma: float) -> Tensor:
+        """A noise level as functions take it, ``[B]``."""
+        level = self.sigmas.get(sigma)
+        return torch.full_like(self.sigma, sigma) if level is None else level
 
     def __call__(self, x: Tensor) -> Tensor:
         """The score at x."""
@@ -154,16 +158,11 @@ class ScoreModel:
             if isinstance(limits, tuple):
                 estimate = estimate.clamp(*limits)
             elif x.numel():
-                most = expand_like(_quantile(_rows(estimate).abs(), limits).clamp(min=1), x)
+                most = expand_like(_quantile(rows_of(estimate).abs(), limits).clamp(min=1), x)
                 estimate = estimate.clamp(-most, most) / most
             return (estimate - x) / sigma / sigma
 
         self.limits.append(limited)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[B, D]``, of a state ``[B]`` too."""
-    return x.flatten(1) if x.dim() > 1 else x[:, None]
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:
@@ -180,10 +179,10 @@ def _clipped(score: Tensor, most: float, over: str | Tensor, pairs: bool) -> Ten
         return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
 
     if isinstance(over, Tensor):
-        squares = segment_sums(norm(_rows(score), 1)[:, 0].square(), over)
+        squares = segment_sums(norm(rows_of(score), 1)[:, 0].square(), over)
         length = expand_like(squares.index_select(0, over).sqrt(), score.double())
     elif over == "row":
-        length = expand_like(norm(_rows(score), 1)[:, 0], score.double())
+        length = expand_like(norm(rows_of(score), 1)[:, 0], score.double())
     else:
         # Pairs are one number.
         dims = {"element": (-1,) if pairs else (), "last": (-2, -1) if pairs else (-1,)}[over]

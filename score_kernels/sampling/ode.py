@@ -18,7 +18,6 @@ from score_kernels.diffusion.sde import levels_of, prior_of
 from score_kernels.losses.sliced import refuse_inference, score_at, vector_jacobian
 from score_kernels.noise import Key, NoiseKey, Purpose, addressed, fresh_seed
 from score_kernels.sampling.engine import Chain, Phase, run, warn_of_training_mode
-from score_kernels.sampling.langevin import _one_or_each
 from score_kernels.sampling.model import Score
 from score_kernels.sampling.options import Options
 
@@ -60,15 +59,13 @@ def probability_flow(
     checks.choice("method", method, ("heun", "euler"))
     churn = checks.not_negative("churn", churn)
     churn_noise = checks.not_negative("churn_noise", churn_noise)
-    if not isinstance(churn_range, Sequence) or len(churn_range) != 2:
-        raise TypeError(f"churn_range: got {churn_range!r}, expected two numbers (S_min, S_max)")
-    low, high = churn_range
+    low, high = checks.limits("churn_range", churn_range)
     if gamma is None:
         gammas = [min(churn / len(levels), math.sqrt(2) - 1)]
     elif churn:
         raise ValueError(f"gamma: got it beside churn {churn}, expected one of the two")
     else:
-        gammas = _one_or_each("gamma", gamma, len(levels), checks.not_negative)
+        gammas = checks.one_or_each("gamma", gamma, len(levels), checks.not_negative)
     if len(gammas) < len(levels):
         gammas *= len(levels)
     step_scale = checks.positive("step_scale", step_scale)

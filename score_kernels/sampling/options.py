@@ -12,7 +12,7 @@ from torch import Tensor
 from score_kernels import checks, ops
 from score_kernels.noise import NoiseKey, Purpose
 from score_kernels.ops._dispatch import check_addresses
-from score_kernels.ops._formulas import segment_sums
+from score_kernels.ops._formulas import rows_of, segment_sums
 from score_kernels.ops.langevin import step_end
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def bind(
         counts = segment_sums(x.new_ones(len(x)), segments).clamp_(min=1)
 
         def subtract_means(_: Tensor) -> None:
-            means = segment_sums(x.flatten(1) if x.dim() > 1 else x[:, None], segments)
+            means = segment_sums(rows_of(x), segments)
             means /= counts[:, None]
             x.sub_(means.index_select(0, segments).view(x.shape))
 
@@ -230,12 +230,7 @@ def _preconditioner(
         if isinstance(value, (float, int)):
             value = x.new_tensor([value])
         checks.instance("precondition", value, Tensor, "a tensor, or a function of sigma")
-        value = value.unsqueeze(-1) if pairs else value
-        try:
-            gain = torch.empty_like(x).copy_(value)
-        except RuntimeError:
-            got, shape = tuple(value.shape), tuple(x.shape)
-            raise ValueError(f"precondition: got shape {got}, expected a part of {shape}") from None
+        gain = _spread("precondition", value.unsqueeze(-1) if pairs else value, x, x.dtype)
         if not bool((gain.isfinite() & (gain >= 0)).all()):
             raise ValueError("precondition: got numbers below 0 or not finite, expected at least 0")
         return gain
@@ -265,15 +260,20 @@ def _known_elements(
         checks.instance(name, value, Tensor, "a tensor: known and mask go together")
         if dtype == torch.bool and value.dtype != dtype:
             raise TypeError(f"mask: got dtype {value.dtype}, expected torch.bool, true where known")
-        try:
-            copies.append(torch.empty_like(x, dtype=dtype).copy_(value))
-        except RuntimeError:
-            got, shape = tuple(value.shape), tuple(x.shape)
-            raise ValueError(f"{name}: got shape {got}, expected a part of {shape}") from None
+        copies.append(_spread(name, value, x, dtype))
     values, where = copies
     if not bool((values.isfinite() | ~where).all()):
         raise ValueError("known: not finite where mask is true, expected finite numbers there")
     return values, where
+
+
+def _spread(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a value in the state's shape and on its device."""
+    try:
+        return torch.empty_like(x, dtype=dtype).copy_(value)
+    except RuntimeError:
+        got, shape = tuple(value.shape), tuple(x.shape)
+        raise ValueError(f"{name}: got shape {got}, expected a part of {shape}") from None
 
 
 def resume(made: dict[str, Tensor], aux: Mapping[str, Tensor] | None, first_step: int) -> None:
