@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
+import pickle
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fibers.build import shared
 
 from benchmarks import sass
 
@@ -33,8 +38,24 @@ STEPS = ("affine_kernel<float, true, false>", "affine_kernel<float, true, true>"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled() -> None:
-    sass.compile_all()
+def _compiled(root: Path) -> Iterator[None]:
+    """Compiled once for all processes of a run."""
+
+    def make(folder: Path) -> None:
+        sass.compile_all()
+        jobs = itertools.product(SOURCES, sass.ARCHS)
+        found = {job: sass.compiled(*job) for job in jobs}
+        (folder / "kernels").write_bytes(pickle.dumps(found))
+
+    found = pickle.loads((shared(root, "sass", make) / "kernels").read_bytes())
+    compiled = sass.compiled
+
+    def known(source: Path, arch: str, flags: tuple[str, ...] = sass.FLAGS) -> Any:
+        return found[source, arch] if flags == sass.FLAGS else compiled(source, arch, flags)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sass, "compiled", known)
+        yield
 
 
 def functions(arch: str) -> list[sass.Function]:
